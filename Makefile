@@ -1,0 +1,32 @@
+# Everything a fresh clone needs: each target sets up .venv with the versions of constraints.txt first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export DS_BUILD_OPS := 0
+export GOMP_SPINCOUNT := 0
+
+.PHONY: quickstart test lint install clean
+
+install: $(INSTALLED)
+
+# torch is installed by itself first: the pinned version is the CPU wheel where that is the default.
+$(INSTALLED): setup.py constraints.txt
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel torch numpy
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,quickstart]'
+	@touch $@
+
+quickstart: $(INSTALLED)
+	@$(BIN)/python -m mtllm_engine.quickstart runs/quickstart
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .hypothesis .ruff_cache

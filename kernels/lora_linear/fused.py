@@ -1,0 +1,67 @@
+"""A frozen linear with LoRA that keeps for backward only its input and the low-rank activations.
+
+The GEMMs are the library's (oneDNN, cuBLAS); what is ours is what is saved: the weight as the Parameter itself, which
+ZeRO-3 may release after the layer and gather again for backward, and dropout masks not at all: they are hashed anew.
+"""
+
+import torch
+from torch.nn import functional
+
+from .dropout import Dropout, keep_mask
+
+
+def lora_linear(
+    x_SD: torch.Tensor,
+    weight_FD: torch.Tensor,
+    bias_F: torch.Tensor | None,
+    adapters: tuple[tuple[int, torch.Tensor, torch.Tensor], ...] = (),
+    scale: float = 1.0,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """x W^T + b, plus scale * drop(x) A^T B^T into the output channels from `start` on, for each adapter.
+
+    Args:
+        x_SD: Compute dtype.
+        weight_FD: Frozen; never gets a gradient.
+        bias_F: Frozen.
+        adapters: (start, lora_A (R, D), lora_B (f, R)) with fp32 parameters, cast to x's dtype where used.
+        scale: alpha / R.
+        dropout: None in evaluation and without dropout.
+    """
+    starts = tuple(start for start, _, _ in adapters)
+    matrices = [matrix for _, *pair in adapters for matrix in pair]
+    return _LoraLinear.apply(x_SD, weight_FD, bias_F, starts, scale, dropout, *matrices)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_SD, weight_FD, bias_F, starts, scale, dropout, *matrices):
+        y_SF = functional.linear(x_SD, weight_FD, bias_F)
+        lows = []
+        for i, (start, lora_A_RD, lora_B_fR) in enumerate(zip(starts, matrices[::2], matrices[1::2])):
+            low_SR = _drop(x_SD, dropout, i) @ lora_A_RD.to(x_SD.dtype).T
+            y_SF[:, start : start + len(lora_B_fR)].addmm_(low_SR, lora_B_fR.to(x_SD.dtype).T, alpha=scale)
+            lows.append(low_SR)
+        ctx.save_for_backward(x_SD if matrices else None, weight_FD, *matrices, *lows)
+        ctx.starts, ctx.scale, ctx.dropout = starts, scale, dropout
+        return y_SF
+
+    @staticmethod
+    def backward(ctx, dy_SF):
+        x_SD, weight_FD, *rest = ctx.saved_tensors
+        num = len(ctx.starts)
+        dx_SD = dy_SF @ weight_FD if ctx.needs_input_grad[0] else None
+        gradients = []
+        for i, start in enumerate(ctx.starts):
+            lora_A_RD, lora_B_fR, low_SR = rest[2 * i], rest[2 * i + 1], rest[2 * num + i]
+            dy_Sf = dy_SF[:, start : start + len(lora_B_fR)]
+            dlow_SR = (dy_Sf @ lora_B_fR.to(dy_Sf.dtype)) * ctx.scale
+            gradients.append((dlow_SR.T @ _drop(x_SD, ctx.dropout, i)).to(lora_A_RD.dtype))
+            gradients.append((dy_Sf.T @ low_SR).to(lora_B_fR.dtype) * ctx.scale)
+            if dx_SD is not None:
+                dx_SD += _drop(dlow_SR @ lora_A_RD.to(dy_Sf.dtype), ctx.dropout, i)
+        return dx_SD, None, None, None, None, None, *gradients
+
+
+def _drop(x_SD: torch.Tensor, dropout: Dropout | None, adapter: int) -> torch.Tensor:
+    return x_SD if dropout is None else x_SD * keep_mask(dropout, adapter, x_SD)

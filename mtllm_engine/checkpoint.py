@@ -1,0 +1,189 @@
+"""Checkpoints of what is trained: portable over world sizes, atomic, hashed; the newest complete one is `latest`."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from mtllm_engine.config import Config, flatten
+from mtllm_engine.data.shards import Manifest
+from mtllm_engine.data.stream import Stream
+from mtllm_engine.engine import MOMENTS, PlainEngine, TrainedState, ZeroEngine
+from mtllm_engine.model.pretrained import fingerprint, peft_name, resolve
+from mtllm_engine.world import World
+
+IDENTITY = ("model.causal", "model.dtype", "model.projection_bias", "lora.", "run.seed", "data.weights", "data.lanes")
+IDENTITY += ("data.pack_documents", "data.pack_tokens", "data.max_length", "data.truncation", "data.on_error")
+
+
+def save(config: Config, world: World, engine: PlainEngine | ZeroEngine, stream: Stream, step: int) -> Path:
+    """Saves the state after `step` steps as `checkpoints/step-00001000`; all ranks call it.
+
+    Raises:
+        ValueError: The disk is full or refuses; earlier checkpoints are as they were.
+    """
+    lanes = {lane: state for part in world.gather(stream.state()) for lane, state in part.items()}
+    state = engine.trained_state()
+    return world.on_main(lambda: _write(config, state, lanes, step))
+
+
+def restore(config: Config, world: World, engine: PlainEngine | ZeroEngine, stream: Stream) -> int:
+    """Loads `latest` into engine and stream, if the run has one; returns the number of steps done.
+
+    Raises:
+        ValueError: The checkpoint is damaged, or of another model, corpus or lane count; the message says which.
+    """
+    folder = world.on_main(lambda: latest(_folder(config)))
+    if folder is None:
+        return 0
+    state = world.together(lambda: _read(folder))
+    world.on_main(lambda: _check_identity(folder, state["identity"], identity(config)))
+    engine.load_trained_state(load_tensors(folder), state["step"])
+    stream.load_state({int(lane): lane_state for lane, lane_state in state["lanes"].items()})
+    return state["step"]
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a `checkpoints` folder, if any."""
+    link = folder / "latest"
+    if link.is_dir():
+        return link.resolve()
+    complete = sorted(path.parent for path in folder.glob("step-*/state.json"))
+    return complete[-1] if complete else None
+
+
+def load_tensors(folder: Path) -> TrainedState:
+    """The trained parameters of a checkpoint with their moments, fp32, by the stack's parameter names."""
+    values: dict[str, torch.Tensor] = safetensors.torch.load_file(folder / "projection.safetensors")
+    if (folder / "adapter_model.safetensors").is_file():
+        values |= safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    moments = safetensors.torch.load_file(folder / "optimizer.safetensors")
+    names = {name.rpartition("/")[0] for name in moments}
+    return {
+        name: {"value": values[_file_name(name)]} | {key: moments[f"{name}/{key}"] for key in MOMENTS} for name in names
+    }
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What a run must keep to be continued: the models' and corpora's fingerprints and the keys that shape a step."""
+    flat = {key: value for key, value in flatten(config).items() if key.startswith(IDENTITY)}
+    models = {f"model.{side}": fingerprint(resolve(getattr(config.model, side))) for side in ("encoder", "decoder")}
+    corpora = [Manifest.load(path).fingerprint for path in config.data.train]
+    return json.loads(json.dumps(flat | models | {"data.train": corpora}))
+
+
+def _folder(config: Config) -> Path:
+    return Path(config.run.dir) / "checkpoints"
+
+
+def _write(config: Config, state: TrainedState, lanes: dict[int, Any], step: int) -> Path:
+    parent = _folder(config)
+    final, partial = parent / f"step-{step:08d}", parent / f".step-{step:08d}.partial"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for leftover in parent.glob(".step-*.partial"):
+            shutil.rmtree(leftover)
+        partial.mkdir()
+        files = {name: _write_file(partial / name, content) for name, content in _contents(config, state).items()}
+        record = {"step": step, "identity": identity(config), "files": files, "lanes": lanes}
+        _write_file(partial / "state.json", json.dumps(record, indent=1).encode())
+        shutil.rmtree(final, ignore_errors=True)  # of this very step, left by a run that was rewound
+        partial.rename(final)
+        _link(parent / "latest", final.name)
+        _sync(parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ValueError(f"cannot save {final}: {error.strerror or error}; earlier checkpoints are intact") from error
+    for old in sorted(parent.glob("step-*"))[: -config.checkpoint.keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _contents(config: Config, state: TrainedState) -> dict[str, bytes]:
+    """File name -> bytes. The folder is also a PEFT adapter of the bare LLM."""
+    values = {_file_name(name): tensors["value"] for name, tensors in state.items()}
+    adapter = {name: value for name, value in values.items() if name.startswith("base_model.")}
+    projection = {name: value for name, value in values.items() if name not in adapter}
+    moments = {f"{name}/{key}": tensors[key] for name, tensors in state.items() for key in MOMENTS}
+    contents = {
+        "projection.safetensors": safetensors.torch.save(_contiguous(projection)),
+        "optimizer.safetensors": safetensors.torch.save(_contiguous(moments)),
+    }
+    if adapter:
+        contents["adapter_model.safetensors"] = safetensors.torch.save(_contiguous(adapter), {"format": "pt"})
+        contents["adapter_config.json"] = json.dumps(_peft_config(config), indent=1).encode()
+    return contents
+
+
+def _peft_config(config: Config) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": config.model.decoder,
+        "r": config.lora.rank,
+        "lora_alpha": config.lora.alpha,
+        "lora_dropout": config.lora.dropout,
+        "target_modules": list(config.lora.targets),
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def _file_name(name: str) -> str:
+    """A trained parameter's name in our files: PEFT's for adapters, `weight` and `bias` for the projection."""
+    return name.removeprefix("projection.") if name.startswith("projection.") else peft_name(name)
+
+
+def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _write_file(path: Path, content: bytes) -> str:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
+
+
+def _link(link: Path, target: str) -> None:
+    temporary = link.with_name(f".{link.name}.partial")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, link)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """A checkpoint's record, once its files have been found to be those that were written."""
+    fix = f"remove {folder} to continue from the checkpoint before it"
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        for name, sha256 in state["files"].items():
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
+                raise ValueError(f"{folder / name} is damaged; {fix}")
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} is not a complete checkpoint ({error}); {fix}") from error
+    return state
+
+
+def _check_identity(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    for key, value in current.items():
+        if saved.get(key) != value:
+            before, now = (_short(item) for item in (saved.get(key), value))
+            raise ValueError(f"cannot continue {folder}: {key} was {before} and is {now}; restore it or change run.dir")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

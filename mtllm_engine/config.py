@@ -1,0 +1,292 @@
+"""One TOML file, frozen dataclasses, dotted overrides: `load("run.toml", ["optim.lr=1e-4"])`."""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The two frozen models and the projection between them; folders or Hugging Face hub ids."""
+
+    encoder: str
+    decoder: str
+    causal: bool = False  # False: LLM2Vec's bidirectional attention
+    dtype: typing.Literal["bfloat16", "float32"] = "bfloat16"  # of the frozen base; what is trained stays fp32
+    projection_bias: bool = True
+    attention: typing.Literal["auto", "torch", "flash_attn", "reference"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = LORA_TARGETS
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Corpora (folders of shards) and how documents become packs; exactly one of the two pack sizes is above 0."""
+
+    train: tuple[str, ...]
+    weights: tuple[float, ...] = ()  # of the corpora in the mixture; empty: by number of documents
+    validation: str = ""
+    lanes: int = 64
+    pack_documents: int = 0  # exactly k documents a pack
+    pack_tokens: int = 0  # as many whole documents as fit, on both sides
+    max_length: int = 512  # tokens of one document, on each side
+    truncation: typing.Literal["aligned", "independent"] = "aligned"
+    on_error: typing.Literal["raise", "skip"] = "raise"
+    prefetch: int = 2  # steps read ahead
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up and linear decay to 0."""
+
+    steps: int
+    lr: float = 2e-4
+    warmup: float = 0.01  # share of the steps
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float = 1.0  # norm of the whole gradient; 0: no clipping
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    max_tokens: int = 16384  # of a micro-batch, on each side
+    activations: typing.Literal["save", "recompute"] = "save"  # recompute: the student's, layer by layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroConfig:
+    stage: typing.Literal[0, 3] = 3  # 0: plain PyTorch on one rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 500
+    keep: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    dir: str
+    seed: int = 0
+    log_every: int = 10  # steps between two looks at the device
+    validate_every: int = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    lora: LoraConfig = LoraConfig()
+    memory: MemoryConfig = MemoryConfig()
+    zero: ZeroConfig = ZeroConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    deepspeed: dict[str, typing.Any] = field(default_factory=dict)  # merged over the derived DeepSpeed configuration
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a TOML file and applies `section.key=value` overrides.
+
+    Raises:
+        ValueError: A key or value is not valid; the message names the dotted key.
+    """
+    path = Path(path)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
+    for override in overrides:
+        _override(tree, override)
+    return from_dict(tree)
+
+
+def from_dict(tree: Mapping[str, typing.Any]) -> Config:
+    """Builds and checks a configuration from nested dictionaries.
+
+    Raises:
+        ValueError: As `load`.
+    """
+    config = _build(Config, tree, "")
+    _check(config)
+    return config
+
+
+def dumps(config: Config) -> str:
+    """The resolved configuration as TOML that `load` reads back to an equal value."""
+    sections = dataclasses.asdict(config)
+    lines = []
+    for name, section in sections.items():
+        lines.append(f"[{name}]")
+        lines += [f"{_toml_key(key)} = {_toml_value(value)}" for key, value in section.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def flatten(config: Config) -> dict[str, typing.Any]:
+    """Dotted key -> value, for comparing two configurations."""
+    return {
+        f"{name}.{key}": value for name, section in dataclasses.asdict(config).items() for key, value in section.items()
+    }
+
+
+def _override(tree: dict, override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ValueError(f"not an override: {override!r}; write section.key=value, such as optim.lr=1e-4")
+    *sections, key = dotted.strip().split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"{dotted}: {section} is not a section")
+    tree[key] = _parse(text.strip())
+
+
+def _parse(text: str) -> typing.Any:
+    """A TOML value; what is not one is a string, so that paths need no quotes in a shell."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _build(cls: type, tree: typing.Any, prefix: str) -> typing.Any:
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{prefix} must be a section, not {tree!r}")
+    known = {item.name: item for item in fields(cls)}
+    for key in tree:
+        if key not in known:
+            raise ValueError(f"unknown key: {_join(prefix, key)}{_suggestion(key, prefix)}")
+    missing = [name for name, item in known.items() if name not in tree and _is_required(item)]
+    if missing:
+        raise ValueError(f"missing key: {', '.join(_join(prefix, name) for name in missing)}")
+    hints = typing.get_type_hints(cls)
+    return cls(**{key: _convert(value, hints[key], _join(prefix, key)) for key, value in tree.items()})
+
+
+def _is_required(item: dataclasses.Field) -> bool:
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+
+
+def _join(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if prefix else key
+
+
+def _suggestion(key: str, prefix: str) -> str:
+    """The nearest known dotted key: the same name anywhere, else a like one here, else a like one anywhere."""
+    by_name = {dotted.rpartition(".")[2]: dotted for dotted in _dotted_keys(Config)}
+    here = {name: dotted for name, dotted in by_name.items() if dotted.rpartition(".")[0] == prefix}
+    for candidates, cutoff in ((by_name, 1.0), (here, 0.6), (by_name, 0.6)):
+        near = difflib.get_close_matches(key, candidates, n=1, cutoff=cutoff)
+        if near:
+            return f"; did you mean {candidates[near[0]]}?"
+    return ""
+
+
+def _dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    hints = typing.get_type_hints(cls)
+    for item in fields(cls):
+        dotted = _join(prefix, item.name)
+        yield dotted
+        if is_dataclass(hints[item.name]):
+            yield from _dotted_keys(hints[item.name], dotted)
+
+
+def _convert(value: typing.Any, hint: typing.Any, dotted: str) -> typing.Any:
+    """Checks a TOML value against a type hint; a whole number is also a float, one string also a tuple of one."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if is_dataclass(hint):
+        return _build(hint, value, dotted)
+    if origin is typing.Literal:
+        if value not in arguments or isinstance(value, bool) != isinstance(arguments[0], bool):
+            raise ValueError(f"{dotted} must be one of {', '.join(map(repr, arguments))}, not {value!r}")
+        return value
+    if origin is tuple:
+        return _convert_tuple(value, arguments, dotted)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    expected = origin if isinstance(hint, types.GenericAlias) else hint
+    if not isinstance(value, expected) or isinstance(value, bool) != (expected is bool):
+        raise ValueError(f"{dotted} must be {_describe(expected)}, not {value!r}")
+    return value
+
+
+def _convert_tuple(value: typing.Any, arguments: tuple, dotted: str) -> tuple:
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        raise ValueError(f"{dotted} must be a list, not {value!r}")
+    item_hints = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else list(arguments)
+    if len(items) != len(item_hints):
+        raise ValueError(f"{dotted} must have {len(item_hints)} values, not {len(items)}")
+    return tuple(_convert(item, hint, f"{dotted}[{i}]") for i, (item, hint) in enumerate(zip(items, item_hints)))
+
+
+def _describe(cls: type) -> str:
+    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "a table"}[cls]
+
+
+def _check(config: Config) -> None:
+    """What no type says: ranges, and keys that depend on one another."""
+    data, optim, lora, memory = config.data, config.optim, config.lora, config.memory
+    rules = [
+        (data.train, "data.train names no corpus"),
+        (not data.weights or len(data.weights) == len(data.train), "data.weights must have one weight per data.train"),
+        (all(weight > 0 for weight in data.weights), "data.weights must be above 0"),
+        (data.lanes >= 1, "data.lanes must be at least 1"),
+        (data.max_length >= 4, "data.max_length must be at least 4 (special tokens and a word)"),
+        ((data.pack_documents > 0) != (data.pack_tokens > 0), "set one of data.pack_documents and data.pack_tokens"),
+        (data.prefetch >= 1, "data.prefetch must be at least 1"),
+        (optim.steps >= 1, "optim.steps must be at least 1"),
+        (optim.lr > 0, "optim.lr must be above 0"),
+        (0 <= optim.warmup < 1, "optim.warmup is a share of the steps: 0 <= warmup < 1"),
+        (optim.clip >= 0, "optim.clip must be 0 (off) or above"),
+        (lora.rank >= 1, "lora.rank must be at least 1"),
+        (0 <= lora.dropout < 1, "lora.dropout must be in [0, 1)"),
+        (config.checkpoint.every >= 1, "checkpoint.every must be at least 1"),
+        (config.checkpoint.keep >= 1, "checkpoint.keep must be at least 1"),
+        (config.run.log_every >= 1, "run.log_every must be at least 1"),
+        (config.run.validate_every >= 1, "run.validate_every must be at least 1"),
+        (config.run.dir, "run.dir is empty"),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise ValueError(message)
+    for target in lora.targets:
+        if target not in LORA_TARGETS:
+            raise ValueError(f"lora.targets: {target!r} is none of {', '.join(LORA_TARGETS)}")
+    largest = data.pack_tokens or data.pack_documents * data.max_length
+    if data.pack_tokens and data.pack_tokens < data.max_length:
+        raise ValueError(f"data.pack_tokens={data.pack_tokens} cannot hold data.max_length={data.max_length} tokens")
+    if largest > memory.max_tokens:
+        raise ValueError(
+            f"a pack may have {largest} tokens: raise memory.max_tokens={memory.max_tokens} or make packs smaller"
+        )
+
+
+def _toml_key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
+
+
+def _toml_value(value: typing.Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml_key(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)  # TOML's strings, numbers and booleans are JSON's

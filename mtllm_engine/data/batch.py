@@ -1,0 +1,139 @@
+"""Packs, and the micro-batches made of them.
+
+Shape suffixes, for the whole project:
+N documents of a pack, S student (encoder) tokens, T teacher tokens, P pooled spans, D LLM width, E encoder width,
+F feed-forward width, H query heads, G kv heads, K head width, R LoRA rank, V vocabulary, B/L batch and padded length
+(only at Hugging Face's edges). Scalars wear nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+GOLDEN = np.uint32(0x9E3779B9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One text, tokenised for both sides. `seed` (32 bits) names it to the dropout, wherever it is computed."""
+
+    key: str
+    seed: int
+    student_ids_S: np.ndarray  # int32
+    teacher_ids_T: np.ndarray  # int32
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the longer side: what counts against a budget that holds on both."""
+        return max(len(self.student_ids_S), len(self.teacher_ids_T))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """What one lane gives to one step, and the lane's state once it is consumed."""
+
+    documents: tuple[Document, ...]
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """One packed stream of N documents without padding, on the device (S stands for S or T)."""
+
+    ids_S: torch.Tensor  # int64
+    positions_S: torch.Tensor  # int64, from 0 in each document
+    seeds_S: torch.Tensor  # int32: dropout's own number for each token and step
+    cu_seqlens: torch.Tensor  # int32 (N+1,)
+    lengths: tuple[int, ...]  # of the documents, on the host: nothing downstream needs to ask the device
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A micro-batch: teacher and student see the same documents; span p of one is the text of span p of the other."""
+
+    student: Tokens
+    teacher: Tokens
+    student_spans_P2: torch.Tensor  # int32 [start, end) in the packed tokens
+    teacher_spans_P2: torch.Tensor
+    weight_P: torch.Tensor  # fp32: 1, or 0 in the idle micro-batch
+    keys: tuple[str, ...]
+
+
+def join(packs: Sequence[Pack], max_tokens: int) -> list[list[Document]]:
+    """Joins consecutive packs into micro-batches of at most `max_tokens` on each side."""
+    groups: list[list[Document]] = []
+    room = (0, 0)
+    for pack in packs:
+        size = _sizes(pack.documents)
+        if not pack.documents:
+            continue
+        if groups and size[0] <= room[0] and size[1] <= room[1]:
+            groups[-1].extend(pack.documents)
+        else:
+            groups.append(list(pack.documents))
+            room = (max_tokens, max_tokens)
+        room = (room[0] - size[0], room[1] - size[1])
+    return groups
+
+
+def _sizes(documents: Sequence[Document]) -> tuple[int, int]:
+    return (
+        sum(len(document.student_ids_S) for document in documents),
+        sum(len(document.teacher_ids_T) for document in documents),
+    )
+
+
+def collate(documents: Sequence[Document], *, step_seed: int, device: torch.device) -> Batch:
+    """Packs documents into a micro-batch; without any, the idle one: a token of weight 0 on each side.
+
+    A rank with fewer micro-batches than the others runs the idle one, so that all make the same ZeRO-3 collectives.
+    """
+    weight = 1.0 if documents else 0.0
+    documents = documents or [IDLE]
+    student = _pack_tokens([document.student_ids_S for document in documents], documents, step_seed, device)
+    teacher = _pack_tokens([document.teacher_ids_T for document in documents], documents, step_seed, device)
+    return Batch(
+        student=student,
+        teacher=teacher,
+        student_spans_P2=_whole_documents(student),
+        teacher_spans_P2=_whole_documents(teacher),
+        weight_P=torch.full((len(documents),), weight, device=device),
+        keys=tuple(document.key for document in documents) if weight else (),
+    )
+
+
+IDLE = Document(key="", seed=0, student_ids_S=np.zeros(1, np.int32), teacher_ids_T=np.zeros(1, np.int32))
+
+
+def _pack_tokens(
+    ids: Sequence[np.ndarray], documents: Sequence[Document], step_seed: int, device: torch.device
+) -> Tokens:
+    lengths = [len(document_ids) for document_ids in ids]
+    positions_S = np.concatenate([np.arange(length, dtype=np.uint32) for length in lengths])
+    seeds_N = np.array([document.seed for document in documents], np.uint32) ^ np.uint32(step_seed)
+    seeds_S = mix32(mix32(np.repeat(seeds_N, lengths)) + positions_S * GOLDEN)
+    return Tokens(
+        ids_S=torch.from_numpy(np.concatenate(ids).astype(np.int64)).to(device, non_blocking=True),
+        positions_S=torch.from_numpy(positions_S.astype(np.int64)).to(device, non_blocking=True),
+        seeds_S=torch.from_numpy(seeds_S.view(np.int32)).to(device, non_blocking=True),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(device, non_blocking=True),
+        lengths=tuple(lengths),
+    )
+
+
+def _whole_documents(tokens: Tokens) -> torch.Tensor:
+    return torch.stack([tokens.cu_seqlens[:-1], tokens.cu_seqlens[1:]], dim=1)
+
+
+def mix32(x: np.ndarray) -> np.ndarray:
+    """A bijective 32-bit hash with full avalanche, elementwise on uint32 (murmur3's finaliser)."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))

@@ -1,0 +1,620 @@
+"""Corpora: folders of WebDataset shards with a manifest, made once and then read by offset.
+
+Plain WebDataset loses the rest of a shard that is damaged at a header, without an error; the manifest's counts and
+hashes are what makes that detectable.
+"""
+
+import contextlib
+import fcntl
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+import textwrap
+import zlib
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+FORMAT = "mtllm-shards/1"
+INPUT_SUFFIXES = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz", ".parquet")
+_OPEN_SHARDS = 128  # per corpus, one descriptor and one mapped index each: more than a rank has lanes
+_SMALL_INPUT_BYTES = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+_SKIPPED = re.compile(r"__[^/]*__($|/)")  # member names that WebDataset passes over
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+class DamagedShard(ValueError):
+    """A shard that is not what its manifest says, or that does not read to its end."""
+
+
+class BadDocument(ValueError):
+    """One document without usable text, in a sound shard."""
+
+
+class Sample(NamedTuple):
+    key: str  # WebDataset's __key__
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a corpus folder holds.
+
+    `fields["text"]` names the member with the text by its extension (`txt`), for a JSON member followed by the dotted
+    path of the text in it (`json.text`, `meta.json.body.text`).
+    """
+
+    language: str
+    licence: str
+    fields: dict[str, str]
+    shards: tuple[Shard, ...]
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal content, wherever the corpus lies."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Manifest":
+        """Raises ValueError: there is no manifest, it is of another format version, or ill-typed."""
+        path = Path(folder) / "manifest.json"
+        try:
+            content = json.loads(path.read_text("utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            fix = "make one with `mtllm shards pack` (from text) or `mtllm shards import` (from tars)"
+            raise ValueError(f"no manifest.json in {folder}; {fix}") from None
+        except ValueError:
+            raise ValueError(f"{path} is not JSON; restore it or run `mtllm shards import` again") from None
+        version = content.get("format") if isinstance(content, dict) else None
+        if version != FORMAT:
+            raise ValueError(f"{path} has format {version!r}, not {FORMAT!r}; run `mtllm shards import` again")
+        try:
+            kinds = {"language": str, "licence": str, "fields": dict, "shards": list}
+            parsed = _typed(content, kinds) | {"fields": _typed(content["fields"], {"text": str})}
+            shards = tuple(Shard(**_typed(shard, Shard.__annotations__)) for shard in parsed.pop("shards"))
+        except TypeError as error:
+            raise ValueError(f"{path}: {error}; restore it or run `mtllm shards import` again") from None
+        return cls(**parsed, shards=shards)
+
+    def save(self, folder: Path | str) -> None:
+        content = json.dumps({"format": FORMAT} | asdict(self), indent=1, ensure_ascii=False)
+        with _atomic(Path(folder) / "manifest.json") as file:
+            file.write(content.encode() + b"\n")
+
+
+def _typed(table: Any, kinds: dict[str, type]) -> dict[str, Any]:
+    if not isinstance(table, dict):
+        raise TypeError(f"expected a table, not {table!r}")
+    for name, kind in kinds.items():
+        if type(table.get(name)) is not kind:
+            raise TypeError(f"{name} should be of type {kind.__name__}, not {table.get(name)!r}")
+    return {name: table[name] for name in kinds}
+
+
+@contextlib.contextmanager
+def _atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears at `path` complete and on disk, or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with draft.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+class Corpus:
+    """Random access to the samples of a corpus folder; one thread reads at a time.
+
+    A shard is checked against the manifest when it is first read, once per node: what the check finds (where each
+    text lies) is kept in a cache that the ranks share. No shard is ever held in memory.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.manifest = Manifest.load(path)
+        self._field = _parse_field(self.manifest.fields["text"])
+        self._open: OrderedDict[int, tuple[BinaryIO, np.ndarray]] = OrderedDict()
+        self._damaged: dict[int, str] = {}
+
+    def read(self, shard: int, index: int) -> Sample:
+        """Raises DamagedShard (the whole shard is unusable, also on every later call) or BadDocument."""
+        assert index >= 0
+        path = self.path / self.manifest.shards[shard].name
+        if shard in self._damaged:
+            raise DamagedShard(self._damaged[shard])
+        try:
+            file, table = self._opened(shard, path)
+            return _read_sample(file, path, table[index], self._field)
+        except DamagedShard as error:
+            fix = "restore it, run `mtllm shards import` again, or set data.on_error=skip"
+            self._damaged[shard] = f"{error}; {fix}"
+            raise DamagedShard(self._damaged[shard]) from None
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1][0].close()
+
+    def _opened(self, shard: int, path: Path) -> tuple[BinaryIO, np.ndarray]:
+        if shard not in self._open:
+            table = _load_index(path, self.manifest.shards[shard], self._field.extension)
+            with _damage_named(path):
+                self._open[shard] = path.open("rb", buffering=0), table
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)[1][0].close()
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+
+class _Field(NamedTuple):
+    extension: str
+    json_path: tuple[str, ...] | None  # None: the member is the text
+
+
+def _parse_field(field: str) -> _Field:
+    parts = field.split(".")
+    if "json" not in parts:
+        return _Field(field.lower(), None)  # WebDataset lowers extensions
+    end = parts.index("json") + 1
+    return _Field(".".join(parts[:end]).lower(), tuple(parts[end:]))
+
+
+def _read_sample(file: BinaryIO, path: Path, row: np.void, field: _Field) -> Sample:
+    raw_key, offset, size = row.item()
+    key = raw_key.decode("utf-8", "surrogateescape")
+    try:
+        if offset < 0:
+            raise BadDocument(f"no member {field.extension!r}")
+        with _damage_named(path):
+            raw = os.pread(file.fileno(), size, offset)
+        if len(raw) < size:
+            raise DamagedShard(f"shard {path} was cut while it was read")
+        return Sample(key, _text(raw, field.json_path))
+    except BadDocument as error:
+        raise BadDocument(f"shard {path}, key {key}: {error}") from None
+
+
+def _text(raw: bytes, json_path: tuple[str, ...] | None) -> str:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadDocument("not UTF-8") from None
+    if json_path is not None and text.strip():
+        text = _text_in_json(text, json_path)
+    if not text.strip():
+        raise BadDocument("empty")
+    return text
+
+
+def _text_in_json(document: str, json_path: tuple[str, ...]) -> str:
+    try:
+        value = json.loads(document)
+    except (ValueError, RecursionError):
+        raise BadDocument("not JSON") from None
+    name = ".".join(json_path)
+    for part in json_path:
+        if not isinstance(value, dict) or part not in value:
+            raise BadDocument(f"no field {name!r}")
+        value = value[part]
+    if not isinstance(value, str):
+        raise BadDocument(f"field {name!r} is not text")
+    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise BadDocument(f"field {name!r} has half a surrogate pair")  # JSON can spell it, UTF-8 cannot
+    return value
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise DamagedShard(f"shard {path} is missing") from None
+    except OSError as error:
+        raise DamagedShard(f"shard {path} cannot be read: {error.strerror or error}") from None
+
+
+def _load_index(path: Path, shard: Shard, extension: str) -> np.ndarray:
+    """The index of a sound shard, memory-mapped; of all ranks on a node one makes it and the others wait."""
+    with _damage_named(path):
+        state = path.stat()
+    identity = [asdict(shard), extension, str(path.absolute()), state.st_size, state.st_mtime_ns]
+    cached = _cache_folder() / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.npy"
+    if (table := _mapped(cached)) is not None:
+        return table
+    try:
+        with cached.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (table := _mapped(cached)) is None:
+                table = _checked_index(path, shard, extension)
+                with _atomic(cached) as file:
+                    np.save(file, table)
+                table = np.load(cached, mmap_mode="r")
+    except OSError as error:
+        fix = "free some space or set XDG_CACHE_HOME"
+        raise ValueError(f"cannot write the shard index in {cached.parent}: {error.strerror}; {fix}") from None
+    return table
+
+
+def _mapped(cached: Path) -> np.ndarray | None:
+    try:
+        return np.load(cached, mmap_mode="r")
+    except (OSError, ValueError, EOFError):  # not there yet, or spoilt: made again
+        return None
+
+
+def _cache_folder() -> Path:
+    """The first folder that can be written and locked (a home on a network disk may refuse either)."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for folder in (home / "mtllm", Path(tempfile.gettempdir()) / f"mtllm-{os.getuid()}"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH)
+            return folder
+        except OSError:
+            continue
+    raise ValueError("no folder for the shard index can be written; set XDG_CACHE_HOME")
+
+
+def _checked_index(path: Path, shard: Shard, extension: str) -> np.ndarray:
+    with _damage_named(path):
+        size = path.stat().st_size
+        if size < shard.bytes:
+            raise DamagedShard(f"shard {path} is cut: {size} of {shard.bytes} bytes")
+        if size > shard.bytes:
+            raise DamagedShard(f"shard {path} is too long: {size} bytes, its manifest says {shard.bytes}")
+        if _sha256(path) != shard.sha256:
+            raise DamagedShard(f"shard {path} does not match its sha256")
+        table = _build_index(path, extension)
+        if len(table) != shard.samples:
+            raise DamagedShard(f"shard {path} holds {len(table)} samples, its manifest says {shard.samples}")
+        return table
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _build_index(path: Path, extension: str) -> np.ndarray:
+    """One row per sample: key, and offset and size of its member `extension` (-1 if it has none)."""
+    rows = []
+    with path.open("rb") as file:
+        for sample in _samples(file, path):
+            offset, size = sample.get(extension, (-1, -1))
+            rows.append((sample["__key__"].encode("utf-8", "surrogateescape"), offset, size))
+    width = max([1, *(len(key) for key, _, _ in rows)])
+    return np.array(rows, dtype=[("key", f"S{width}"), ("offset", "<i8"), ("size", "<i8")])
+
+
+def _samples(file: BinaryIO, path: Path) -> Iterator[dict[str, Any]]:
+    """WebDataset's samples, by WebDataset's own grouping, with (offset, size) of each member in place of its bytes."""
+    from webdataset.tariterators import group_by_keys  # imports torch
+
+    try:
+        members = _members(file, path)
+        yield from group_by_keys({"fname": name, "data": place, "__url__": ""} for name, place in members)
+    except DamagedShard:
+        raise
+    except (tarfile.TarError, ValueError) as error:  # two members of one name are a ValueError
+        raise DamagedShard(f"shard {path} is not a sound tar: {error.args[0]}") from None
+
+
+def _members(file: BinaryIO, path: Path) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Name and (offset, size) of each member that WebDataset would read, up to a sound end of the archive."""
+    magic = file.read(8)
+    for prefix, kind in _COMPRESSED.items():
+        if magic.startswith(prefix):
+            raise DamagedShard(f"shard {path} is compressed ({kind}) and cannot be read by offset; decompress it")
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # tarfile would keep them all
+            if member.issparse():
+                raise DamagedShard(f"shard {path} has a sparse member, {member.name}; write it with another tar")
+            if member.isreg() and not _SKIPPED.match(member.name):
+                yield member.name, (member.offset_data, member.size)
+        _check_end(file, path, tar.offset)
+
+
+def _check_end(file: BinaryIO, path: Path, end: int) -> None:
+    """Raises unless the archive ends properly: one cut between two members looks whole to tarfile."""
+    file.seek(end)
+    blocks = file.read(2 * tarfile.BLOCKSIZE)
+    if len(blocks) < 2 * tarfile.BLOCKSIZE:
+        raise DamagedShard(f"shard {path} is cut: no end of the archive at byte {end}")
+    if any(blocks):
+        raise DamagedShard(f"shard {path} is damaged at byte {end}: no valid header there")
+    while rest := file.read(1 << 20):
+        if rest.strip(b"\0"):
+            raise DamagedShard(
+                f"shard {path} goes on after its end of the archive at byte {end}; WebDataset stops there"
+            )
+
+
+def import_shards(
+    folder: Path | str, *, language: str, field: str = "txt", licence: str = "unknown", progress: bool = True
+) -> Manifest:
+    """Writes the manifest of a folder of tars, in the order of their names.
+
+    Raises:
+        ValueError: a tar does not read cleanly to its end, or no sample has the member that `field` names.
+    """
+    folder, extension = Path(folder), _parse_field(field).extension
+    paths = _tars(folder)
+    shards, num_texts = [], 0
+    for path in tqdm(paths, unit="shard", disable=None if progress else True):
+        try:
+            table = _build_index(path, extension)
+        except DamagedShard as error:
+            raise DamagedShard(f"{error}; restore it, or remove it to import the others") from None
+        num_texts += np.count_nonzero(table["offset"] >= 0)
+        shards.append(Shard(name=path.name, samples=len(table), bytes=path.stat().st_size, sha256=_sha256(path)))
+    if not num_texts:
+        raise ValueError(f"no member {extension!r} in {folder}; name another with --field: {_extensions(paths[0])}")
+    manifest = Manifest(language=language, licence=licence, fields={"text": field}, shards=tuple(shards))
+    manifest.save(folder)
+    return manifest
+
+
+def _tars(folder: Path) -> list[Path]:
+    for path in folder.glob("*"):
+        if re.search(r"\.(tgz|tar\.\w+)$", path.name):
+            raise ValueError(f"{path} is compressed and cannot be read by offset; decompress it")
+    if not (paths := sorted(folder.glob("*.tar"))):
+        raise ValueError(f"no .tar files in {folder}")
+    return paths
+
+
+def _extensions(path: Path) -> str:
+    with path.open("rb") as file:
+        return ", ".join(name for name in next(_samples(file, path), {}) if not name.startswith("__"))
+
+
+def verify(folder: Path | str, progress: bool = True) -> list[str]:
+    """Every problem of a corpus, one line each: damaged shards, bad documents, tars that the manifest lacks."""
+    folder, manifest = Path(folder), Manifest.load(folder)
+    unlisted = {path.name for path in folder.glob("*.tar")} - {shard.name for shard in manifest.shards}
+    problems = [f"shard {folder / name} is not in the manifest" for name in sorted(unlisted)]
+    for shard in tqdm(manifest.shards, unit="shard", disable=None if progress else True):
+        try:
+            problems += _bad_documents(folder / shard.name, shard, _parse_field(manifest.fields["text"]))
+        except DamagedShard as error:
+            problems.append(str(error))
+    return problems
+
+
+def _bad_documents(path: Path, shard: Shard, field: _Field) -> list[str]:
+    table, problems = _checked_index(path, shard, field.extension), []
+    with path.open("rb", buffering=0) as file:
+        for row in table:
+            try:
+                _read_sample(file, path, row, field)
+            except BadDocument as error:
+                problems.append(str(error))
+    return problems
+
+
+def show(folder: Path | str, samples: int = 3) -> str:
+    """A table of what a corpus holds, and its first texts, shortened."""
+    with contextlib.closing(Corpus(folder)) as corpus:
+        manifest = corpus.manifest
+        rows = [(name, getattr(manifest, name)) for name in ("language", "licence", "samples", "fingerprint")]
+        rows += [("text", manifest.fields["text"]), ("shards", len(manifest.shards))]
+        rows += [(shard.name, f"{shard.samples} samples, {shard.bytes} bytes") for shard in manifest.shards[:10]]
+        places = ((number, row) for number, shard in enumerate(manifest.shards) for row in range(shard.samples))
+        rows += [_shown(corpus, *place) for place in itertools.islice(places, samples)]
+    return "\n".join(f"{name:<12}  {value}" for name, value in rows)
+
+
+def _shown(corpus: Corpus, shard: int, index: int) -> tuple[str, str]:
+    try:
+        key, text = corpus.read(shard, index)
+    except BadDocument as error:
+        return "bad", str(error)
+    return key, textwrap.shorten(text, 100, placeholder=" ...")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackReport:
+    path: Path
+    manifest: Manifest
+    skipped: dict[str, int]  # number of documents left out, by reason
+
+
+def pack(
+    inputs: Iterable[Path | str],
+    out: Path | str,
+    *,
+    field: str = "text",
+    language: str,
+    shards: int,
+    licence: str = "unknown",
+    on_error: Literal["raise", "skip"] = "raise",
+    progress: bool = True,
+) -> PackReport:
+    """Makes a corpus of about equal shards from text, JSONL and Parquet, in one pass and in the order of the input.
+
+    Args:
+        inputs: files, or folders searched for files of the known kinds.
+        field: column of a Parquet file, or dotted path in a JSON line.
+        on_error: what to do with a document without usable text.
+
+    Raises:
+        ValueError: `out` is in use, an input is of no known kind, a document is bad, or there are too few of them.
+        OSError: a file could not be read or written. After any error nothing is left behind.
+    """
+    out, paths = Path(out), _input_files(inputs)
+    if shards < 1:
+        raise ValueError(f"cannot make {shards} shards; use --shards 1 or more")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is already there and not empty; remove it or name another --out")
+    num_bytes = sum(path.stat().st_size for path in paths)
+    skipped: Counter[str] = Counter()
+    bar = tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None if progress else True)
+    with bar, _appearing(out) as draft:
+        texts = _texts(paths, field, skipped if on_error == "skip" else None, bar)
+        packed = _write_shards(draft, _assign(texts, num_bytes, shards))
+        manifest = Manifest(language=language, licence=licence, fields={"text": "txt"}, shards=tuple(packed))
+        manifest.save(draft)
+    return PackReport(path=out, manifest=manifest, skipped=dict(skipped))
+
+
+def _input_files(inputs: Iterable[Path | str]) -> list[Path]:
+    files: list[Path] = []
+    for path in map(Path, inputs):
+        found = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
+        known = [file for file in found if file.is_file() and file.name.lower().endswith(INPUT_SUFFIXES)]
+        if not path.exists():
+            raise ValueError(f"no such file or folder: {path}")
+        if not known:
+            raise ValueError(f"{path}: neither a file nor a folder with files that end in {', '.join(INPUT_SUFFIXES)}")
+        files += known
+    return files
+
+
+@contextlib.contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that becomes `out` at the end, or goes away."""
+    draft = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        draft.rename(out)
+    except OSError as error:
+        reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror or error
+        raise OSError(f"packing into {out} failed: {reason}; nothing was written") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _texts(paths: list[Path], field: str, skipped: Counter[str] | None, bar: tqdm) -> Iterator[tuple[str, float]]:
+    """Each text with how many bytes of the input lie before it; without `skipped` a bad document raises."""
+    start = 0
+    for path in paths:
+        kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+        json_path = tuple(field.split(".")) if kind in ("json", "jsonl") else None
+        documents = _parquet_column(path, field) if kind == "parquet" else _lines(path)
+        for number, (raw, before) in enumerate(documents, start=1):
+            bar.update(start + before - bar.n)
+            try:
+                yield _text(raw, json_path), start + before
+            except BadDocument as error:
+                if skipped is None:
+                    raise BadDocument(f"{path}:{number}: {error}; mend it or use --on-error skip") from None
+                skipped[str(error)] += 1
+        start += path.stat().st_size
+    bar.update(start - bar.n)
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, float]]:
+    """Each line with how many bytes of the file lie before it: compressed bytes, of a .gz."""
+    num_bytes = path.stat().st_size
+    with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw as file:
+        try:
+            # A short .gz is unpacked in very few reads, too coarse to cut it by; its true length costs little.
+            scale = num_bytes / max(1, file.seek(0, os.SEEK_END)) if num_bytes < _SMALL_INPUT_BYTES else None
+            file.seek(0)
+            before = 0.0
+            for line in file:
+                yield line.removesuffix(b"\n").removesuffix(b"\r").removeprefix(b"" if before else _BOM), before
+                before = raw.tell() if scale is None else file.tell() * scale
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} is cut or damaged: {error}") from None
+
+
+def _parquet_column(path: Path, column: str) -> Iterator[tuple[bytes, float]]:
+    """Each text of a column with its share of the file's bytes before it; null is an empty text."""
+    import pyarrow
+    import pyarrow.parquet
+
+    num_bytes, seen = path.stat().st_size, 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_column(path, column, file.schema_arrow)
+            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                texts = batch.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary())
+                for raw in texts.to_pylist():
+                    yield raw or b"", num_bytes * seen / file.metadata.num_rows
+                    seen += 1
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} is not a sound Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _check_column(path: Path, column: str, schema: Any) -> None:
+    import pyarrow.types as kinds
+
+    if column not in schema.names:
+        raise ValueError(f"{path} has no column {column!r}; name one with --field: {', '.join(schema.names)}")
+    kind = schema.field(column).type
+    kind = kind.value_type if kinds.is_dictionary(kind) else kind
+    if not (kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind)):
+        raise ValueError(f"{path}: column {column!r} holds {kind}, not text; name another with --field")
+
+
+def _assign(texts: Iterator[tuple[str, float]], num_bytes: int, shards: int) -> Iterator[tuple[int, str]]:
+    """Each text with its shard: the one its place in the input says, but no shard is left out.
+
+    A long document may span the places of several shards, so the number grows by one at most; and it grows when as
+    many documents as shards are left. Seeing `shards` documents ahead is enough to know when.
+    """
+    ahead = deque(itertools.islice(texts, shards))
+    if len(ahead) < shards:
+        fix = f"use --shards {len(ahead)}" if ahead else "check the inputs"
+        raise ValueError(f"only {len(ahead)} documents for {shards} shards; {fix}")
+    shard = -1
+    while ahead:
+        text, before = ahead.popleft()
+        ahead.extend(itertools.islice(texts, 1))
+        is_due = before * shards >= (shard + 1) * num_bytes
+        if shard < shards - 1 and (is_due or len(ahead) < shards - 1 - shard):
+            shard += 1
+        yield shard, text
+
+
+def _write_shards(folder: Path, assigned: Iterator[tuple[int, str]]) -> list[Shard]:
+    numbered = ((shard, f"{number:010d}", text) for number, (shard, text) in enumerate(assigned))
+    return [
+        _write_shard(folder / f"{shard:06d}.tar", (Sample(key, text) for _, key, text in samples))
+        for shard, samples in itertools.groupby(numbered, key=lambda entry: entry[0])
+    ]
+
+
+def _write_shard(path: Path, samples: Iterator[Sample]) -> Shard:
+    from webdataset import TarWriter  # imports torch
+
+    count = 0
+    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:  # equal input, equal bytes
+        for key, text in samples:
+            tar.write({"__key__": key, "txt": text.encode()})
+            count += 1
+        tar.close()
+        file.flush()
+        os.fsync(file.fileno())
+    return Shard(name=path.name, samples=count, bytes=path.stat().st_size, sha256=_sha256(path))

@@ -1,0 +1,140 @@
+"""The LLM (Llama family) on packed tokens, with joint layers: student and teacher in one call of each layer.
+
+Under ZeRO-3 a layer's weights are gathered once for all its streams. Source: arXiv 2302.13971, 2407.21783.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig
+
+from mtllm_engine.config import LoraConfig
+from mtllm_engine.data.batch import Tokens
+from mtllm_engine.kernels.attention import attention
+from mtllm_engine.kernels.rms_norm import rms_norm
+from mtllm_engine.kernels.rope import rope
+from mtllm_engine.kernels.swiglu import swiglu
+from mtllm_engine.model.lora import LoraLinear, Members
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """One of the token streams that run through the decoder together."""
+
+    tokens: Tokens
+    cos_SK: torch.Tensor
+    sin_SK: torch.Tensor
+    adapted: bool  # with the student's adapters, or the bare LLM
+    grad: bool  # without: the layer runs under no_grad
+
+
+class DecoderLayer(nn.Module):
+    """RMSNorm, rotary grouped-query attention, RMSNorm, SwiGLU."""
+
+    def __init__(
+        self, config: LlamaConfig, lora: LoraConfig, dtype: torch.dtype, *, layer: int, causal: bool, recompute: bool
+    ) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        head_width = config.head_dim
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.causal, self.recompute, self.eps = causal, recompute, config.rms_norm_eps
+        self.attention_norm = nn.Parameter(torch.empty(width, dtype=dtype))
+        self.mlp_norm = nn.Parameter(torch.empty(width, dtype=dtype))
+        q_width, kv_width = self.num_heads * head_width, self.num_kv_heads * head_width
+
+        def linear(in_width: int, names: tuple[str, ...], widths: tuple[int, ...], bias: bool) -> LoraLinear:
+            return LoraLinear(in_width, Members(names=names, widths=widths), lora, dtype, layer=layer, bias=bias)
+
+        qkv_widths = (q_width, kv_width, kv_width)
+        self.qkv = linear(width, ("q_proj", "k_proj", "v_proj"), qkv_widths, config.attention_bias)
+        self.out = linear(q_width, ("o_proj",), (width,), config.attention_bias)
+        self.gate_up = linear(width, ("gate_proj", "up_proj"), (inner, inner), config.mlp_bias)
+        self.down = linear(inner, ("down_proj",), (width,), config.mlp_bias)
+
+    def forward(self, *hidden: torch.Tensor, streams: Sequence[Stream]) -> tuple[torch.Tensor, ...]:
+        """One state (S, D) per stream in, one out. States are positional: module hooks see only such tensors."""
+        return tuple(self._run(hidden_SD, stream) for hidden_SD, stream in zip(hidden, streams, strict=True))
+
+    def _run(self, hidden_SD: torch.Tensor, stream: Stream) -> torch.Tensor:
+        if not (stream.grad and torch.is_grad_enabled()):
+            with torch.no_grad():
+                return self._block(hidden_SD, stream)
+        if self.recompute:
+            return checkpoint(self._block, hidden_SD, stream, use_reentrant=False, preserve_rng_state=False)
+        return self._block(hidden_SD, stream)
+
+    def _block(self, hidden_SD: torch.Tensor, stream: Stream) -> torch.Tensor:
+        call = {"adapted": stream.adapted, "seeds_S": stream.tokens.seeds_S}
+        context_SD = self._attend(self.qkv(rms_norm(hidden_SD, self.attention_norm, self.eps), **call), stream)
+        hidden_SD = hidden_SD + self.out(context_SD, **call)
+        gate_up_SF = self.gate_up(rms_norm(hidden_SD, self.mlp_norm, self.eps), **call)
+        return hidden_SD + self.down(swiglu(gate_up_SF), **call)
+
+    def _attend(self, qkv_SF: torch.Tensor, stream: Stream) -> torch.Tensor:
+        heads_SHK = qkv_SF.unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, -1))
+        q_SHK, k_SGK, v_SGK = heads_SHK.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        q_SHK, k_SGK = (rope(x, stream.cos_SK, stream.sin_SK) for x in (q_SHK, k_SGK))
+        tokens = stream.tokens
+        return attention(
+            q_SHK, k_SGK, v_SGK, cu_seqlens=tokens.cu_seqlens, lengths=tokens.lengths, causal=self.causal
+        ).flatten(1)
+
+
+class Decoder(nn.Module):
+    """Embedding and layers. The final norm belongs to the objective, which pools what it normalises."""
+
+    def __init__(
+        self, config: LlamaConfig, lora: LoraConfig, dtype: torch.dtype, *, causal: bool, recompute: bool
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, lora, dtype, layer=layer, causal=causal, recompute=recompute)
+            for layer in range(config.num_hidden_layers)
+        )
+        self.register_buffer("frequencies_k", rope_frequencies(config), persistent=False)
+
+    def stream(self, tokens: Tokens, *, adapted: bool, grad: bool) -> Stream:
+        """A stream with its rotary angles, computed once for all layers."""
+        angles_Sk = tokens.positions_S.float()[:, None] * self.frequencies_k
+        angles_SK = torch.cat([angles_Sk, angles_Sk], dim=1)
+        return Stream(tokens=tokens, cos_SK=angles_SK.cos(), sin_SK=angles_SK.sin(), adapted=adapted, grad=grad)
+
+    def forward(self, hidden: Sequence[torch.Tensor], streams: Sequence[Stream]) -> tuple[torch.Tensor, ...]:
+        """States in, states before the final norm out, one per stream."""
+        hidden = tuple(hidden)
+        for layer in self.layers:
+            hidden = layer(*hidden, streams=streams)
+        return hidden
+
+
+def rope_frequencies(config: LlamaConfig) -> torch.Tensor:
+    """Rotary frequencies (K / 2,), fp32, always on a real device; `default`, `linear` and `llama3` scaling.
+
+    Raises:
+        ValueError: The checkpoint asks for another scaling.
+    """
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    exponents_k = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    frequencies_k = 1.0 / rope["rope_theta"] ** exponents_k
+    if kind == "default":
+        return frequencies_k
+    if kind == "linear":
+        return frequencies_k / rope["factor"]
+    if kind == "llama3":
+        return _llama3_frequencies(frequencies_k, rope)
+    raise ValueError(f"rope_type {kind!r} is not supported; use default, linear or llama3")
+
+
+def _llama3_frequencies(frequencies_k: torch.Tensor, rope: dict) -> torch.Tensor:
+    """Long wavelengths are divided by `factor`, short ones kept, the middle interpolated (Llama 3.1)."""
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns_k = rope["original_max_position_embeddings"] * frequencies_k / (2 * math.pi)
+    smooth_k = ((turns_k - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth_k) * frequencies_k / rope["factor"] + smooth_k * frequencies_k

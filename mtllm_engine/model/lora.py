@@ -1,0 +1,73 @@
+"""LoRA on frozen, fused linears: one module for q/k/v, one for gate/up, with an adapter per original linear."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mtllm_engine.config import LORA_TARGETS, LoraConfig
+from mtllm_engine.kernels.lora_linear import Dropout, lora_linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Members:
+    """The original linears inside a fused one: names and output widths, in order along the output."""
+
+    names: tuple[str, ...]
+    widths: tuple[int, ...]
+
+    def adapted(self, targets: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+        """(name, start, width) of the members that LoRA targets."""
+        start = 0
+        for name, width in zip(self.names, self.widths, strict=True):
+            if name in targets:
+                yield name, start, width
+            start += width
+
+
+class Adapter(nn.Module):
+    """lora_A (R, D) and lora_B (f, R) of one linear, fp32; B starts at 0, A as PEFT starts it."""
+
+    def __init__(self, in_width: int, out_width: int, rank: int) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.empty(rank, in_width))
+        self.lora_B = nn.Parameter(torch.empty(out_width, rank))
+
+
+class LoraLinear(nn.Module):
+    """A frozen fused linear with named sets of adapters; `call` says which set runs, if any."""
+
+    def __init__(
+        self, in_width: int, members: Members, lora: LoraConfig, dtype: torch.dtype, *, layer: int, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.members = members
+        self.scale = lora.alpha / lora.rank
+        self.dropout = lora.dropout
+        self.weight = nn.Parameter(torch.empty(sum(members.widths), in_width, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(sum(members.widths), dtype=dtype)) if bias else None
+        adapted = list(members.adapted(lora.targets))
+        self.starts = {name: start for name, start, _ in adapted}
+        self.linears = tuple(layer * len(LORA_TARGETS) + LORA_TARGETS.index(name) for name, _, _ in adapted)
+        self.student = nn.ModuleDict({name: Adapter(in_width, width, lora.rank) for name, _, width in adapted})
+
+    def forward(self, x_SD: torch.Tensor, *, adapted: bool, seeds_S: torch.Tensor) -> torch.Tensor:
+        """Args: adapted: with the student's adapters. seeds_S: dropout's number for each token (int32)."""
+        if not adapted:
+            return lora_linear(x_SD, self.weight, self.bias)
+        adapters = tuple(
+            (start, self.student[name].lora_A, self.student[name].lora_B) for name, start in self.starts.items()
+        )
+        active = self.training and self.dropout > 0
+        dropout = Dropout(p=self.dropout, seeds_S=seeds_S, linears=self.linears) if active else None
+        return lora_linear(x_SD, self.weight, self.bias, adapters, self.scale, dropout)
+
+
+def initial_adapter(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """PEFT's start for `...lora_A` (Kaiming-uniform with a = sqrt 5) and `...lora_B` (0), fp32."""
+    if name.endswith("lora_B"):
+        return torch.zeros(shape)
+    bound = 1.0 / math.sqrt(shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -1,0 +1,109 @@
+"""Who else is training: ranks, devices, and the few host-side agreements they make."""
+
+import datetime
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among the ranks. Agreements run on the host (gloo), so none waits for a GPU."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    host_group: Any = None  # gloo; None when there is one rank and no process group
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def gather_ints(self, values: list[int]) -> list[list[int]]:
+        """`gather` for equally many small integers: one collective, for use in every step."""
+        if self.size == 1:
+            return [values]
+        gathered = torch.empty(self.size * len(values), dtype=torch.int64)
+        dist.all_gather_into_tensor(gathered, torch.tensor(values), group=self.host_group)
+        return gathered.view(self.size, -1).tolist()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.host_group)
+        return values[0]
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a tensor on the device; the argument is overwritten."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """Runs `function` on rank 0 alone and returns its result everywhere; a failure is raised on every rank."""
+        outcome: tuple[Any, Exception | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (function(), None)
+            except (ValueError, OSError) as error:
+                outcome = (None, error)
+        result, error = self.broadcast(outcome)
+        if error is not None:
+            raise error
+        return result
+
+    def together(self, function: Callable[[], Any]) -> Any:
+        """Runs `function` on every rank; when it fails on one, every rank raises, so that none waits for ever."""
+        result, error = None, None
+        try:
+            result = function()
+        except (ValueError, OSError) as raised:
+            error = raised
+        errors = [other for other in self.gather(error) if other is not None]
+        if errors:
+            raise errors[0]
+        return result
+
+    def close(self) -> None:
+        """Leaves the process group: without it a rank can end in `terminate called` (exit code -6)."""
+        if dist.is_initialized():
+            dist.barrier(group=self.host_group)
+            dist.destroy_process_group()
+
+
+def connect(*, timeout_s: float = 1800.0) -> World:
+    """Joins the ranks that the launcher's environment describes (RANK, WORLD_SIZE, LOCAL_RANK), or stands alone."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    if size == 1:
+        return World(rank=0, size=1, local_rank=local_rank, device=device)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    host_group = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
+    return World(rank=rank, size=size, local_rank=local_rank, device=device, host_group=host_group)
+
+
+def _share_cores(local_size: int) -> None:
+    """CPU ranks split the cores between them; more threads than cores makes OpenMP wait for itself."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // local_size))

@@ -1,0 +1,43 @@
+"""Package `mtllm_engine`; the ops in `kernels/` and `csrc/` are installed inside it (see mtllm_engine/kernels.py)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+OPS = sorted(path.parent.name for path in Path("kernels").glob("*/__init__.py"))
+
+setup(
+    name="mtllm-engine",
+    version="0.1.0",
+    description="Training engine for MT-LLM: an MT encoder stacked under an LLM by self-distillation",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[
+        *find_packages(include=["mtllm_engine", "mtllm_engine.*"]),
+        "mtllm_engine.kernels",
+        *(f"mtllm_engine.kernels.{op}" for op in OPS),
+    ],
+    package_dir={"mtllm_engine.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19.6",
+        "transformers>=5.0",
+        "tokenizers",
+        "safetensors",
+        "huggingface-hub",
+        "regex",
+        "numpy",
+        "webdataset>=1.0",
+        "pyarrow",
+        "tqdm",
+        "tensorboard",
+        "matplotlib",
+    ],
+    extras_require={
+        "flash": ["flash-attn"],
+        "triton": ["triton"],
+        "dev": ["pytest", "hypothesis", "ruff", "peft"],
+        "quickstart": ["sentencepiece"],
+    },
+    entry_points={"console_scripts": ["mtllm = mtllm_engine.cli:main"]},
+)
