@@ -196,6 +196,8 @@ def deepspeed_config(config: Config, world: World, stack: Stack) -> dict[str, An
     No `bf16` section: it would turn the fp32 adapters, and the accumulation of their gradients, into bf16.
     """
     adapters = [parameter for name, parameter in stack.named_parameters() if ".student." in name]
+    layer = sum(_numel(parameter) for parameter in stack.decoder.layers[0].parameters())
+    live = max(1_000_000_000, 4 * layer)
     derived = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -208,6 +210,11 @@ def deepspeed_config(config: Config, world: World, stack: Stack) -> dict[str, An
             "overlap_comm": world.device.type == "cuda",
             "contiguous_gradients": True,
             "stage3_param_persistence_threshold": max((_numel(p) for p in adapters), default=0),
+            # A bucket below a layer's size leaves the rest of each layer to a blocking gather, and so does a budget
+            # of live parameters that what is kept for reuse uses up before the next layer is fetched.
+            "stage3_prefetch_bucket_size": layer,
+            "stage3_max_live_parameters": live,
+            "stage3_max_reuse_distance": live - 2 * layer,
         },
         "steps_per_print": 1 << 60,
     }

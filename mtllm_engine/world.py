@@ -95,10 +95,13 @@ def connect(*, timeout_s: float = 1800.0) -> World:
         torch.cuda.set_device(device)
     else:
         _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", size)))
-    if size == 1:
-        return World(rank=0, size=1, local_rank=local_rank, device=device)
     timeout = datetime.timedelta(seconds=timeout_s)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:  # alone, without a launcher: ZeRO-3 wants a group and this variable all the same
+        os.environ.setdefault("LOCAL_RANK", "0")
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     host_group = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
     return World(rank=rank, size=size, local_rank=local_rank, device=device, host_group=host_group)
 

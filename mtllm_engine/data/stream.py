@@ -22,6 +22,8 @@ from mtllm_engine.data.shards import BadDocument, Corpus, DamagedShard
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.world import World
 
+BARREN_EPOCHS = 16  # how often a lane may pass over nothing but damaged shards; each epoch gives it others
+
 
 class Order:
     """The numbering of a corpus' samples in each epoch: `locate(epoch, number) -> (shard, index)`."""
@@ -116,7 +118,7 @@ class Lane:
             corpus, epoch, number, state = step
             document = self._read(corpus, epoch, number)
             barren = 0 if document is not None else barren + 1
-            if barren > owned and self.mixture.epochs is None:
+            if barren > BARREN_EPOCHS * owned and self.mixture.epochs is None:
                 raise ValueError(f"lane {self.number} has no usable document: {barren} in a row were skipped")
             state["skipped"] += document is None
             yield document, state

@@ -1,0 +1,126 @@
+"""ZeRO-3 on 1 to 4 ranks against plain PyTorch: the same packs, the same losses, exact resume, no extra traffic."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtllm_engine.train import train
+from mtllm_engine.world import World
+from tiny import build_config, build_corpus, build_decoder, build_encoder
+from zero_worker import ADAPTERS, launch, losses, recorded_keys, run
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+EXTRA = {
+    1: [],
+    2: ["stop_and_resume", "resume_other", "damaged_shard", "full_disk", "joint_forward", "two_passes"],
+    3: [],
+    4: [],
+}
+
+
+@pytest.fixture(scope="module")
+def world_folder(tmp_path_factory) -> Path:
+    """Checkpoints, corpora, the plain run `ten_steps_0`, and one plain run stopped after four steps."""
+    folder = tmp_path_factory.mktemp("zero")
+    build_encoder(folder / "encoder")
+    build_decoder(folder / "decoder")
+    build_decoder(folder / "deep", width=64, layers=40)
+    build_corpus(folder / "train", 120)
+    cut_corpus(build_corpus(folder / "cut", 60))
+    plain = {"zero": {"stage": 0}, **ADAPTERS}
+    with recorded_keys() as keys:
+        train(build_config(folder, run={"dir": str(folder / "ten_steps_0")}, **plain), ALONE)
+    (folder / "ten_steps_0_0.json").write_text(json.dumps({"keys": keys}))
+    run(build_config(folder, run={"dir": str(folder / "stopped_1")}, **plain), ALONE, stop_at=4)
+    return folder
+
+
+def cut_corpus(folder: Path) -> None:
+    """Cuts the last shard in the middle of its data."""
+    shard = folder / "000002.tar"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+
+
+@pytest.fixture(scope="module")
+def worlds(world_folder: Path) -> Path:
+    """The folder, once worlds of 1 to 4 ranks have run their scenarios in it."""
+    for size, extra in EXTRA.items():
+        launch(world_folder, size, ["ten_steps", *extra])
+    return world_folder
+
+
+def results(folder: Path, scenario: str, size: int) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{scenario}_{size}_*.json"))]
+
+
+def keys_by_step(folder: Path, scenario: str, size: int) -> list[list[str]]:
+    """The document keys of each step over all ranks."""
+    ranks = [result["keys"] for result in results(folder, scenario, size)]
+    return [sorted(sum(step, [])) for step in zip(*ranks, strict=True)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_any_number_of_ranks_trains_as_plain_pytorch_does(worlds: Path, size: int):
+    assert keys_by_step(worlds, "ten_steps", size) == keys_by_step(worlds, "ten_steps", 0)
+    expected = losses(worlds / "ten_steps_0")
+    assert losses(worlds / f"ten_steps_{size}") == pytest.approx(expected, rel=1e-5)
+    assert len(expected) == 10 and len(set(expected)) == 10
+
+
+def test_steps_have_several_micro_batches(worlds: Path):
+    """Otherwise the tests here would not see gradient accumulation."""
+    rows = [json.loads(line) for line in (worlds / "ten_steps_0" / "metrics.jsonl").read_text().splitlines()]
+    assert min(max(row["student_tokens"], row["teacher_tokens"]) for row in rows) > 2 * 160
+
+
+def test_stop_and_resume_is_bitwise_on_the_same_world(worlds: Path):
+    assert losses(worlds / "resumed_2") == losses(worlds / "ten_steps_2")
+    assert keys_by_step(worlds, "stop_and_resume", 2) == keys_by_step(worlds, "ten_steps", 2)
+    states = [final_state(worlds / name) for name in ("resumed_2", "ten_steps_2")]
+    assert states[0] == states[1]
+
+
+def final_state(run_folder: Path) -> dict:
+    record = json.loads((run_folder / "checkpoints" / "latest" / "state.json").read_text())
+    return {"files": record["files"], "lanes": record["lanes"]}
+
+
+def test_one_rank_continues_two(worlds: Path):
+    target = worlds / "two_to_one"
+    shutil.copytree(worlds / "stopped_2", target, symlinks=True)
+    steps = run(build_config(worlds, run={"dir": str(target)}, zero={"stage": 0}, **ADAPTERS), ALONE)
+    assert losses(target) == pytest.approx(losses(worlds / "ten_steps_2"), rel=1e-5)
+    assert [sorted(step) for step in steps] == keys_by_step(worlds, "ten_steps", 2)[4:]
+
+
+def test_two_ranks_continue_one(worlds: Path):
+    assert losses(worlds / "stopped_1") == pytest.approx(losses(worlds / "ten_steps_0"), rel=1e-5)
+    assert keys_by_step(worlds, "resume_other", 2) == keys_by_step(worlds, "ten_steps", 0)[4:]
+
+
+def test_damaged_shard_stops_every_rank_with_one_line_or_is_counted(worlds: Path):
+    for result in results(worlds, "damaged_shard", 2):
+        assert "000002.tar is cut" in result["error"] and "\n" not in result["error"]
+        assert result["skipped"] > 0
+
+
+def test_full_disk_keeps_the_checkpoint_before(worlds: Path):
+    for result in results(worlds, "full_disk", 2):
+        assert "step-00000004" in result["error"] and "earlier checkpoints are intact" in result["error"]
+    saved = sorted(path.name for path in (worlds / "full" / "checkpoints").iterdir())
+    assert saved == ["latest", "step-00000002"]
+
+
+def test_joint_layers_are_gathered_once_forward_and_once_backward(worlds: Path):
+    for result in results(worlds, "joint_forward", 2):
+        assert max(result["ratios"]) <= 2.05
+        assert result["blocking"] == 0 and result["invalidations"] == 0
+        assert set(result["pinned"]) == {0}
+
+
+def test_two_passes_would_gather_three_times(worlds: Path):
+    for result in results(worlds, "two_passes", 2):
+        assert min(result["ratios"]) >= 2.8

@@ -1,0 +1,278 @@
+"""Runs scenarios on this rank of a ZeRO-3 world: `python zero_worker.py FOLDER SCENARIO ...`, results as JSON."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from mtllm_engine import train as training
+from mtllm_engine.config import Config
+from mtllm_engine.data.batch import collate
+from mtllm_engine.data.stream import agree, build_stream
+from mtllm_engine.engine import ZeroEngine, import_deepspeed, shard
+from mtllm_engine.model.mtllm import Stack
+from mtllm_engine.model.pretrained import build_stack, build_tokenizer
+from mtllm_engine.world import World, connect
+from tiny import build_config
+
+ADAPTERS = {"lora": {"rank": 4, "alpha": 8.0, "dropout": 0.05}}
+
+
+def launch(folder: Path, world_size: int, scenarios: list[str], timeout_s: float = 300) -> None:
+    """Starts the ranks of a world and waits; a failing rank's output is the error."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = []
+    for rank in range(world_size):
+        environment = os.environ | {key: str(value) for key, value in shared.items()}
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, __file__, str(folder), *scenarios]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        ranks.append(subprocess.Popen(command, env=environment, **pipes))
+    try:
+        outputs = [rank.communicate(timeout=timeout_s)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert not any(rank.returncode for rank in ranks), "\n".join(output[-3000:] for output in outputs)
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of every step, from a run's metrics.jsonl."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@contextlib.contextmanager
+def recorded_keys(stop_at: int = 0, stop_file: Path | None = None):
+    """The document keys of every step this rank runs; asks for a stop in step `stop_at`."""
+    steps: list[list[str]] = []
+
+    def recording(stream, world, max_tokens, *, stop=False):
+        work = agree(stream, world, max_tokens, stop=stop)
+        if stream.mixture.epochs is None:
+            steps.append([document.key for documents in work.micro_batches for document in documents])
+            if len(steps) == stop_at - 1 and world.is_main:
+                stop_file.touch()
+        return work
+
+    training.agree = recording
+    try:
+        yield steps
+    finally:
+        training.agree = agree
+
+
+def run(config: Config, world: World, stop_at: int = 0) -> list[list[str]]:
+    """A training run; returns this rank's document keys by step."""
+    folder = Path(config.run.dir)
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+    with recorded_keys(stop_at, folder / "STOP") as steps:
+        training.train(config, world)
+    return steps
+
+
+def ten_steps(folder: Path, world: World) -> dict:
+    name = f"ten_steps_{world.size}"
+    return {"keys": run(build_config(folder, run={"dir": str(folder / name)}, **ADAPTERS), world)}
+
+
+def stop_and_resume(folder: Path, world: World) -> dict:
+    """Stops after four steps, keeps a copy of that, and goes on to the end."""
+    config = build_config(folder, run={"dir": str(folder / f"resumed_{world.size}")}, **ADAPTERS)
+    first = run(config, world, stop_at=4)
+    if world.is_main:
+        shutil.copytree(config.run.dir, folder / f"stopped_{world.size}", symlinks=True)
+    world.gather(None)
+    return {"keys": first + run(config, world)}
+
+
+def resume_other(folder: Path, world: World) -> dict:
+    """Continues what one process stopped after four steps."""
+    return {"keys": run(build_config(folder, run={"dir": str(folder / "stopped_1")}, **ADAPTERS), world)}
+
+
+def damaged_shard(folder: Path, world: World) -> dict:
+    """One shard is cut: every rank raises the same line; with on_error = "skip" the documents are counted."""
+    config = build_config(folder, run={"dir": str(folder / "damaged")}, data={"train": str(folder / "cut")})
+    try:
+        run(config, world)
+        error = ""
+    except ValueError as raised:
+        error = str(raised)
+    options = {"train": str(folder / "cut"), "on_error": "skip"}
+    run(build_config(folder, run={"dir": str(folder / "skipped")}, data=options, optim={"steps": 4}), world)
+    rows = [json.loads(line) for line in (folder / "skipped" / "metrics.jsonl").read_text().splitlines()]
+    return {"error": error, "skipped": rows[-1]["skipped"]}
+
+
+def full_disk(folder: Path, world: World) -> dict:
+    """The second checkpoint does not fit: every rank raises, the first one stays."""
+    config = build_config(folder, run={"dir": str(folder / "full")}, optim={"steps": 6}, checkpoint={"every": 2})
+    save = training.checkpoint.save
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limited(config, world, engine, stream, step):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            return save(config, world, engine, stream, step)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    training.checkpoint.save = limited
+    try:
+        run(config, world)
+        return {"error": ""}
+    except ValueError as raised:
+        return {"error": str(raised)}
+    finally:
+        training.checkpoint.save = save
+
+
+def joint_forward(folder: Path, world: World) -> dict:
+    return count_gathers(folder, world, two_passes=False)
+
+
+def two_passes(folder: Path, world: World) -> dict:
+    return count_gathers(folder, world, two_passes=True)
+
+
+def count_gathers(folder: Path, world: World, *, two_passes: bool) -> dict:
+    """Gathered bytes of the decoder's layers per micro-batch, trace events, and weights pinned by the graph."""
+    zero = {
+        "stage3_max_live_parameters": 280_000,
+        "stage3_max_reuse_distance": 120_000,
+        "stage3_prefetch_bucket_size": 45_000,
+        "stage3_param_persistence_threshold": 100,
+        "log_trace_cache_warnings": True,
+    }
+    config = build_config(
+        folder,
+        model={"encoder": str(folder / "encoder"), "decoder": str(folder / "deep"), "dtype": "float32"},
+        deepspeed={"zero_optimization": zero},
+    )
+    stack, weights = build_stack(config)
+    stream = build_stream(config.data, build_tokenizer(config, stack), world, seed=0)
+    engine = ZeroEngine(config, shard(stack, weights, config, world), world)
+    if two_passes:
+        stack.decoder.forward = lambda hidden, streams: one_by_one(stack, hidden, streams)
+    counts, pinned, per_micro_batch, full = Counter(), [], [], full_values(stack)
+    with counting(stack, counts):
+        for step in range(3):
+            work = agree(stream, world, config.memory.max_tokens)
+            for documents in work.micro_batches:
+                counts["micro_batches"] += 1
+                before = counts["bytes"]
+                share = engine(collate(documents, step_seed=step, device=world.device), work.spans)
+                pinned.append(num_pinned_weights(share.loss, stack, full))
+                engine.backward(share.loss)
+                per_micro_batch.append(counts["bytes"] - before)
+            engine.step(1e-3)
+            if step == 1:  # two steps of warm-up
+                counts["blocking"] = counts["invalidations"] = 0
+    base = sum(parameter.ds_numel * 4 for parameter in layer_weights(stack))
+    stream.close()
+    return {"ratios": [count / base for count in per_micro_batch], "pinned": pinned, **counts}
+
+
+def one_by_one(stack: Stack, hidden, streams) -> tuple:
+    """What the joint layer replaces: a pass of all layers for each stream."""
+    outputs = []
+    for state, stream in zip(hidden, streams):
+        for layer in stack.decoder.layers:
+            (state,) = layer(state, streams=(stream,))
+        outputs.append(state)
+    return tuple(outputs)
+
+
+def layer_weights(stack: Stack) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in stack.decoder.layers.parameters() if not parameter.ds_persist]
+
+
+@contextlib.contextmanager
+def counting(stack: Stack, counts: Counter):
+    """Counts gathers of the decoder's weights (bytes), fetches nobody prefetched, and invalidated traces."""
+    import_deepspeed()
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    counted = {id(parameter) for parameter in layer_weights(stack)}
+    fetch, invalidate = Coordinator._fetch_sub_module_impl, Coordinator._invalidate_trace
+    for parameter in stack.parameters():
+        gather = parameter.all_gather_coalesced
+
+        def counting_gather(parameters, *args, gather=gather, **kwargs):
+            parameters = list(parameters)
+            counts["bytes"] += sum(p.ds_numel * p.element_size() for p in parameters if id(p) in counted)
+            return gather(parameters, *args, **kwargs)
+
+        parameter.all_gather_coalesced = counting_gather
+
+    def counting_fetch(self, module, forward, is_leaf):
+        missing = [p for p in module.parameters(recurse=is_leaf) if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        counts["blocking"] += bool(missing)
+        return fetch(self, module, forward, is_leaf)
+
+    def counting_invalidate(self):
+        counts["invalidations"] += 1
+        return invalidate(self)
+
+    Coordinator._fetch_sub_module_impl, Coordinator._invalidate_trace = counting_fetch, counting_invalidate
+    try:
+        yield
+    finally:
+        Coordinator._fetch_sub_module_impl, Coordinator._invalidate_trace = fetch, invalidate
+
+
+def full_values(stack: Stack) -> list[torch.Tensor]:
+    """The decoder's base matrices, and transposed, as a graph could hold them."""
+    with import_deepspeed().zero.GatheredParameters(layer_weights(stack)):
+        full = [parameter.detach().clone() for parameter in layer_weights(stack)]
+    return full + [value.T for value in full if value.dim() == 2]
+
+
+def num_pinned_weights(loss: torch.Tensor, stack: Stack, full: list[torch.Tensor]) -> int:
+    """Full base matrices that the graph keeps though their layers have been released."""
+    status = import_deepspeed().runtime.zero.partition_parameters.ZeroParamStatus
+    live = {p.data_ptr() for p in layer_weights(stack) if p.ds_status == status.AVAILABLE}
+    assert len(live) < len(layer_weights(stack)) / 2, "the limits released too few layers to see anything"
+    kept = {tensor.data_ptr(): tensor for tensor in saved_tensors(loss.grad_fn)}
+    return sum(any(torch.equal(kept[pointer], value) for value in full) for pointer in kept.keys() - live)
+
+
+def saved_tensors(root) -> list[torch.Tensor]:
+    """Everything the graph keeps for backward."""
+    tensors, seen, todo = [], set(), [root]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        saved = list(getattr(node, "saved_tensors", ()))
+        saved += [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        tensors += [item for item in saved if isinstance(item, torch.Tensor)]
+        todo += [following for following, _ in node.next_functions]
+    return tensors
+
+
+if __name__ == "__main__":
+    target, names = Path(sys.argv[1]), sys.argv[2:]
+    this_world = connect(timeout_s=120)
+    for scenario in names:
+        result = globals()[scenario](target, this_world)
+        (target / f"{scenario}_{this_world.size}_{this_world.rank}.json").write_text(json.dumps(result))
+    this_world.close()
