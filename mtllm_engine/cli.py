@@ -1,17 +1,25 @@
 """The `mtllm` command."""
 
 import argparse
+import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mtllm_engine.config import load
 from mtllm_engine.data import shards
 from mtllm_engine.data.languages import check_language
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status. What the user can mend is one line on stderr."""
-    arguments = _build_parser().parse_args(argv)
+    parser = _build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest:  # overrides on the other side of an option, which argparse does not collect by itself
+        if "overrides" not in arguments or any(item.startswith("-") for item in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.overrides += rest
     try:
         return arguments.run(arguments)
     except (ValueError, OSError) as error:
@@ -22,8 +30,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mtllm")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
     _add_shards(commands)
     return parser
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("train", help="distil: stage 1, on one node's GPUs or on CPU ranks")
+    parser.add_argument("config", metavar="CONFIG", help="TOML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--gpus", type=int, metavar="N", help="ranks on this node (default: 1)", default=1)
+    parser.set_defaults(run=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    """Becomes `deepspeed --num_gpus N --module mtllm_engine.train ...`, with a port of its own."""
+    load(arguments.config, arguments.overrides)  # a mistake is told here, once, and not by every rank
+    if arguments.gpus < 1:
+        raise ValueError(f"--gpus must be at least 1, not {arguments.gpus}")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = ["-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(arguments.gpus)]
+    launcher += ["--master_port", str(port), "--module", "mtllm_engine.train"]
+    if not os.path.exists("/dev/nvidiactl"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *launcher, arguments.config, *arguments.overrides])
 
 
 def _add_shards(commands: argparse._SubParsersAction) -> None:

@@ -20,7 +20,7 @@ from mtllm_engine.model.encoder import EncoderLayer
 from mtllm_engine.model.mtllm import Stack
 from mtllm_engine.model.pretrained import Weights
 from mtllm_engine.objective import Distilled
-from mtllm_engine.world import World
+from mtllm_engine.world import Agreed, World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by its own names
 CHUNK = 1 << 26  # elements read from a checkpoint at once
@@ -60,7 +60,7 @@ def build_engine(config: Config, stack: Stack, world: World) -> "PlainEngine | Z
     if config.zero.stage == 3:
         return ZeroEngine(config, stack, world)
     if world.size > 1:
-        raise ValueError(f"zero.stage=0 runs on one rank, not {world.size}; set zero.stage=3")
+        raise Agreed(ValueError(f"zero.stage=0 runs on one rank, not {world.size}; set zero.stage=3"))
     return PlainEngine(config, stack)
 
 

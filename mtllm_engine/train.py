@@ -23,7 +23,7 @@ from mtllm_engine.model.mtllm import Stack
 from mtllm_engine.model.pretrained import build_stack, build_tokenizer
 from mtllm_engine.objective import moments
 from mtllm_engine.report import write_report
-from mtllm_engine.world import World, connect
+from mtllm_engine.world import Agreed, World, connect
 
 
 def train(config: Config, world: World) -> None:
@@ -32,9 +32,9 @@ def train(config: Config, world: World) -> None:
     Raises:
         ValueError: Something the user can mend; the message names it and the fix.
     """
-    stack, weights = build_stack(config)
-    tokenizer = build_tokenizer(config, stack)
-    stream = build_stream(config.data, tokenizer, world, seed=config.run.seed)
+    stack, weights = world.together(lambda: build_stack(config))
+    tokenizer = world.together(lambda: build_tokenizer(config, stack))
+    stream = world.together(lambda: build_stream(config.data, tokenizer, world, seed=config.run.seed))
     engine = build_engine(config, shard(stack, weights, config, world), world)
     start = checkpoint.restore(config, world, engine, stream)
     world.on_main(lambda: _describe(config, world, stack, start))
@@ -122,14 +122,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = configs.load(arguments[0], arguments[1:])
         world = connect()
         train(config, world)
-        return 0
     except (ValueError, OSError) as error:
-        if world is None or world.is_main or world.size == 1:
+        is_common = world is None or isinstance(error, Agreed)
+        if not is_common or os.environ.get("RANK", "0") == "0":
             print("mtllm: error:", " ".join(str(error).split()), file=sys.stderr)
+        if isinstance(error, Agreed):
+            world.close()  # the others leave too; after an error of one rank alone they would be waited for in vain
         return 1
-    finally:
-        if world is not None:
-            world.close()
+    world.close()
+    return 0
 
 
 def _describe(config: Config, world: World, stack: Stack, start: int) -> None:
@@ -143,7 +144,9 @@ def _describe(config: Config, world: World, stack: Stack, start: int) -> None:
         sizes[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
     data = config.data
     pack = f"{data.pack_documents} documents" if data.pack_documents else f"up to {data.pack_tokens} tokens"
-    ops = {name: kernel.label(world.device) for name, kernel in kernels.discover().items()}
+    ops: dict[str, list[str]] = {}
+    for name, kernel in kernels.discover().items():
+        ops.setdefault(kernel.label(world.device), []).append(name)
     print_header(
         {
             "run": f"{folder}" + (f" (continued after step {start})" if start else ""),
@@ -153,7 +156,7 @@ def _describe(config: Config, world: World, stack: Stack, start: int) -> None:
             "device": f"{world.size} x {environment(world)['device']}, ZeRO stage {config.zero.stage}",
             "step": f"{data.lanes} packs of {pack}, micro-batches of up to {config.memory.max_tokens} tokens",
             "corpora": ", ".join(data.train),
-            "kernels": ", ".join(f"{name}: {label}" for name, label in ops.items()),
+            "kernels": "; ".join(f"{label}: {', '.join(names)}" for label, names in ops.items()),
         }
     )
 

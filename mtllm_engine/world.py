@@ -10,6 +10,14 @@ import torch
 import torch.distributed as dist
 
 
+class Agreed(ValueError):
+    """An error that every rank raises, so that one may tell it and all may leave in order; `cause` is the original."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
 @dataclass(frozen=True, kw_only=True)
 class World:
     """This process among the ranks. Agreements run on the host (gloo), so none waits for a GPU."""
@@ -64,7 +72,7 @@ class World:
                 outcome = (None, error)
         result, error = self.broadcast(outcome)
         if error is not None:
-            raise error
+            raise Agreed(error)
         return result
 
     def together(self, function: Callable[[], Any]) -> Any:
@@ -74,10 +82,14 @@ class World:
             result = function()
         except (ValueError, OSError) as raised:
             error = raised
+        self.agree_on(error)
+        return result
+
+    def agree_on(self, error: Exception | None) -> None:
+        """Every rank brings the error it met, if any; when one did, all raise the first."""
         errors = [other for other in self.gather(error) if other is not None]
         if errors:
-            raise errors[0]
-        return result
+            raise Agreed(errors[0])
 
     def close(self) -> None:
         """Leaves the process group: without it a rank can end in `terminate called` (exit code -6)."""

@@ -1,12 +1,18 @@
 """ZeRO-3 on 1 to 4 ranks against plain PyTorch: the same packs, the same losses, exact resume, no extra traffic."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from mtllm_engine.config import dumps
 from mtllm_engine.train import train
 from mtllm_engine.world import World
 from tiny import build_config, build_corpus, build_decoder, build_encoder
@@ -86,6 +92,29 @@ def test_stop_and_resume_is_bitwise_on_the_same_world(worlds: Path):
 def final_state(run_folder: Path) -> dict:
     record = json.loads((run_folder / "checkpoints" / "latest" / "state.json").read_text())
     return {"files": record["files"], "lanes": record["lanes"]}
+
+
+def test_killed_between_checkpoints_and_continued(worlds: Path):
+    """The command users type, killed without warning after step 4 or later, with checkpoints every 3 steps."""
+    config = build_config(worlds, run={"dir": str(worlds / "killed")}, checkpoint={"every": 3}, **ADAPTERS)
+    (worlds / "killed.toml").write_text(dumps(config))
+    command = [sys.executable, "-m", "mtllm_engine.cli", "train", str(worlds / "killed.toml"), "--gpus", "2"]
+    launcher = subprocess.Popen(command, start_new_session=True)
+    while launcher.poll() is None and last_step(worlds / "killed") < 4:
+        time.sleep(0.01)
+    os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    assert launcher.returncode == -signal.SIGKILL and last_step(worlds / "killed") < 10
+    subprocess.run(command, check=True)
+    assert losses(worlds / "killed") == losses(worlds / "ten_steps_2")
+    steps = [row["step"] for row in map(json.loads, (worlds / "killed" / "metrics.jsonl").open())]
+    assert steps == list(range(1, 11))
+
+
+def last_step(run_folder: Path) -> int:
+    path = run_folder / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def test_one_rank_continues_two(worlds: Path):

@@ -303,7 +303,7 @@ def agree(stream: Stream, world: World, max_tokens: int, *, stop: bool = False) 
     )
     failed, stopped, counts, num_documents, num_student, num_teacher, skipped = zip(*ranks)
     if any(failed):
-        raise next(other for other in world.gather(error) if other is not None)
+        world.agree_on(error)
     micro_batches += [[] for _ in range(max(counts) - len(micro_batches))]
     return Step(
         micro_batches=micro_batches,
