@@ -19,7 +19,7 @@ $(INSTALLED): setup.py constraints.txt
 	@touch $@
 
 quickstart: $(INSTALLED)
-	@$(BIN)/python -m mtllm_engine.quickstart runs/quickstart
+	@$(BIN)/python -m mtllm_engine.quickstart
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest

@@ -36,7 +36,7 @@ setup(
     extras_require={
         "flash": ["flash-attn"],
         "triton": ["triton"],
-        "dev": ["pytest", "hypothesis", "ruff", "peft"],
+        "dev": ["pytest", "hypothesis", "ruff", "peft", "triton"],
         "quickstart": ["sentencepiece"],
     },
     entry_points={"console_scripts": ["mtllm = mtllm_engine.cli:main"]},

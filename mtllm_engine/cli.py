@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtllm_engine.config import load
-from mtllm_engine.data import shards
+from mtllm_engine.data import shards, sources
 from mtllm_engine.data.languages import check_language
 
 
@@ -64,7 +64,7 @@ def _add_shards(commands: argparse._SubParsersAction) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
     pack = actions.add_parser("pack", help="make a corpus from text, JSONL or Parquet")
-    pack.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=f"folder or {shards.INPUT_SUFFIXES}")
+    pack.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=f"folder or {sources.INPUT_SUFFIXES}")
     pack.add_argument("--out", required=True, type=Path, metavar="DIR")
     pack.add_argument("--field", default="text", help="column, or dotted path in a JSON line (default: text)")
     pack.add_argument("--shards", default=8, type=int, metavar="N", help="number of shards (default: 8)")
@@ -89,7 +89,7 @@ def _add_shards(commands: argparse._SubParsersAction) -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> int:
-    report = shards.pack(
+    report = sources.pack(
         arguments.inputs,
         arguments.out,
         field=arguments.field,

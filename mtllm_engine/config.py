@@ -1,8 +1,10 @@
 """One TOML file, frozen dataclasses, dotted overrides: `load("run.toml", ["optim.lr=1e-4"])`."""
 
 import dataclasses
+import datetime
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -22,7 +24,6 @@ class ModelConfig:
     causal: bool = False  # False: LLM2Vec's bidirectional attention
     dtype: typing.Literal["bfloat16", "float32"] = "bfloat16"  # of the frozen base; what is trained stays fp32
     projection_bias: bool = True
-    attention: typing.Literal["auto", "torch", "flash_attn", "reference"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,9 +163,10 @@ def _override(tree: dict, override: str) -> None:
 def _parse(text: str) -> typing.Any:
     """A TOML value; what is not one is a string, so that paths need no quotes in a shell."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    return text if isinstance(value, datetime.date | datetime.time) else value  # run.dir=2030-01-31 is a folder
 
 
 def _build(cls: type, tree: typing.Any, prefix: str) -> typing.Any:
@@ -215,7 +217,7 @@ def _convert(value: typing.Any, hint: typing.Any, dotted: str) -> typing.Any:
     if is_dataclass(hint):
         return _build(hint, value, dotted)
     if origin is typing.Literal:
-        if value not in arguments or isinstance(value, bool) != isinstance(arguments[0], bool):
+        if value not in arguments or type(value) is not type(arguments[0]):
             raise ValueError(f"{dotted} must be one of {', '.join(map(repr, arguments))}, not {value!r}")
         return value
     if origin is tuple:
@@ -225,6 +227,8 @@ def _convert(value: typing.Any, hint: typing.Any, dotted: str) -> typing.Any:
     expected = origin if isinstance(hint, types.GenericAlias) else hint
     if not isinstance(value, expected) or isinstance(value, bool) != (expected is bool):
         raise ValueError(f"{dotted} must be {_describe(expected)}, not {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{dotted} must be finite, not {value!r}")
     return value
 
 
@@ -281,7 +285,7 @@ def _check(config: Config) -> None:
 
 
 def _toml_key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _toml_value(key)
 
 
 def _toml_value(value: typing.Any) -> str:
@@ -289,4 +293,6 @@ def _toml_value(value: typing.Any) -> str:
         return "{" + ", ".join(f"{_toml_key(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)  # TOML's strings, numbers and booleans are JSON's
+    if isinstance(value, float):
+        return repr(value)  # inf and nan too, which JSON spells otherwise
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # but for DEL, TOML's strings are JSON's

@@ -146,6 +146,7 @@ class ZeroEngine:
         self.engine.eval()
         with torch.no_grad():
             yield
+        self.engine.empty_partition_cache()  # layers kept for a backward that does not come
         self.engine.train()
 
     def trained_state(self) -> TrainedState:

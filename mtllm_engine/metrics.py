@@ -121,8 +121,8 @@ def pair_tokens(student_tokens: int, teacher_tokens: int) -> float:
     return (2 * student_tokens + teacher_tokens) / 3
 
 
-def print_header(rows: Mapping[str, str]) -> None:
-    """The run in a table of names and values."""
+def print_table(rows: Mapping[str, str]) -> None:
+    """Names and values, one a line."""
     width = max(map(len, rows))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()), flush=True)
 

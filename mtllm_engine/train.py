@@ -18,7 +18,7 @@ from mtllm_engine.data.batch import collate
 from mtllm_engine.data.stream import Step, agree, build_stream, hash64
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.engine import PlainEngine, ZeroEngine, build_engine, learning_rate, shard
-from mtllm_engine.metrics import Metrics, Record, environment, print_header
+from mtllm_engine.metrics import Metrics, Record, environment, print_table
 from mtllm_engine.model.mtllm import Stack
 from mtllm_engine.model.pretrained import build_stack, build_tokenizer
 from mtllm_engine.objective import moments
@@ -147,7 +147,7 @@ def _describe(config: Config, world: World, stack: Stack, start: int) -> None:
     ops: dict[str, list[str]] = {}
     for name, kernel in kernels.discover().items():
         ops.setdefault(kernel.label(world.device), []).append(name)
-    print_header(
+    print_table(
         {
             "run": f"{folder}" + (f" (continued after step {start})" if start else ""),
             "encoder": f"{config.model.encoder} (frozen)",

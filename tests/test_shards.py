@@ -20,7 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mtllm_engine.cli import main
-from mtllm_engine.data import shards
+from mtllm_engine.data import shards, sources
 from mtllm_engine.data.shards import BadDocument, Corpus, DamagedShard, Manifest, import_shards, show, verify
 
 LANGUAGE = "eng_Latn"
@@ -44,7 +44,7 @@ def corpus_folder(tmp_path):
 
 
 def pack(inputs, out, **options):
-    return shards.pack(inputs, out, **{"language": LANGUAGE, "shards": 2, "progress": False} | options)
+    return sources.pack(inputs, out, **{"language": LANGUAGE, "shards": 2, "progress": False} | options)
 
 
 def import_(folder, **options):
@@ -321,7 +321,7 @@ def test_shards_are_even_whatever_the_source(tmp_path, kind):
 
 
 def test_large_gzip_is_even_without_measuring(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_SMALL_INPUT_BYTES", 0)
+    monkeypatch.setattr(sources, "_SMALL_INPUT_BYTES", 0)
     texts = [os.urandom(500).hex() for _ in range(800)]
     source = write_source(tmp_path, "txt.gz", texts)
     manifest = pack([source], tmp_path / "corpus", shards=4).manifest
@@ -333,7 +333,7 @@ def test_large_gzip_is_even_without_measuring(tmp_path, monkeypatch):
 def test_every_shard_gets_a_document(sizes, data):
     num_shards = data.draw(st.integers(1, len(sizes)))
     starts = [sum(sizes[:number]) for number in range(len(sizes))]
-    assigned = list(shards._assign(zip(map(str, sizes), starts, strict=True), sum(sizes), num_shards))
+    assigned = list(sources._assign(zip(map(str, sizes), starts, strict=True), sum(sizes), num_shards))
     assert [text for _, text in assigned] == list(map(str, sizes))
     numbers = [number for number, _ in assigned]
     assert numbers == sorted(numbers) and set(numbers) == set(range(num_shards))

@@ -16,15 +16,14 @@ from mtllm_engine.config import dumps
 from mtllm_engine.train import train
 from mtllm_engine.world import World
 from tiny import build_config, build_corpus, build_decoder, build_encoder
-from zero_worker import ADAPTERS, launch, losses, recorded_keys, run
+from zero_worker import ADAPTERS, bf16_config, launch, losses, recorded_keys, run
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-EXTRA = {
-    1: [],
-    2: ["stop_and_resume", "resume_other", "damaged_shard", "full_disk", "joint_forward", "two_passes"],
-    3: [],
-    4: [],
-}
+RESUME = ["stop_and_resume", "resume_other"]
+VARIANTS = ["recompute", "bf16"]
+DAMAGE = ["damaged_shard", "full_disk"]
+TRAFFIC = ["joint_forward", "two_passes"]
+EXTRA = {1: [], 2: [*VARIANTS, *RESUME, *DAMAGE, *TRAFFIC], 3: [], 4: []}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +73,16 @@ def test_any_number_of_ranks_trains_as_plain_pytorch_does(worlds: Path, size: in
     expected = losses(worlds / "ten_steps_0")
     assert losses(worlds / f"ten_steps_{size}") == pytest.approx(expected, rel=1e-5)
     assert len(expected) == 10 and len(set(expected)) == 10
+
+
+def test_activation_checkpointing_changes_nothing(worlds: Path):
+    assert losses(worlds / "recompute") == pytest.approx(losses(worlds / "ten_steps_2"), rel=1e-5)
+
+
+def test_bf16_base_drifts_by_rounding_only(worlds: Path):
+    """Gradients are reduced in fp32: ranks differ from one process by less than bf16's own resolution (2^-8)."""
+    run(bf16_config(worlds, "bf16_0", stage=0), ALONE)
+    assert losses(worlds / "bf16_2") == pytest.approx(losses(worlds / "bf16_0"), rel=2**-10)
 
 
 def test_steps_have_several_micro_batches(worlds: Path):

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from mtllm_engine.config import Config, from_dict
-from mtllm_engine.data import shards
+from mtllm_engine.data import sources
 
 WORDS = (Path(__file__).read_text() + Path(random.__file__).read_text()).split()
 
@@ -97,7 +97,7 @@ def build_corpus(folder: Path, count: int, *, num_shards: int = 3, seed: int = 0
     """A packed corpus of random documents."""
     source = folder.with_suffix(".txt")
     source.write_text("\n".join(texts(count, seed=seed)))
-    shards.pack([source], folder, language="eng_Latn", shards=num_shards, progress=False)
+    sources.pack([source], folder, language="eng_Latn", shards=num_shards, progress=False)
     return folder
 
 

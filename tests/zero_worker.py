@@ -89,6 +89,22 @@ def ten_steps(folder: Path, world: World) -> dict:
     return {"keys": run(build_config(folder, run={"dir": str(folder / name)}, **ADAPTERS), world)}
 
 
+def recompute(folder: Path, world: World) -> dict:
+    """Activation checkpointing: the recomputed student sees the same dropout."""
+    options = {"run": {"dir": str(folder / "recompute")}, "memory": {"max_tokens": 160, "activations": "recompute"}}
+    return {"keys": run(build_config(folder, **options, **ADAPTERS), world)}
+
+
+def bf16(folder: Path, world: World) -> dict:
+    return {"keys": run(bf16_config(folder, f"bf16_{world.size}", stage=3), world)}
+
+
+def bf16_config(folder: Path, name: str, *, stage: int) -> Config:
+    paths = {"encoder": str(folder / "encoder"), "decoder": str(folder / "decoder")}
+    options = {"run": {"dir": str(folder / name)}, "zero": {"stage": stage}}
+    return build_config(folder, model={**paths, "dtype": "bfloat16"}, **options, **ADAPTERS)
+
+
 def stop_and_resume(folder: Path, world: World) -> dict:
     """Stops after four steps, keeps a copy of that, and goes on to the end."""
     config = build_config(folder, run={"dir": str(folder / f"resumed_{world.size}")}, **ADAPTERS)
@@ -182,6 +198,10 @@ def count_gathers(folder: Path, world: World, *, two_passes: bool) -> dict:
                 engine.backward(share.loss)
                 per_micro_batch.append(counts["bytes"] - before)
             engine.step(1e-3)
+            blocking = counts["blocking"]
+            with engine.evaluating():  # a forward alone must not cost the next step its trace
+                engine(collate(work.micro_batches[0], step_seed=0, device=world.device), work.spans)
+            counts["blocking"] = blocking
             if step == 1:  # two steps of warm-up
                 counts["blocking"] = counts["invalidations"] = 0
     base = sum(parameter.ds_numel * 4 for parameter in layer_weights(stack))

@@ -6,31 +6,25 @@ hashes are what makes that detectable.
 
 import contextlib
 import fcntl
-import gzip
 import hashlib
 import itertools
 import json
 import os
 import re
-import shutil
 import tarfile
 import tempfile
 import textwrap
-import zlib
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 FORMAT = "mtllm-shards/1"
-INPUT_SUFFIXES = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz", ".parquet")
 _OPEN_SHARDS = 128  # per corpus, one descriptor and one mapped index each: more than a rank has lanes
-_SMALL_INPUT_BYTES = 1 << 20
-_BOM = b"\xef\xbb\xbf"
 _SKIPPED = re.compile(r"__[^/]*__($|/)")  # member names that WebDataset passes over
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -195,12 +189,13 @@ def _read_sample(file: BinaryIO, path: Path, row: np.void, field: _Field) -> Sam
             raw = os.pread(file.fileno(), size, offset)
         if len(raw) < size:
             raise DamagedShard(f"shard {path} was cut while it was read")
-        return Sample(key, _text(raw, field.json_path))
+        return Sample(key, usable_text(raw, field.json_path))
     except BadDocument as error:
         raise BadDocument(f"shard {path}, key {key}: {error}") from None
 
 
-def _text(raw: bytes, json_path: tuple[str, ...] | None) -> str:
+def usable_text(raw: bytes, json_path: tuple[str, ...] | None) -> str:
+    """The text of a member or line, at `json_path` if that is given; raises BadDocument with the reason."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -289,7 +284,7 @@ def _checked_index(path: Path, shard: Shard, extension: str) -> np.ndarray:
             raise DamagedShard(f"shard {path} is cut: {size} of {shard.bytes} bytes")
         if size > shard.bytes:
             raise DamagedShard(f"shard {path} is too long: {size} bytes, its manifest says {shard.bytes}")
-        if _sha256(path) != shard.sha256:
+        if sha256_of(path) != shard.sha256:
             raise DamagedShard(f"shard {path} does not match its sha256")
         table = _build_index(path, extension)
         if len(table) != shard.samples:
@@ -297,7 +292,7 @@ def _checked_index(path: Path, shard: Shard, extension: str) -> np.ndarray:
         return table
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -375,7 +370,7 @@ def import_shards(
         except DamagedShard as error:
             raise DamagedShard(f"{error}; restore it, or remove it to import the others") from None
         num_texts += np.count_nonzero(table["offset"] >= 0)
-        shards.append(Shard(name=path.name, samples=len(table), bytes=path.stat().st_size, sha256=_sha256(path)))
+        shards.append(Shard(name=path.name, samples=len(table), bytes=path.stat().st_size, sha256=sha256_of(path)))
     if not num_texts:
         raise ValueError(f"no member {extension!r} in {folder}; name another with --field: {_extensions(paths[0])}")
     manifest = Manifest(language=language, licence=licence, fields={"text": field}, shards=tuple(shards))
@@ -439,182 +434,3 @@ def _shown(corpus: Corpus, shard: int, index: int) -> tuple[str, str]:
     except BadDocument as error:
         return "bad", str(error)
     return key, textwrap.shorten(text, 100, placeholder=" ...")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackReport:
-    path: Path
-    manifest: Manifest
-    skipped: dict[str, int]  # number of documents left out, by reason
-
-
-def pack(
-    inputs: Iterable[Path | str],
-    out: Path | str,
-    *,
-    field: str = "text",
-    language: str,
-    shards: int,
-    licence: str = "unknown",
-    on_error: Literal["raise", "skip"] = "raise",
-    progress: bool = True,
-) -> PackReport:
-    """Makes a corpus of about equal shards from text, JSONL and Parquet, in one pass and in the order of the input.
-
-    Args:
-        inputs: files, or folders searched for files of the known kinds.
-        field: column of a Parquet file, or dotted path in a JSON line.
-        on_error: what to do with a document without usable text.
-
-    Raises:
-        ValueError: `out` is in use, an input is of no known kind, a document is bad, or there are too few of them.
-        OSError: a file could not be read or written. After any error nothing is left behind.
-    """
-    out, paths = Path(out), _input_files(inputs)
-    if shards < 1:
-        raise ValueError(f"cannot make {shards} shards; use --shards 1 or more")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is already there and not empty; remove it or name another --out")
-    num_bytes = sum(path.stat().st_size for path in paths)
-    skipped: Counter[str] = Counter()
-    bar = tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None if progress else True)
-    with bar, _appearing(out) as draft:
-        texts = _texts(paths, field, skipped if on_error == "skip" else None, bar)
-        packed = _write_shards(draft, _assign(texts, num_bytes, shards))
-        manifest = Manifest(language=language, licence=licence, fields={"text": "txt"}, shards=tuple(packed))
-        manifest.save(draft)
-    return PackReport(path=out, manifest=manifest, skipped=dict(skipped))
-
-
-def _input_files(inputs: Iterable[Path | str]) -> list[Path]:
-    files: list[Path] = []
-    for path in map(Path, inputs):
-        found = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
-        known = [file for file in found if file.is_file() and file.name.lower().endswith(INPUT_SUFFIXES)]
-        if not path.exists():
-            raise ValueError(f"no such file or folder: {path}")
-        if not known:
-            raise ValueError(f"{path}: neither a file nor a folder with files that end in {', '.join(INPUT_SUFFIXES)}")
-        files += known
-    return files
-
-
-@contextlib.contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes `out` at the end, or goes away."""
-    draft = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        draft.mkdir(parents=True)
-        yield draft
-        draft.rename(out)
-    except OSError as error:
-        reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror or error
-        raise OSError(f"packing into {out} failed: {reason}; nothing was written") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _texts(paths: list[Path], field: str, skipped: Counter[str] | None, bar: tqdm) -> Iterator[tuple[str, float]]:
-    """Each text with how many bytes of the input lie before it; without `skipped` a bad document raises."""
-    start = 0
-    for path in paths:
-        kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-        json_path = tuple(field.split(".")) if kind in ("json", "jsonl") else None
-        documents = _parquet_column(path, field) if kind == "parquet" else _lines(path)
-        for number, (raw, before) in enumerate(documents, start=1):
-            bar.update(start + before - bar.n)
-            try:
-                yield _text(raw, json_path), start + before
-            except BadDocument as error:
-                if skipped is None:
-                    raise BadDocument(f"{path}:{number}: {error}; mend it or use --on-error skip") from None
-                skipped[str(error)] += 1
-        start += path.stat().st_size
-    bar.update(start - bar.n)
-
-
-def _lines(path: Path) -> Iterator[tuple[bytes, float]]:
-    """Each line with how many bytes of the file lie before it: compressed bytes, of a .gz."""
-    num_bytes = path.stat().st_size
-    with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw as file:
-        try:
-            # A short .gz is unpacked in very few reads, too coarse to cut it by; its true length costs little.
-            scale = num_bytes / max(1, file.seek(0, os.SEEK_END)) if num_bytes < _SMALL_INPUT_BYTES else None
-            file.seek(0)
-            before = 0.0
-            for line in file:
-                yield line.removesuffix(b"\n").removesuffix(b"\r").removeprefix(b"" if before else _BOM), before
-                before = raw.tell() if scale is None else file.tell() * scale
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path} is cut or damaged: {error}") from None
-
-
-def _parquet_column(path: Path, column: str) -> Iterator[tuple[bytes, float]]:
-    """Each text of a column with its share of the file's bytes before it; null is an empty text."""
-    import pyarrow
-    import pyarrow.parquet
-
-    num_bytes, seen = path.stat().st_size, 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check_column(path, column, file.schema_arrow)
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                texts = batch.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary())
-                for raw in texts.to_pylist():
-                    yield raw or b"", num_bytes * seen / file.metadata.num_rows
-                    seen += 1
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is not a sound Parquet file: {str(error).splitlines()[0]}") from None
-
-
-def _check_column(path: Path, column: str, schema: Any) -> None:
-    import pyarrow.types as kinds
-
-    if column not in schema.names:
-        raise ValueError(f"{path} has no column {column!r}; name one with --field: {', '.join(schema.names)}")
-    kind = schema.field(column).type
-    kind = kind.value_type if kinds.is_dictionary(kind) else kind
-    if not (kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind)):
-        raise ValueError(f"{path}: column {column!r} holds {kind}, not text; name another with --field")
-
-
-def _assign(texts: Iterator[tuple[str, float]], num_bytes: int, shards: int) -> Iterator[tuple[int, str]]:
-    """Each text with its shard: the one its place in the input says, but no shard is left out.
-
-    A long document may span the places of several shards, so the number grows by one at most; and it grows when as
-    many documents as shards are left. Seeing `shards` documents ahead is enough to know when.
-    """
-    ahead = deque(itertools.islice(texts, shards))
-    if len(ahead) < shards:
-        fix = f"use --shards {len(ahead)}" if ahead else "check the inputs"
-        raise ValueError(f"only {len(ahead)} documents for {shards} shards; {fix}")
-    shard = -1
-    while ahead:
-        text, before = ahead.popleft()
-        ahead.extend(itertools.islice(texts, 1))
-        is_due = before * shards >= (shard + 1) * num_bytes
-        if shard < shards - 1 and (is_due or len(ahead) < shards - 1 - shard):
-            shard += 1
-        yield shard, text
-
-
-def _write_shards(folder: Path, assigned: Iterator[tuple[int, str]]) -> list[Shard]:
-    numbered = ((shard, f"{number:010d}", text) for number, (shard, text) in enumerate(assigned))
-    return [
-        _write_shard(folder / f"{shard:06d}.tar", (Sample(key, text) for _, key, text in samples))
-        for shard, samples in itertools.groupby(numbered, key=lambda entry: entry[0])
-    ]
-
-
-def _write_shard(path: Path, samples: Iterator[Sample]) -> Shard:
-    from webdataset import TarWriter  # imports torch
-
-    count = 0
-    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:  # equal input, equal bytes
-        for key, text in samples:
-            tar.write({"__key__": key, "txt": text.encode()})
-            count += 1
-        tar.close()
-        file.flush()
-        os.fsync(file.fileno())
-    return Shard(name=path.name, samples=count, bytes=path.stat().st_size, sha256=_sha256(path))

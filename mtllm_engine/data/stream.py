@@ -228,8 +228,9 @@ class _Reader:
         try:
             while self._put((next(self._items), None)):
                 pass
-        except Exception as error:  # handed to the caller of `next`, whatever it is
-            self._put((None, error))
+        except Exception as error:  # handed to the caller of `next`, whatever it is, and again if called again
+            while self._put((None, error)):
+                pass
 
     def _put(self, item: Any) -> bool:
         while not self._closed.is_set():

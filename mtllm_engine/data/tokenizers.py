@@ -41,9 +41,11 @@ class Side:
     def fits(self, encoding: Encoding, limit: int) -> bool:
         return len(encoding.ids) + self.num_special <= limit
 
-    def reach(self, encoding: Encoding, limit: int) -> int:
-        """How many characters the tokens that fit `limit` cover."""
-        tokens = min(len(encoding.ids), limit - self.num_special)
+    def reach(self, encoding: Encoding, limit: int, length: int) -> int:
+        """How many of a text's `length` characters the tokens that fit `limit` cover."""
+        if self.fits(encoding, limit):
+            return length  # where the last token ends says less: a normaliser may drop what follows
+        tokens = limit - self.num_special
         return encoding.offsets[tokens - 1][1] if tokens else 0
 
 
@@ -95,19 +97,22 @@ class PairTokenizer:
     def __call__(self, text: str, language: str) -> tuple[np.ndarray, np.ndarray]:
         """Student ids (S,) and teacher ids (T,), int32."""
         sides = (self.student(language), self.teacher)
-        encodings = self._encode_head(text, sides)
+        encodings, reach = self._encode_head(text, sides)
         if self.truncation == "aligned" and not self._all_fit(sides, encodings):
-            encodings = self._encode_cut(text, sides, min(map(self._reach, sides, encodings)))
+            encodings = self._encode_cut(text, sides, reach)
         student_ids, teacher_ids = (side.ids(encoding, self.max_length) for side, encoding in zip(sides, encodings))
         return student_ids, teacher_ids
 
-    def _encode_head(self, text: str, sides: Sequence[Side]) -> list[Encoding]:
-        """Both encodings of a prefix with more text than fits, so that a book costs no more than a page."""
+    def _encode_head(self, text: str, sides: Sequence[Side]) -> tuple[list[Encoding], int]:
+        """Both encodings of a prefix with more text than fits, and their reach: a book costs no more than a page."""
         size = 8 * self.max_length
+        common = min if self.truncation == "aligned" else max  # how far one side reaches, or the other one too
         while True:
-            encodings = [side.encode(text[:size]) for side in sides]
-            if size >= len(text) or min(map(self._reach, sides, encodings)) <= size // 2:
-                return encodings
+            head = text[:size]
+            encodings = [side.encode(head) for side in sides]
+            reaches = [side.reach(encoding, self.max_length, len(head)) for side, encoding in zip(sides, encodings)]
+            if size >= len(text) or common(reaches) <= size // 2:
+                return encodings, common(reaches)
             size *= 2
 
     def _encode_cut(self, text: str, sides: Sequence[Side], reach: int) -> list[Encoding]:
@@ -119,9 +124,6 @@ class PairTokenizer:
 
     def _all_fit(self, sides: Sequence[Side], encodings: Sequence[Encoding]) -> bool:
         return all(side.fits(encoding, self.max_length) for side, encoding in zip(sides, encodings))
-
-    def _reach(self, side: Side, encoding: Encoding) -> int:
-        return side.reach(encoding, self.max_length)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
@@ -159,4 +161,5 @@ def _cuts(text: str, reach: int) -> Iterator[int]:
     words = [match.start() for match in WORD_END.finditer(text, 0, reach + LONGEST_WORD)]
     num_within = bisect.bisect_right(words, reach)
     yield from (end for end in reversed(words[: num_within + 1]) if 2 * end >= reach)
-    yield from reversed([match.end() for match in GRAPHEME.finditer(text, 0, reach)])
+    graphemes = [match.end() for match in GRAPHEME.finditer(text, 0, reach + 1)]  # one on, to see if the last goes on
+    yield from (end for end in reversed(graphemes) if end <= reach)
