@@ -19,7 +19,7 @@ from mtllm_engine.model.decoder import DecoderLayer
 from mtllm_engine.model.encoder import EncoderLayer
 from mtllm_engine.model.mtllm import Stack
 from mtllm_engine.model.pretrained import Weights
-from mtllm_engine.objective import Distilled
+from mtllm_engine.objective import Share
 from mtllm_engine.world import Agreed, World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by its own names
@@ -72,7 +72,7 @@ class PlainEngine:
         self.clip = config.optim.clip
         self.optimizer = _build_optimizer(stack, config.optim)
 
-    def __call__(self, batch: Batch, global_spans: int) -> Distilled:
+    def __call__(self, batch: Batch, global_spans: int) -> Share:
         return self.stack(batch, global_spans)
 
     def backward(self, loss_share: torch.Tensor) -> None:
@@ -127,7 +127,7 @@ class ZeroEngine:
             dist_init_required=False,
         )
 
-    def __call__(self, batch: Batch, global_spans: int) -> Distilled:
+    def __call__(self, batch: Batch, global_spans: int) -> Share:
         return self.engine(batch, global_spans)
 
     def backward(self, loss_share: torch.Tensor) -> None:

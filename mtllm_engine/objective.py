@@ -1,4 +1,8 @@
-"""The distillation objective, and what says how well it goes: FVU and cosine."""
+"""The distillation objective, and what says how well it goes: FVU and cosine.
+
+`moments`, fp64 (4 + D,), are sums over spans from which both follow: add them up over anything, in any order. Layout:
+spans, squared error, cosine, squared teacher norm, then the teacher's sum (D).
+"""
 
 from typing import NamedTuple
 
@@ -9,12 +13,11 @@ from mtllm_engine.data.batch import Batch
 from mtllm_engine.kernels.distill_loss import distill_loss
 
 
-class Distilled(NamedTuple):
-    """One micro-batch's share of the loss over the global batch, and the pooled states behind it."""
+class Share(NamedTuple):
+    """What one micro-batch adds to the global batch."""
 
     loss: torch.Tensor  # fp32 scalar
-    student_PD: torch.Tensor  # fp32, detached
-    teacher_PD: torch.Tensor
+    moments: torch.Tensor  # fp64 (4 + D,), without gradient
 
 
 class Objective(nn.Module):
@@ -25,30 +28,11 @@ class Objective(nn.Module):
         self.eps = eps
         self.norm = nn.Parameter(torch.empty(width, dtype=dtype))  # the LLM's final RMSNorm
 
-    def forward(self, student_SD: torch.Tensor, teacher_TD: torch.Tensor, batch: Batch, global_spans: int) -> Distilled:
-        error, student_PD, teacher_PD = distill_loss(
-            student_SD, teacher_TD, self.norm, self.eps, batch.student_spans_P2, batch.teacher_spans_P2, batch.weight_P
+    def forward(self, student_SD: torch.Tensor, teacher_TD: torch.Tensor, batch: Batch, global_spans: int) -> Share:
+        distilled = distill_loss(
+            student_SD, teacher_TD, self.norm, self.eps, batch.student_spans, batch.teacher_spans, batch.weight_P
         )
-        loss = error / (student_PD.shape[1] * global_spans)
-        return Distilled(loss=loss, student_PD=student_PD.detach(), teacher_PD=teacher_PD.detach())
-
-
-def moments(distilled: Distilled, weight_P: torch.Tensor) -> torch.Tensor:
-    """What FVU and cosine are made of, as sums over spans, fp64 (4 + D,): add them up over anything, in any order.
-
-    Layout: spans, squared error, cosine, squared teacher norm, then the teacher's sum (D).
-    """
-    student_PD, teacher_PD, weight_P = distilled.student_PD.double(), distilled.teacher_PD.double(), weight_P.double()
-    per_span_P4 = torch.stack(
-        [
-            torch.ones_like(weight_P),
-            (student_PD - teacher_PD).square().sum(1),
-            torch.cosine_similarity(student_PD, teacher_PD, dim=1),
-            teacher_PD.square().sum(1),
-        ],
-        dim=1,
-    )
-    return torch.cat([weight_P @ per_span_P4, weight_P @ teacher_PD])
+        return Share(distilled.pooled_error / (student_SD.shape[1] * global_spans), distilled.moments)
 
 
 def fvu(moments: torch.Tensor) -> float:

@@ -21,7 +21,6 @@ from mtllm_engine.engine import PlainEngine, ZeroEngine, build_engine, learning_
 from mtllm_engine.metrics import Metrics, Record, environment, print_table
 from mtllm_engine.model.mtllm import Stack
 from mtllm_engine.model.pretrained import build_stack, build_tokenizer
-from mtllm_engine.objective import moments
 from mtllm_engine.report import write_report
 from mtllm_engine.world import Agreed, World, connect
 
@@ -68,7 +67,7 @@ def train_step(
         batch = collate(documents, step_seed=seed, device=world.device)
         share = engine(batch, work.spans)
         engine.backward(share.loss)
-        loss, sums = loss + share.loss.detach(), sums + moments(share, batch.weight_P)
+        loss, sums = loss + share.loss.detach(), sums + share.moments
     lr = learning_rate(config.optim, step)
     record.result(loss, engine.step(lr), sums, lr)
 
@@ -96,7 +95,7 @@ def validate(
         while (work := agree(stream, world, config.memory.max_tokens)).spans:
             for documents in work.micro_batches:
                 batch = collate(documents, step_seed=0, device=world.device)
-                sums = sums + moments(engine(batch, work.spans), batch.weight_P)
+                sums = sums + engine(batch, work.spans).moments
             spans += work.spans
     skipped = work.skipped
     stream.close()
@@ -146,7 +145,7 @@ def _describe(config: Config, world: World, stack: Stack, start: int) -> None:
     pack = f"{data.pack_documents} documents" if data.pack_documents else f"up to {data.pack_tokens} tokens"
     ops: dict[str, list[str]] = {}
     for name, kernel in kernels.discover().items():
-        ops.setdefault(kernel.label(world.device), []).append(name)
+        ops.setdefault(kernel.label(world.device.type), []).append(name)
     print_table(
         {
             "run": f"{folder}" + (f" (continued after step {start})" if start else ""),

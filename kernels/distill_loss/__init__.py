@@ -1,12 +1,94 @@
-"""distill_loss: sum_p weight_p ||s_p - t_p||^2, with s_p and t_p the means of RMSNorm(hidden) over span p.
+"""distill_loss: how far the student's finally normed states are from the teacher's, pooled and token by token.
 
-Spans are int32 (P, 2), [start, end) in the packed tokens, in order and disjoint. Returns the sum (fp32 scalar) and the
-pooled student and teacher states (P, D) fp32, from which the metrics follow. The loss of arXiv 2406.12739 (section 3)
-is this sum over (D * number of spans in the global batch).
+With y = RMSNorm(hidden) for both, s_p and t_p the means of y over span p:
+    pooled_error = sum_p weight_p ||s_p - t_p||^2
+    token_error  = sum over the student's tokens with a partner of ||y_student - y_teacher||^2
+    moments      = sums over spans, each times weight_p: 1, ||s_p - t_p||^2, cosine(s_p, t_p), ||t_p||^2, then t_p (D)
+`aligned` (int32, S) gives each student token's partner among the teacher's tokens, or -1. The norm's weight is frozen,
+the teacher gets no gradient, moments are fp64 and have none.
+Source: arXiv 2406.12739, section 3: the loss is pooled_error / (D * spans in the global batch); the token term is the
+authors' second recipe.
 """
 
-from mtllm_engine.kernels.contract import Kernel
+from typing import Any
 
+import torch
+from mtllm_engine.kernels.contract import Cost, Kernel, randn
+
+from .reference import Distilled
 from .reference import distill_loss as reference
+from .spans import Spans, build_spans
 
-distill_loss = Kernel(name="distill_loss", reference=reference)
+__all__ = ["Distilled", "Spans", "build_spans", "distill_loss"]
+
+
+def inputs(
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    *,
+    width: int,
+    student: tuple[int, ...],
+    teacher: tuple[int, ...],
+    gap: int,
+    aligned: bool,
+) -> dict[str, Any]:
+    """Args: student, teacher: lengths of the spans. gap: tokens between, before and after them that belong to none."""
+    student_spans, teacher_spans = (_spaced(lengths, gap, generator.device) for lengths in (student, teacher))
+    partners = {"size": (student_spans.num_tokens,), "generator": generator, "device": generator.device}
+    weight_P = torch.rand(len(student), generator=generator, device=generator.device) + 0.5
+    return {
+        "student_SD": randn(generator, dtype, student_spans.num_tokens, width, grad=True),
+        "teacher_TD": randn(generator, dtype, teacher_spans.num_tokens, width),
+        "norm_weight_D": 1 + 0.1 * randn(generator, dtype, width),
+        "eps": 1e-5,
+        "student_spans": student_spans,
+        "teacher_spans": teacher_spans,
+        "weight_P": weight_P,
+        "aligned_S": torch.randint(-1, teacher_spans.num_tokens, **partners, dtype=torch.int32) if aligned else None,
+    }
+
+
+def cost(
+    dtype: torch.dtype,
+    *,
+    width: int,
+    student: tuple[int, ...],
+    teacher: tuple[int, ...],
+    gap: int,
+    aligned: bool,
+) -> tuple[Cost, Cost]:
+    num_student, num_teacher = (sum(lengths) + gap * (len(lengths) + 1) for lengths in (student, teacher))
+    again = num_student if aligned else 0  # the partners' rows, a second time
+    forward = Cost(
+        bytes=(num_student + num_teacher + again) * width * dtype.itemsize,
+        flops=5 * (num_student + num_teacher) * width,
+    )
+    backward = Cost(bytes=(2 * num_student + again) * width * dtype.itemsize, flops=9 * num_student * width)
+    return forward, backward
+
+
+def _spaced(lengths: tuple[int, ...], gap: int, device: torch.device) -> Spans:
+    bounds, start = [], gap
+    for length in lengths:
+        bounds.append((start, start + length))
+        start += length + gap
+    return build_spans(bounds, start, device)
+
+
+distill_loss = Kernel(
+    name="distill_loss",
+    reference=reference,
+    inputs=inputs,
+    cases=(
+        {"width": 16, "student": (1,), "teacher": (1,), "gap": 0, "aligned": False},
+        {"width": 48, "student": (3, 1, 70, 9), "teacher": (2, 130, 1, 64), "gap": 0, "aligned": False},
+        {"width": 100, "student": (5, 66), "teacher": (7, 3), "gap": 2, "aligned": True},
+    ),
+    shapes=(
+        {"width": 4096, "student": (256,) * 64, "teacher": (256,) * 64, "gap": 0, "aligned": False},
+        {"width": 4096, "student": (256,) * 64, "teacher": (256,) * 64, "gap": 0, "aligned": True},
+        {"width": 4096, "student": (4,) * 4096, "teacher": (4,) * 4096, "gap": 0, "aligned": False},
+        {"width": 4096, "student": (16384,), "teacher": (16384,), "gap": 0, "aligned": False},
+    ),
+    cost=cost,
+)

@@ -1,10 +1,49 @@
-"""rms_norm: y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension; statistics in fp32.
+"""rms_norm: h = x + residual (if given), y = h / sqrt(mean(h^2) + eps) * weight over the last dimension; (y, h) out.
 
-Source: arXiv 1910.07467, eq. 4; rounding as in Llama (normalised value rounded to x's dtype, then scaled).
+Statistics in fp32; the weight is frozen and gets no gradient. Source: arXiv 1910.07467, eq. 4; rounding as in Llama
+(the normalised value is rounded to x's dtype, then scaled).
 """
 
-from mtllm_engine.kernels.contract import Kernel
+from typing import Any
+
+import torch
+from mtllm_engine.kernels.contract import Cost, Kernel, randn
 
 from .reference import rms_norm as reference
 
-rms_norm = Kernel(name="rms_norm", reference=reference)
+
+def inputs(
+    generator: torch.Generator, dtype: torch.dtype, *, tokens: int, width: int, residual: bool
+) -> dict[str, Any]:
+    return {
+        "x_SD": randn(generator, dtype, tokens, width, grad=True),
+        "weight_D": 1 + 0.1 * randn(generator, dtype, width),
+        "eps": 1e-5,
+        "residual_SD": randn(generator, dtype, tokens, width, grad=True) if residual else None,
+    }
+
+
+def cost(dtype: torch.dtype, *, tokens: int, width: int, residual: bool) -> tuple[Cost, Cost]:
+    state = tokens * width
+    forward = Cost(bytes=(4 if residual else 2) * state * dtype.itemsize, flops=4 * state)
+    backward = Cost(bytes=(4 if residual else 3) * state * dtype.itemsize, flops=8 * state)
+    return forward, backward
+
+
+rms_norm = Kernel(
+    name="rms_norm",
+    reference=reference,
+    inputs=inputs,
+    cases=(
+        {"tokens": 1, "width": 8, "residual": False},
+        {"tokens": 5, "width": 48, "residual": True},
+        {"tokens": 3, "width": 1000, "residual": True},
+        {"tokens": 2, "width": 4096, "residual": False},
+    ),
+    shapes=(
+        {"tokens": 16384, "width": 4096, "residual": False},
+        {"tokens": 16384, "width": 4096, "residual": True},
+        {"tokens": 16384, "width": 8192, "residual": True},
+    ),
+    cost=cost,
+)

@@ -1,7 +1,9 @@
 import torch
 
 
-def rope(x_SHK: torch.Tensor, cos_SK: torch.Tensor, sin_SK: torch.Tensor) -> torch.Tensor:
-    left_SHk, right_SHk = x_SHK.chunk(2, dim=-1)
-    rotated_SHK = torch.cat([-right_SHk, left_SHk], dim=-1)
-    return x_SHK * cos_SK[:, None].to(x_SHK.dtype) + rotated_SHK * sin_SK[:, None].to(x_SHK.dtype)
+def rope(heads_SHK: torch.Tensor, cos_Sk: torch.Tensor, sin_Sk: torch.Tensor, num_rotated: int) -> torch.Tensor:
+    rotated, rest = heads_SHK[:, :num_rotated].float(), heads_SHK[:, num_rotated:]
+    left, right = rotated.chunk(2, dim=-1)
+    cos, sin = cos_Sk[:, None], sin_Sk[:, None]
+    turned = torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+    return torch.cat([turned.to(heads_SHK.dtype), rest], dim=1)

@@ -1,10 +1,33 @@
 """swiglu: silu(gate) * up, from one tensor (S, 2F) that holds the gate's channels and then the up-projection's.
 
-Source: arXiv 2002.05202, eq. 5.
+fp32 inside, one rounding at the end; backward starts from the input, nothing else is kept. Source: arXiv 2002.05202,
+eq. 5.
 """
 
-from mtllm_engine.kernels.contract import Kernel
+from typing import Any
+
+import torch
+from mtllm_engine.kernels.contract import Cost, Kernel, randn
 
 from .reference import swiglu as reference
 
-swiglu = Kernel(name="swiglu", reference=reference)
+
+def inputs(generator: torch.Generator, dtype: torch.dtype, *, tokens: int, width: int) -> dict[str, Any]:
+    return {"gate_up_SF": randn(generator, dtype, tokens, 2 * width, grad=True)}
+
+
+def cost(dtype: torch.dtype, *, tokens: int, width: int) -> tuple[Cost, Cost]:
+    inner = tokens * width
+    return Cost(bytes=3 * inner * dtype.itemsize, flops=6 * inner), Cost(
+        bytes=5 * inner * dtype.itemsize, flops=12 * inner
+    )
+
+
+swiglu = Kernel(
+    name="swiglu",
+    reference=reference,
+    inputs=inputs,
+    cases=({"tokens": 1, "width": 8}, {"tokens": 7, "width": 33}, {"tokens": 3, "width": 1536}),
+    shapes=({"tokens": 16384, "width": 14336}, {"tokens": 4096, "width": 28672}),
+    cost=cost,
+)

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from mtllm_engine.kernels.distill_loss import Spans, build_spans
+
 GOLDEN = np.uint32(0x9E3779B9)
 
 
@@ -60,8 +62,8 @@ class Batch:
 
     student: Tokens
     teacher: Tokens
-    student_spans_P2: torch.Tensor  # int32 [start, end) in the packed tokens
-    teacher_spans_P2: torch.Tensor
+    student_spans: Spans
+    teacher_spans: Spans
     weight_P: torch.Tensor  # fp32: 1, or 0 in the idle micro-batch
     keys: tuple[str, ...]
 
@@ -102,8 +104,8 @@ def collate(documents: Sequence[Document], *, step_seed: int, device: torch.devi
     return Batch(
         student=student,
         teacher=teacher,
-        student_spans_P2=_whole_documents(student),
-        teacher_spans_P2=_whole_documents(teacher),
+        student_spans=_whole_documents(student),
+        teacher_spans=_whole_documents(teacher),
         weight_P=torch.full((len(documents),), weight, device=device),
         keys=tuple(document.key for document in documents) if weight else (),
     )
@@ -128,8 +130,9 @@ def _pack_tokens(
     )
 
 
-def _whole_documents(tokens: Tokens) -> torch.Tensor:
-    return torch.stack([tokens.cu_seqlens[:-1], tokens.cu_seqlens[1:]], dim=1)
+def _whole_documents(tokens: Tokens) -> Spans:
+    ends_N = np.cumsum(tokens.lengths)
+    return build_spans(np.stack([ends_N - tokens.lengths, ends_N], axis=1), ends_N[-1], tokens.ids_S.device)
 
 
 def mix32(x: np.ndarray) -> np.ndarray:

@@ -26,8 +26,8 @@ class Stream:
     """One of the token streams that run through the decoder together."""
 
     tokens: Tokens
-    cos_SK: torch.Tensor
-    sin_SK: torch.Tensor
+    cos_Sk: torch.Tensor  # fp32 (S, K / 2)
+    sin_Sk: torch.Tensor
     adapted: bool  # with the student's adapters, or the bare LLM
     grad: bool  # without: the layer runs under no_grad
 
@@ -70,15 +70,16 @@ class DecoderLayer(nn.Module):
 
     def _block(self, hidden_SD: torch.Tensor, stream: Stream) -> torch.Tensor:
         call = {"adapted": stream.adapted, "seeds_S": stream.tokens.seeds_S}
-        context_SD = self._attend(self.qkv(rms_norm(hidden_SD, self.attention_norm, self.eps), **call), stream)
-        hidden_SD = hidden_SD + self.out(context_SD, **call)
-        gate_up_SF = self.gate_up(rms_norm(hidden_SD, self.mlp_norm, self.eps), **call)
-        return hidden_SD + self.down(swiglu(gate_up_SF), **call)
+        normed_SD, _ = rms_norm(hidden_SD, self.attention_norm, self.eps)
+        context_SD = self._attend(self.qkv(normed_SD, **call), stream)
+        normed_SD, hidden_SD = rms_norm(self.out(context_SD, **call), self.mlp_norm, self.eps, hidden_SD)
+        return hidden_SD + self.down(swiglu(self.gate_up(normed_SD, **call)), **call)
 
     def _attend(self, qkv_SF: torch.Tensor, stream: Stream) -> torch.Tensor:
-        heads_SHK = qkv_SF.unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, -1))
+        num_rotated = self.num_heads + self.num_kv_heads
+        heads_SHK = qkv_SF.unflatten(-1, (num_rotated + self.num_kv_heads, -1))
+        heads_SHK = rope(heads_SHK, stream.cos_Sk, stream.sin_Sk, num_rotated)
         q_SHK, k_SGK, v_SGK = heads_SHK.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        q_SHK, k_SGK = (rope(x, stream.cos_SK, stream.sin_SK) for x in (q_SHK, k_SGK))
         tokens = stream.tokens
         return attention(
             q_SHK, k_SGK, v_SGK, cu_seqlens=tokens.cu_seqlens, lengths=tokens.lengths, causal=self.causal
@@ -102,8 +103,7 @@ class Decoder(nn.Module):
     def stream(self, tokens: Tokens, *, adapted: bool, grad: bool) -> Stream:
         """A stream with its rotary angles, computed once for all layers."""
         angles_Sk = tokens.positions_S.float()[:, None] * self.frequencies_k
-        angles_SK = torch.cat([angles_Sk, angles_Sk], dim=1)
-        return Stream(tokens=tokens, cos_SK=angles_SK.cos(), sin_SK=angles_SK.sin(), adapted=adapted, grad=grad)
+        return Stream(tokens=tokens, cos_Sk=angles_Sk.cos(), sin_Sk=angles_Sk.sin(), adapted=adapted, grad=grad)
 
     def forward(self, hidden: Sequence[torch.Tensor], streams: Sequence[Stream]) -> tuple[torch.Tensor, ...]:
         """States in, states before the final norm out, one per stream."""

@@ -9,7 +9,7 @@ from mtllm_engine.data.batch import Batch
 from mtllm_engine.kernels.projection import projection
 from mtllm_engine.model.decoder import Decoder
 from mtllm_engine.model.encoder import Encoder
-from mtllm_engine.objective import Distilled, Objective
+from mtllm_engine.objective import Objective, Share
 
 LAYER_NORM_EPS = 1e-5  # PyTorch's default, which M2M-100 uses
 
@@ -49,7 +49,7 @@ class Stack(nn.Module):
         self.objective = Objective(decoder.hidden_size, decoder.rms_norm_eps, dtype)
         self._freeze()
 
-    def forward(self, batch: Batch, global_spans: int) -> Distilled:
+    def forward(self, batch: Batch, global_spans: int) -> Share:
         """The micro-batch's share of the loss; `global_spans` counts the spans of all ranks' micro-batches."""
         student_SD = self.projection(self.encoder(batch.student))
         teacher_TD = self.decoder.embedding(batch.teacher.ids_S)
