@@ -16,8 +16,10 @@ setup(
         *find_packages(include=["mtllm_engine", "mtllm_engine.*"]),
         "mtllm_engine.kernels",
         *(f"mtllm_engine.kernels.{op}" for op in OPS),
+        "mtllm_engine.csrc",
     ],
-    package_dir={"mtllm_engine.kernels": "kernels"},
+    package_dir={"mtllm_engine.kernels": "kernels", "mtllm_engine.csrc": "csrc"},
+    package_data={"mtllm_engine.csrc": ["*.cpp", "cpu/*", "cuda/*"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.6",

@@ -3,6 +3,7 @@
 The definition (`reference`, plain PyTorch) and the implementations take the same arguments and agree within rounding.
 """
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Mapping
@@ -32,9 +33,14 @@ class Implementation:
     device: Literal["cpu", "cuda"]
     source: Literal["triton", "c++", "torch", "package"]
     location: str
+    package: str | None = None  # a module that must be importable too, from a package that the project does not install
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    has_run: bool = True  # on such a device, and passed its tests there; if not, the label says so
 
     @functools.cached_property
     def function(self) -> Callable[..., Any]:
+        if self.package:
+            importlib.import_module(self.package)
         module, _, name = self.location.partition(":")
         return getattr(importlib.import_module(f"mtllm_engine.kernels.{module}"), name)
 
@@ -60,25 +66,66 @@ class Kernel:
 
     def label(self, device: str) -> str:
         """What runs on a device type, for the run header, and why nothing better does."""
-        label, _, missing = self._choice(device)
-        return f"{label} ({'; '.join(missing)})" if missing else label
+        label, _, notes = self._choice(device)
+        return f"{label} ({'; '.join(notes)})" if notes else label
 
     @functools.cache  # noqa: B019 - kernels live as long as the process
     def _choice(self, device: str) -> tuple[str, Callable[..., Any], list[str]]:
-        missing = []
+        notes = []
         for label, implementation in self.implementations.items():
             if implementation.device == device:
                 try:
-                    return label, implementation.function, missing
+                    function = implementation.function
                 except ImportError as error:
-                    missing.append(f"no {label}: {error}")
-        return "reference", self.reference, missing
+                    notes.append(f"no {label}: {error}")
+                else:
+                    return label, function, notes if implementation.has_run else [*notes, "not yet run by its authors"]
+        return "reference", self.reference, notes
 
 
 def randn(generator: torch.Generator, dtype: torch.dtype, *shape: int, grad: bool = False) -> torch.Tensor:
     """Normal numbers on the generator's device, of which `dtype` is a rounding: the same values in every dtype."""
     values = torch.randn(shape, generator=generator, device=generator.device)
     return values.to(dtype).requires_grad_(grad)
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """The same structure of dicts, tuples and dataclasses, with the function's results in the tensors' places."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        items = (map_tensors(function, item) for item in value)
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if dataclasses.is_dataclass(value):
+        names = (each.name for each in dataclasses.fields(value))
+        return dataclasses.replace(value, **{name: map_tensors(function, getattr(value, name)) for name in names})
+    return value
+
+
+def named_tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
+    """The tensors in such a structure by their place in it: `adapters.0.1`."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    if isinstance(value, tuple):
+        value = dict(zip(getattr(value, "_fields", range(len(value))), value))
+    elif dataclasses.is_dataclass(value):
+        value = vars(value)
+    items = value.items() if isinstance(value, dict) else ()
+    found = [named_tensors(item, f"{name}.{key}" if name else str(key)) for key, item in items]
+    return {path: tensor for each in found for path, tensor in each.items()}
+
+
+def shrink(shape: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """A shape of about as many tokens at most, as wide as before; lengths that come in pairs stay in pairs."""
+    small = dict(shape)
+    if "tokens" in shape:
+        small["tokens"] = min(shape["tokens"], tokens)
+    for name in {"lengths", "student", "teacher"} & shape.keys():
+        longest = max(shape[name])
+        small[name] = tuple(min(length, tokens) for length in shape[name][: max(1, tokens // longest)])
+    return small
 
 
 def check(like: torch.Tensor, **tensors: torch.Tensor | None) -> None:
@@ -90,3 +137,15 @@ def check(like: torch.Tensor, **tensors: torch.Tensor | None) -> None:
             raise ValueError(f"{name} is on {tensor.device}, the other arguments are on {like.device}")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} is not contiguous; pass {name}.contiguous()")
+
+
+def check_shape(shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...], **tensors: torch.Tensor | None) -> None:
+    """Raises: ValueError: A tensor, named by its keyword, has another shape (None: any size) or none of the dtypes."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dim() != len(shape) or any(b not in (None, a) for a, b in zip(tensor.shape, shape)):
+            expected = str(tuple(shape)).replace("None", "any")
+            raise ValueError(f"{name} is of shape {tuple(tensor.shape)}, expected {expected}")
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from mtllm_engine.config import Config, flatten
-from mtllm_engine.data.shards import Manifest
+from mtllm_engine.data.shards import Manifest, sha256_of
 from mtllm_engine.data.stream import Stream
 from mtllm_engine.engine import MOMENTS, PlainEngine, TrainedState, ZeroEngine
 from mtllm_engine.model.pretrained import fingerprint, peft_name, resolve
@@ -91,7 +91,8 @@ def _write(config: Config, state: TrainedState, lanes: dict[int, Any], step: int
         partial.mkdir()
         files = {name: _write_file(partial / name, content) for name, content in _contents(config, state).items()}
         record = {"step": step, "identity": identity(config), "files": files, "lanes": lanes}
-        _write_file(partial / "state.json", json.dumps(record, indent=1).encode())
+        _write_file(partial / "state.json", _encode(record))
+        _sync(partial)
         shutil.rmtree(final, ignore_errors=True)  # of this very step, left by a run that was rewound
         partial.rename(final)
         _link(parent / "latest", final.name)
@@ -99,7 +100,8 @@ def _write(config: Config, state: TrainedState, lanes: dict[int, Any], step: int
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ValueError(f"cannot save {final}: {error.strerror or error}; earlier checkpoints are intact") from error
-    for old in sorted(parent.glob("step-*"))[: -config.checkpoint.keep]:
+    kept = sorted(path for path in parent.glob("step-*") if path <= final)  # later ones: of a run that was rewound
+    for old in kept[: -config.checkpoint.keep]:
         shutil.rmtree(old)
     return final
 
@@ -164,16 +166,32 @@ def _sync(folder: Path) -> None:
     os.close(descriptor)
 
 
+def _encode(record: dict[str, Any]) -> bytes:
+    """A record as JSON that holds its own hash."""
+    sha256 = hashlib.sha256(json.dumps(record).encode()).hexdigest()
+    return json.dumps(record | {"sha256": sha256}, indent=1).encode()
+
+
+def _decode(content: bytes) -> dict[str, Any]:
+    """Raises: ValueError: These are not the bytes that `_encode` returned."""
+    record = {key: value for key, value in json.loads(content).items() if key != "sha256"}
+    if _encode(record) != content:
+        raise ValueError
+    return record
+
+
 def _read(folder: Path) -> dict[str, Any]:
     """A checkpoint's record, once its files have been found to be those that were written."""
     fix = f"remove {folder} to continue from the checkpoint before it"
     try:
-        state = json.loads((folder / "state.json").read_text())
-        for name, sha256 in state["files"].items():
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
-                raise ValueError(f"{folder / name} is damaged; {fix}")
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+        state = _decode((folder / "state.json").read_bytes())
+        damaged = [name for name, sha256 in state["files"].items() if sha256_of(folder / name) != sha256]
+    except OSError as error:
         raise ValueError(f"{folder} is not a complete checkpoint ({error}); {fix}") from error
+    except ValueError:
+        damaged = ["state.json"]
+    if damaged:
+        raise ValueError(f"{folder / damaged[0]} is damaged; {fix}")
     return state
 
 

@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from mtllm_engine.config import load
 from mtllm_engine.data import shards, sources
@@ -27,8 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Tells a mistake in one line, as `main` does, without the usage before it."""
+        self.exit(2, f"mtllm: error: {message}; see {self.prog} --help\n")
+
+
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mtllm")
+    parser = _Parser(prog="mtllm")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_shards(commands)
@@ -55,6 +62,7 @@ def _train(arguments: argparse.Namespace) -> int:
     launcher += ["--master_port", str(port), "--module", "mtllm_engine.train"]
     if not os.path.exists("/dev/nvidiactl"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")  # ranks that share cores must not spin while they wait
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *launcher, arguments.config, *arguments.overrides])
 

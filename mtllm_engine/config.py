@@ -24,6 +24,8 @@ class ModelConfig:
     causal: bool = False  # False: LLM2Vec's bidirectional attention
     dtype: typing.Literal["bfloat16", "float32"] = "bfloat16"  # of the frozen base; what is trained stays fp32
     projection_bias: bool = True
+    projection_init: typing.Literal["embedding", "linear"] = "embedding"  # outputs as large as embeddings; nn.Linear's
+    attention: typing.Literal["auto", "torch", "flash_attn", "reference"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +152,9 @@ def flatten(config: Config) -> dict[str, typing.Any]:
 
 def _override(tree: dict, override: str) -> None:
     dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
+    *sections, key = parts = dotted.strip().split(".")
+    if not equals or "" in parts:
         raise ValueError(f"not an override: {override!r}; write section.key=value, such as optim.lr=1e-4")
-    *sections, key = dotted.strip().split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
@@ -255,19 +257,27 @@ def _check(config: Config) -> None:
         (all(weight > 0 for weight in data.weights), "data.weights must be above 0"),
         (data.lanes >= 1, "data.lanes must be at least 1"),
         (data.max_length >= 4, "data.max_length must be at least 4 (special tokens and a word)"),
-        ((data.pack_documents > 0) != (data.pack_tokens > 0), "set one of data.pack_documents and data.pack_tokens"),
+        (
+            min(data.pack_documents, data.pack_tokens) == 0 < max(data.pack_documents, data.pack_tokens),
+            "set one of data.pack_documents and data.pack_tokens above 0 and the other to 0",
+        ),
         (data.prefetch >= 1, "data.prefetch must be at least 1"),
         (optim.steps >= 1, "optim.steps must be at least 1"),
         (optim.lr > 0, "optim.lr must be above 0"),
         (0 <= optim.warmup < 1, "optim.warmup is a share of the steps: 0 <= warmup < 1"),
+        (all(0 <= beta < 1 for beta in optim.betas), "optim.betas must be in [0, 1)"),
+        (optim.eps > 0, "optim.eps must be above 0"),
+        (optim.weight_decay >= 0, "optim.weight_decay must be 0 or above"),
         (optim.clip >= 0, "optim.clip must be 0 (off) or above"),
         (lora.rank >= 1, "lora.rank must be at least 1"),
+        (lora.alpha > 0, "lora.alpha must be above 0"),
         (0 <= lora.dropout < 1, "lora.dropout must be in [0, 1)"),
         (config.checkpoint.every >= 1, "checkpoint.every must be at least 1"),
         (config.checkpoint.keep >= 1, "checkpoint.keep must be at least 1"),
         (config.run.log_every >= 1, "run.log_every must be at least 1"),
         (config.run.validate_every >= 1, "run.validate_every must be at least 1"),
         (config.run.dir, "run.dir is empty"),
+        (0 <= config.run.seed < 1 << 63, "run.seed must be 0 or above, and below 2^63"),
     ]
     for holds, message in rules:
         if not holds:

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import sentencepiece
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
@@ -31,6 +32,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
+from transformers.utils.logging import disable_progress_bar
 
 from mtllm_engine.config import load
 from mtllm_engine.data.sources import pack
@@ -94,13 +97,14 @@ def split_prose(texts: Iterable[str], held_out: float = 0.1) -> tuple[list[str],
 
 
 def write_world(
-    folder: Path, *, encoder_steps: int = 400, decoder_steps: int = 400, vocab_size: int = 2000, seed: int = 0
+    folder: Path, *, encoder_steps: int = 300, decoder_steps: int = 300, vocab_size: int = 1000, seed: int = 0
 ) -> None:
     """Writes `train.jsonl`, `validation.jsonl` (one {"text": ...} a line), `encoder/` and `decoder/`.
 
     What exists is complete, because it got its name last, and is left alone. Both models see the training text only.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    disable_progress_bar()  # saving a small model needs none
     training, validation = split_prose(collect_prose())
     _once(folder / "train.jsonl", lambda path: _write_jsonl(path, training))
     _once(folder / "validation.jsonl", lambda path: _write_jsonl(path, validation))
@@ -113,8 +117,8 @@ def build_encoder(
     folder: Path,
     texts: Sequence[str],
     *,
-    steps: int = 400,
-    vocab_size: int = 2000,
+    steps: int = 300,
+    vocab_size: int = 1000,
     width: int = 128,
     layers: int = 3,
     lr: float = 2e-3,
@@ -155,8 +159,8 @@ def build_decoder(
     folder: Path,
     texts: Sequence[str],
     *,
-    steps: int = 400,
-    vocab_size: int = 2000,
+    steps: int = 300,
+    vocab_size: int = 1000,
     width: int = 128,
     layers: int = 4,
     lr: float = 2e-3,
@@ -230,15 +234,18 @@ def _fingerprint(text: str) -> str:
 
 
 def _train_nllb_tokenizer(texts: Iterable[str], vocab_size: int) -> NllbTokenizer:
-    """NLLB's kind: BPE on words that start with U+2581; `<mask>` and 202 language codes after the vocabulary."""
-    bpe = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
-    bpe.pre_tokenizer = pre_tokenizers.Metaspace()
-    specials = ["<s>", "<pad>", "</s>", "<unk>"]
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials, show_progress=False)
-    )
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    return NllbTokenizer(vocab=bpe.get_vocab(), merges=merges, src_lang=LANGUAGE)
+    """NLLB's kind: SentencePiece BPE with its normaliser; `<mask>` and 202 language codes after the vocabulary."""
+    with tempfile.TemporaryDirectory() as folder:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_prefix=f"{folder}/sentencepiece.bpe",  # the name that NLLB's repository gives it
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=1.0,
+            num_threads=1,  # with more, ties fall differently from run to run
+            minloglevel=2,
+        )
+        return NllbTokenizer.from_pretrained(folder, extra_special_tokens=FAIRSEQ_LANGUAGE_CODES, src_lang=LANGUAGE)
 
 
 def _train_llama_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -271,7 +278,8 @@ def _masked_token_loss(model: M2M100ForConditionalGeneration, mask_id: int) -> C
         inner_BL[:, 0] = False
         masked_BL = inner_BL & (torch.rand(ids_BL.shape) < MASKED)
         hidden_BLE = model.model.encoder(ids_BL.masked_fill(masked_BL, mask_id), real_BL).last_hidden_state
-        return functional.cross_entropy(model.lm_head(hidden_BLE[masked_BL]), ids_BL[masked_BL])
+        # Visible tokens are asked for too: otherwise what is learned first is one state for all, the words' frequency.
+        return functional.cross_entropy(model.lm_head(hidden_BLE[inner_BL]), ids_BL[inner_BL])
 
     return loss
 

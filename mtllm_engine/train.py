@@ -144,7 +144,7 @@ def _describe(config: Config, world: World, stack: Stack, start: int) -> None:
     data = config.data
     pack = f"{data.pack_documents} documents" if data.pack_documents else f"up to {data.pack_tokens} tokens"
     ops: dict[str, list[str]] = {}
-    for name, kernel in kernels.discover().items():
+    for name, kernel in (kernels.discover() | {"attention": stack.attention}).items():
         ops.setdefault(kernel.label(world.device.type), []).append(name)
     print_table(
         {

@@ -98,11 +98,16 @@ class World:
             dist.destroy_process_group()
 
 
+def device_type() -> str:
+    """ "cuda" where there is a GPU, else "cpu": what every rank of this machine trains on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def connect(*, timeout_s: float = 1800.0) -> World:
     """Joins the ranks that the launcher's environment describes (RANK, WORLD_SIZE, LOCAL_RANK), or stands alone."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", local_rank) if device_type() == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:

@@ -1,4 +1,5 @@
-"""`mtllm_engine.kernels` finds the ops however the project came: editable, wheel, bare checkout, from any directory."""
+"""`mtllm_engine.kernels` finds the ops, and these find their sources in `csrc/`, however the project came: editable,
+wheel, bare checkout, from any directory."""
 
 import os
 import subprocess
@@ -9,7 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))
+SOURCES = sorted(str(path.relative_to(ROOT / "csrc")) for path in (ROOT / "csrc").rglob("*.*"))
 SHOW = "import mtllm_engine.kernels as k; print(*k.discover()); print(*k.__path__)"
+SHOW_SOURCES = (
+    "from mtllm_engine.kernels.native import CSRC;"
+    "print(*sorted(str(path.relative_to(CSRC)) for path in CSRC.rglob('*.*'))); print(CSRC)"
+)
 
 
 def ops_and_place(cwd: Path, *, search: Path | None, program: str = SHOW) -> tuple[list[str], Path]:
@@ -60,6 +66,12 @@ def test_bare_checkout_from_its_root():
 def test_bare_checkout_from_elsewhere(tmp_path: Path):
     ops, place = ops_and_place(tmp_path, search=ROOT)
     assert ops == OPS and place == ROOT / "kernels"
+
+
+def test_sources_of_native_ops(wheel_site: Path, tmp_path: Path):
+    for search, parent in ((None, ROOT), (ROOT, ROOT), (wheel_site, wheel_site / "mtllm_engine")):
+        sources, place = ops_and_place(tmp_path, search=search, program=SHOW_SOURCES)
+        assert sources == SOURCES and place == parent / "csrc"
 
 
 def test_our_folder_does_not_shadow_the_package_kernels():

@@ -1,6 +1,7 @@
 """Small, real Hugging Face checkpoints with random weights, real tokenizers and real shards, for tests."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from transformers import (
 
 from mtllm_engine.config import Config, from_dict
 from mtllm_engine.data import sources
+from mtllm_engine.world import World
 
 WORDS = (Path(__file__).read_text() + Path(random.__file__).read_text()).split()
 
@@ -27,12 +29,25 @@ def texts(count: int, *, seed: int = 0, longest: int = 60) -> list[str]:
     return [" ".join(generator.choices(WORDS, k=length)) for length in lengths]
 
 
-def build_encoder(folder: Path, *, width: int = 32, layers: int = 2, heads: int = 4, vocab_size: int = 0) -> Path:
-    """An NLLB-shaped checkpoint with its tokenizer."""
+def build_world(rank: int = 0, size: int = 1) -> World:
+    """One rank without a process group: enough for everything that makes no collective."""
+    return World(rank=rank, size=size, local_rank=rank, device=torch.device("cpu"))
+
+
+def build_encoder(
+    folder: Path,
+    *,
+    width: int = 32,
+    layers: int = 2,
+    heads: int = 4,
+    vocab_size: int = 0,
+    samples: Sequence[str] = (),
+) -> Path:
+    """An NLLB-shaped checkpoint with its tokenizer, trained on `samples` too."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace()
     specials = ["<s>", "<pad>", "</s>", "<unk>"]
-    bpe.train_from_iterator(texts(200), trainers.BpeTrainer(vocab_size=400, special_tokens=specials))
+    bpe.train_from_iterator([*texts(200), *samples], trainers.BpeTrainer(vocab_size=400, special_tokens=specials))
     tokenizer = NllbTokenizer(vocab=bpe.get_vocab(), merges=_merges(bpe))
     tokenizer.save_pretrained(folder)
     torch.manual_seed(1)
@@ -62,16 +77,17 @@ def build_decoder(
     rope: dict | None = None,
     max_shard_size: str = "5GB",
     vocab_size: int = 0,
+    samples: Sequence[str] = (),
     **options,
 ) -> Path:
-    """A Llama-shaped checkpoint with its tokenizer."""
+    """A Llama-shaped checkpoint with its tokenizer, trained on `samples` too."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     start = "<|begin_of_text|>"
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=[start], initial_alphabet=alphabet)
-    bpe.train_from_iterator(texts(200), trainer)
+    bpe.train_from_iterator([*texts(200), *samples], trainer)
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{start} $A", special_tokens=[(start, bpe.token_to_id(start))]
     )
@@ -95,8 +111,13 @@ def build_decoder(
 
 def build_corpus(folder: Path, count: int, *, num_shards: int = 3, seed: int = 0) -> Path:
     """A packed corpus of random documents."""
+    return pack_lines(folder, texts(count, seed=seed), num_shards=num_shards)
+
+
+def pack_lines(folder: Path, lines: Sequence[str], *, num_shards: int) -> Path:
+    """A packed corpus with a document for each line."""
     source = folder.with_suffix(".txt")
-    source.write_text("\n".join(texts(count, seed=seed)))
+    source.write_text("\n".join(lines))
     sources.pack([source], folder, language="eng_Latn", shards=num_shards, progress=False)
     return folder
 

@@ -4,13 +4,17 @@ q (S, H, K), k and v (S, G, K); `cu_seqlens` int32 (N+1,) on the device and the 
 Source: arXiv 1706.03762, eq. 1; grouped queries arXiv 2305.13245.
 """
 
+import dataclasses
 import itertools
 from typing import Any
 
 import torch
 from mtllm_engine.kernels.contract import Cost, Implementation, Kernel, randn
 
+from .library import HALVES
 from .reference import attention as reference
+
+__all__ = ["attention", "select"]
 
 
 def inputs(
@@ -43,20 +47,31 @@ def cost(
     return Cost(bytes=states, flops=flops), Cost(bytes=2 * states, flops=5 * flops // 2)
 
 
+_PACKAGE = {"device": "cuda", "source": "package", "dtypes": HALVES, "has_run": False}
 _LLAMA = {"heads": 32, "kv_heads": 8, "width": 128}
 
 attention = Kernel(
     name="attention",
     reference=reference,
     implementations={
-        "torch SDPA by document": Implementation("cpu", "torch", "attention.library:attention_sdpa"),
-        "torch varlen_attn": Implementation("cuda", "torch", "attention.library:attention_varlen"),
+        "torch SDPA": Implementation("cpu", "torch", "attention.library:attention_sdpa"),
+        "torch varlen_attn": Implementation("cuda", "torch", "attention.library:attention_varlen", dtypes=HALVES),
+        "flash-attn": Implementation(
+            location="attention.library:attention_flash_attn", package="flash_attn", **_PACKAGE
+        ),
+        "torch varlen_attn, FlashAttention 3": Implementation(
+            location="attention.library:attention_fa3", package="flash_attn_interface", **_PACKAGE
+        ),
+        "torch varlen_attn, FlashAttention 4": Implementation(
+            location="attention.library:attention_fa4", package="flash_attn.cute.interface", **_PACKAGE
+        ),
     },
     inputs=inputs,
     cases=(
         {"lengths": (1, 7, 3), "heads": 8, "kv_heads": 2, "width": 64, "causal": False},
         {"lengths": (33, 1), "heads": 4, "kv_heads": 4, "width": 64, "causal": True},
         {"lengths": (5, 18), "heads": 4, "kv_heads": 1, "width": 128, "causal": True},
+        {"lengths": (6, 6, 2, 2, 2, 6), "heads": 4, "kv_heads": 2, "width": 32, "causal": True},
     ),
     shapes=(
         {**_LLAMA, "lengths": (512,) * 32, "causal": False},
@@ -66,3 +81,51 @@ attention = Kernel(
     ),
     cost=cost,
 )
+
+_BACKENDS = {  # model.attention -> labels, best first
+    "auto": ("torch SDPA", "torch varlen_attn"),
+    "torch": (
+        "torch SDPA",
+        "torch varlen_attn, FlashAttention 3",
+        "torch varlen_attn, FlashAttention 4",
+        "torch varlen_attn",
+    ),
+    "flash_attn": ("flash-attn",),
+    "reference": (),
+}
+_GPUS = {"torch varlen_attn, FlashAttention 3": (9,), "torch varlen_attn, FlashAttention 4": (9, 10)}
+
+
+def select(backend: str, device: str) -> Kernel:
+    """The op with the one implementation that `model.attention` asks for, which its label names.
+
+    Args:
+        backend: auto (torch's own kernels), torch (the same, or FlashAttention 3 or 4 through torch where their package
+            is installed and the GPU is one of theirs), flash_attn (that package), reference (plain PyTorch).
+        device: cpu or cuda.
+
+    Raises:
+        ValueError: There is no such backend, it is not for the device, or its package is not installed.
+    """
+    if backend not in _BACKENDS:
+        raise ValueError(f"unknown model.attention: {backend!r}; choose one of {', '.join(_BACKENDS)}")
+    if backend == "reference":
+        return dataclasses.replace(attention, implementations={})
+    missing = []
+    for label in _BACKENDS[backend]:
+        implementation = attention.implementations[label]
+        if implementation.device == device and _suits(label):
+            try:
+                implementation.function  # noqa: B018 - imports it
+                return dataclasses.replace(attention, implementations={label: implementation})
+            except ImportError as error:
+                missing.append(str(error))
+    why = "; ".join(missing) or f"it is not for {device}"
+    raise ValueError(
+        f"model.attention = {backend!r}: {why}; pip install flash-attn on a CUDA machine, or set it to 'auto'"
+    )
+
+
+def _suits(label: str) -> bool:
+    """Whether the GPU is one that a package was written for; all others run wherever their device is."""
+    return label not in _GPUS or (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in _GPUS[label])

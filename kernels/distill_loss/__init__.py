@@ -13,7 +13,7 @@ authors' second recipe.
 from typing import Any
 
 import torch
-from mtllm_engine.kernels.contract import Cost, Kernel, randn
+from mtllm_engine.kernels.contract import Cost, Implementation, Kernel, randn
 
 from .reference import Distilled
 from .reference import distill_loss as reference
@@ -78,6 +78,10 @@ def _spaced(lengths: tuple[int, ...], gap: int, device: torch.device) -> Spans:
 distill_loss = Kernel(
     name="distill_loss",
     reference=reference,
+    implementations={
+        "c++": Implementation("cpu", "c++", "distill_loss.native:distill_loss"),
+        "cuda c++": Implementation("cuda", "c++", "distill_loss.native:distill_loss_cuda", has_run=False),
+    },
     inputs=inputs,
     cases=(
         {"width": 16, "student": (1,), "teacher": (1,), "gap": 0, "aligned": False},

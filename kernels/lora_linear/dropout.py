@@ -1,11 +1,13 @@
 """Dropout masks as a hash of (token, linear, channel): no RNG state, so recomputation and any sharding agree."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
 MULTIPLIERS = (0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32)  # murmur3's, as int32
 GOLDEN = 0x9E3779B9 - 2**32
+CHUNK = 2**18  # hashes that stay in a core's cache from the first to the last of ten passes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,22 +18,51 @@ class Dropout:
     seeds_S: torch.Tensor
     linears: tuple[int, ...]
 
+    @property
+    def threshold(self) -> int:
+        """The least int32 hash that is kept: a share p of all lies below."""
+        return int(self.p * 2**32) - 2**31
+
+    @property
+    def keep_scale(self) -> float:
+        return 1.0 / (1.0 - self.p)
+
 
 def keep_mask(dropout: Dropout, adapter: int, x_SD: torch.Tensor) -> torch.Tensor:
-    """(S, D) in x's dtype: 0 where dropped, 1 / (1 - p) elsewhere.
+    """(S, D) in x's dtype: 0 where dropped, 1 / (1 - p) elsewhere."""
+    return kept(dropout, adapter, x_SD).to(x_SD.dtype) * dropout.keep_scale
 
-    keep(s, d) = mix(mix(seed_s ^ mix(linear)) + d * golden) mod 2^31 >= p * 2^31, all on 32-bit integers.
+
+def kept(dropout: Dropout, adapter: int, x_SD: torch.Tensor) -> torch.Tensor:
+    """(S, D) bool: scramble(mix(seed_s ^ mix(linear)) + d * golden) >= (p - 1/2) 2^32, all on 32-bit integers.
+
+    The comparison hangs on a hash's high bits, and mix's last step, mix(h) = scramble(h) ^ (scramble(h) >> 16), only
+    changes low ones; a GPU spends more time on hashing than on reading x.
     """
-    linear = torch.tensor(dropout.linears[adapter], dtype=torch.int32, device=x_SD.device)
-    rows_S = mix32(dropout.seeds_S ^ mix32(linear * GOLDEN))
-    channels_D = torch.arange(x_SD.shape[1], dtype=torch.int32, device=x_SD.device) * GOLDEN
-    hash_SD = mix32(rows_S[:, None] + channels_D) & 0x7FFFFFFF
-    keep_SD = hash_SD >= int(dropout.p * 2**31)
-    return keep_SD.to(x_SD.dtype) * (1.0 / (1.0 - dropout.p))
+    num_tokens, width = x_SD.shape
+    hashes_S = mix32_(dropout.seeds_S ^ linear_hash(dropout.linears[adapter]))
+    channels_D = torch.arange(width, dtype=torch.int32, device=x_SD.device) * GOLDEN
+    keep_SD = torch.empty(num_tokens, width, dtype=torch.bool, device=x_SD.device)
+    rows = max(1, CHUNK // width) if x_SD.device.type == "cpu" else max(1, num_tokens)
+    for start in range(0, num_tokens, rows):
+        hash_sD = scramble32_(hashes_S[start : start + rows, None] + channels_D)
+        torch.ge(hash_sD, dropout.threshold, out=keep_SD[start : start + rows])
+    return keep_SD
 
 
-def mix32(x: torch.Tensor) -> torch.Tensor:
-    """murmur3's finaliser on int32 tensors, whose products wrap and whose shifts must be made logical."""
-    x = (x ^ ((x >> 16) & 0xFFFF)) * MULTIPLIERS[0]
-    x = (x ^ ((x >> 13) & 0x7FFFF)) * MULTIPLIERS[1]
-    return x ^ ((x >> 16) & 0xFFFF)
+@functools.cache
+def linear_hash(linear: int) -> int:
+    """mix(linear), an int32 computed on the host."""
+    return int(mix32_(torch.tensor(linear, dtype=torch.int32) * GOLDEN))
+
+
+def mix32_(x: torch.Tensor) -> torch.Tensor:
+    """murmur3's finaliser, in place."""
+    scramble32_(x)
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def scramble32_(x: torch.Tensor) -> torch.Tensor:
+    """All but its last step, in place on int32 tensors, whose products wrap and whose shifts must be made logical."""
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(MULTIPLIERS[0])
+    return x.bitwise_xor_((x >> 13).bitwise_and_(0x7FFFF)).mul_(MULTIPLIERS[1])

@@ -5,9 +5,10 @@ ZeRO-3 may release after the layer and gather again for backward, and dropout ma
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from .dropout import Dropout, keep_mask
+from .dropout import Dropout, kept
 
 
 def lora_linear(
@@ -39,29 +40,38 @@ class _LoraLinear(torch.autograd.Function):
         y_SF = functional.linear(x_SD, weight_FD, bias_F)
         lows = []
         for i, (start, lora_A_RD, lora_B_fR) in enumerate(zip(starts, matrices[::2], matrices[1::2])):
-            low_SR = _drop(x_SD, dropout, i) @ lora_A_RD.to(x_SD.dtype).T
+            low_SR = _drop(x_SD, _kept(x_SD, dropout, i)) @ lora_A_RD.to(x_SD.dtype).T
+            low_SR *= 1.0 if dropout is None else dropout.keep_scale
             y_SF[:, start : start + len(lora_B_fR)].addmm_(low_SR, lora_B_fR.to(x_SD.dtype).T, alpha=scale)
             lows.append(low_SR)
+        weight_FD = weight_FD if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(x_SD if matrices else None, weight_FD, *matrices, *lows)
         ctx.starts, ctx.scale, ctx.dropout = starts, scale, dropout
         return y_SF
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy_SF):
         x_SD, weight_FD, *rest = ctx.saved_tensors
-        num = len(ctx.starts)
-        dx_SD = dy_SF @ weight_FD if ctx.needs_input_grad[0] else None
+        num, keep_scale = len(ctx.starts), 1.0 if ctx.dropout is None else ctx.dropout.keep_scale
+        dx_SD = None if weight_FD is None else dy_SF @ weight_FD
         gradients = []
         for i, start in enumerate(ctx.starts):
             lora_A_RD, lora_B_fR, low_SR = rest[2 * i], rest[2 * i + 1], rest[2 * num + i]
             dy_Sf = dy_SF[:, start : start + len(lora_B_fR)]
-            dlow_SR = (dy_Sf @ lora_B_fR.to(dy_Sf.dtype)) * ctx.scale
-            gradients.append((dlow_SR.T @ _drop(x_SD, ctx.dropout, i)).to(lora_A_RD.dtype))
+            dlow_SR = (dy_Sf @ lora_B_fR.to(dy_Sf.dtype)) * (ctx.scale * keep_scale)
+            keep_SD = _kept(x_SD, ctx.dropout, i)
+            gradients.append((dlow_SR.T @ _drop(x_SD, keep_SD)).to(lora_A_RD.dtype))
             gradients.append((dy_Sf.T @ low_SR).to(lora_B_fR.dtype) * ctx.scale)
             if dx_SD is not None:
-                dx_SD += _drop(dlow_SR @ lora_A_RD.to(dy_Sf.dtype), ctx.dropout, i)
+                dx_SD += _drop(dlow_SR @ lora_A_RD.to(dy_Sf.dtype), keep_SD)
         return dx_SD, None, None, None, None, None, *gradients
 
 
-def _drop(x_SD: torch.Tensor, dropout: Dropout | None, adapter: int) -> torch.Tensor:
-    return x_SD if dropout is None else x_SD * keep_mask(dropout, adapter, x_SD)
+def _kept(x_SD: torch.Tensor, dropout: Dropout | None, adapter: int) -> torch.Tensor | None:
+    return None if dropout is None else kept(dropout, adapter, x_SD)
+
+
+def _drop(x_SD: torch.Tensor, keep_SD: torch.Tensor | None) -> torch.Tensor:
+    """What is kept, not yet scaled by 1 / (1 - p): the low-rank side of a product has fewer values to scale."""
+    return x_SD if keep_SD is None else x_SD * keep_SD

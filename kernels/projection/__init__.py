@@ -8,7 +8,7 @@ section 3; LayerNorm arXiv 1607.06450.
 from typing import Any
 
 import torch
-from mtllm_engine.kernels.contract import Cost, Kernel, randn
+from mtllm_engine.kernels.contract import Cost, Implementation, Kernel, randn
 
 from .reference import projection as reference
 
@@ -43,6 +43,7 @@ def cost(dtype: torch.dtype, *, tokens: int, width: int, out_width: int, bias: b
 projection = Kernel(
     name="projection",
     reference=reference,
+    implementations={"triton": Implementation("cuda", "triton", "projection.fused:projection", has_run=False)},
     inputs=inputs,
     cases=(
         {"tokens": 1, "width": 16, "out_width": 16, "bias": False, "grad": False},

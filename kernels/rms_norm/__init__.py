@@ -7,7 +7,7 @@ Statistics in fp32; the weight is frozen and gets no gradient. Source: arXiv 191
 from typing import Any
 
 import torch
-from mtllm_engine.kernels.contract import Cost, Kernel, randn
+from mtllm_engine.kernels.contract import Cost, Implementation, Kernel, randn
 
 from .reference import rms_norm as reference
 
@@ -33,11 +33,13 @@ def cost(dtype: torch.dtype, *, tokens: int, width: int, residual: bool) -> tupl
 rms_norm = Kernel(
     name="rms_norm",
     reference=reference,
+    implementations={"triton": Implementation("cuda", "triton", "rms_norm.fused:rms_norm", has_run=False)},
     inputs=inputs,
     cases=(
         {"tokens": 1, "width": 8, "residual": False},
         {"tokens": 5, "width": 48, "residual": True},
         {"tokens": 3, "width": 1000, "residual": True},
+        {"tokens": 40, "width": 63, "residual": True},
         {"tokens": 2, "width": 4096, "residual": False},
     ),
     shapes=(

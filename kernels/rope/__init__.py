@@ -7,7 +7,7 @@ implementation may work in place. Source: arXiv 2104.09864, eq. 34; halves, not 
 from typing import Any
 
 import torch
-from mtllm_engine.kernels.contract import Cost, Kernel, randn
+from mtllm_engine.kernels.contract import Cost, Implementation, Kernel, randn
 
 from .reference import rope as reference
 
@@ -33,11 +33,14 @@ def cost(dtype: torch.dtype, *, tokens: int, heads: int, rotated: int, width: in
 rope = Kernel(
     name="rope",
     reference=reference,
+    implementations={"triton": Implementation("cuda", "triton", "rope.fused:rope", has_run=False)},
     inputs=inputs,
     cases=(
         {"tokens": 1, "heads": 3, "rotated": 2, "width": 8},
         {"tokens": 5, "heads": 8, "rotated": 6, "width": 12},
+        {"tokens": 2, "heads": 7, "rotated": 7, "width": 6},
         {"tokens": 3, "heads": 6, "rotated": 5, "width": 128},
+        {"tokens": 2, "heads": 24, "rotated": 18, "width": 128},
     ),
     shapes=(
         {"tokens": 16384, "heads": 48, "rotated": 40, "width": 128},

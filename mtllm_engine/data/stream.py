@@ -138,18 +138,23 @@ class Lane:
         return corpus, epoch, start + position, after
 
     def _read(self, place: int, epoch: int, number: int) -> Document | None:
-        corpus = self.mixture.corpora[place]
         shard, index = self.mixture.orders[place].locate(epoch, number)
         try:
-            sample = corpus.read(shard, index)
-            student_ids_S, teacher_ids_T = self.mixture.tokenizer(sample.text, corpus.manifest.language)
+            return self._tokenised(place, shard, index)
         except (DamagedShard, BadDocument):
             if self.mixture.config.on_error == "raise":
                 raise
             return None
-        name = f"{place}/{shard}/{sample.key}".encode()
-        seed = int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "little")
-        return Document(key=sample.key, seed=seed, student_ids_S=student_ids_S, teacher_ids_T=teacher_ids_T)
+
+    def _tokenised(self, place: int, shard: int, index: int) -> Document:
+        corpus = self.mixture.corpora[place]
+        key, text = corpus.read(shard, index)
+        try:
+            student_ids_S, teacher_ids_T = self.mixture.tokenizer(text, corpus.manifest.language)
+        except ValueError as error:
+            raise BadDocument(f"shard {corpus.path / corpus.manifest.shards[shard].name}, key {key}: {error}") from None
+        seed = int.from_bytes(hashlib.blake2b(f"{place}/{shard}/{key}".encode(), digest_size=4).digest(), "little")
+        return Document(key=key, seed=seed, student_ids_S=student_ids_S, teacher_ids_T=teacher_ids_T)
 
 
 class Stream:
@@ -193,8 +198,10 @@ class Stream:
         self._states = {lane.number: states[lane.number] for lane in self.lanes}
 
     def close(self) -> None:
+        """Ends the reader; what it had read ahead is read again should the stream go on."""
         if self._reader is not None:
             self._reader.close()
+            self._reader = None
 
     def _read_steps(self) -> Iterator[list[Pack | None]]:
         iterators = [lane.packs(self._states[lane.number]) for lane in self.lanes]

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mtllm_engine.data.languages import check_language, nllb_token
 
-GRAPHEME = regex.compile(r"\X")
+GRAPHEME = regex.compile(r"\X(?=.)", regex.DOTALL)  # not the last one looked at, which may go on
 WORD_END = re.compile(r"(?<=\S)(?=\s)")
 LONGEST_WORD = 1024  # characters looked at beyond what fits, for the next end of a word
 
@@ -42,11 +42,8 @@ class Side:
         return len(encoding.ids) + self.num_special <= limit
 
     def reach(self, encoding: Encoding, limit: int, length: int) -> int:
-        """How many of a text's `length` characters the tokens that fit `limit` cover."""
-        if self.fits(encoding, limit):
-            return length  # where the last token ends says less: a normaliser may drop what follows
-        tokens = limit - self.num_special
-        return encoding.offsets[tokens - 1][1] if tokens else 0
+        """How many of a text's `length` characters come before the first token that does not fit `limit`."""
+        return length if self.fits(encoding, limit) else encoding.offsets[limit - self.num_special][0]
 
 
 class PairTokenizer:
@@ -137,6 +134,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"cannot load a tokenizer from {folder}: {reason}") from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens) | set(tokenizer.added_tokens_encoder):
+        raise ValueError(f"the tokenizer in {folder} has no words: is its tokenizer.json missing?")
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer in {folder} has no fast (tokenizers) version")
     tokenizer.backend_tokenizer.no_truncation()
@@ -155,11 +154,15 @@ def _plain_side(tokenizer: PreTrainedTokenizerFast) -> Side:
 def _cuts(text: str, reach: int) -> Iterator[int]:
     """Where a text may be cut, best first: ends of words from just beyond `reach` down, then ends of graphemes.
 
-    Tokens before the end of a word hardly depend on what follows it, so one of the first two candidates nearly always
-    fits; going one beyond `reach` makes the answer the largest end of a word that fits.
+    Cut at the end of a word, what is before has hardly other tokens than in the whole text; cut inside a word, its last
+    characters merge anew, into fewer tokens at times. So one word and two graphemes beyond `reach` are tried too, and
+    the first few candidates nearly always hold the largest that fits.
     """
-    words = [match.start() for match in WORD_END.finditer(text, 0, reach + LONGEST_WORD)]
-    num_within = bisect.bisect_right(words, reach)
-    yield from (end for end in reversed(words[: num_within + 1]) if 2 * end >= reach)
-    graphemes = [match.end() for match in GRAPHEME.finditer(text, 0, reach + 1)]  # one on, to see if the last goes on
-    yield from (end for end in reversed(graphemes) if end <= reach)
+    yield from (end for end in _ends(WORD_END, text, reach, beyond=1) if 2 * end >= reach)
+    yield from _ends(GRAPHEME, text, reach, beyond=2)
+
+
+def _ends(unit: re.Pattern, text: str, reach: int, *, beyond: int) -> list[int]:
+    """Where units of a text end, from the last of `beyond` ones after `reach` down."""
+    ends = [match.end() for match in unit.finditer(text, 0, reach + LONGEST_WORD)]
+    return ends[: bisect.bisect_right(ends, reach) + beyond][::-1]

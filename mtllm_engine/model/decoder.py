@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from mtllm_engine.config import LoraConfig
 from mtllm_engine.data.batch import Tokens
-from mtllm_engine.kernels.attention import attention
+from mtllm_engine.kernels.contract import Kernel
 from mtllm_engine.kernels.rms_norm import rms_norm
 from mtllm_engine.kernels.rope import rope
 from mtllm_engine.kernels.swiglu import swiglu
@@ -36,9 +36,18 @@ class DecoderLayer(nn.Module):
     """RMSNorm, rotary grouped-query attention, RMSNorm, SwiGLU."""
 
     def __init__(
-        self, config: LlamaConfig, lora: LoraConfig, dtype: torch.dtype, *, layer: int, causal: bool, recompute: bool
+        self,
+        config: LlamaConfig,
+        lora: LoraConfig,
+        dtype: torch.dtype,
+        attention: Kernel,
+        *,
+        layer: int,
+        causal: bool,
+        recompute: bool,
     ) -> None:
         super().__init__()
+        self.attention = attention
         width, inner = config.hidden_size, config.intermediate_size
         head_width = config.head_dim
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -81,7 +90,7 @@ class DecoderLayer(nn.Module):
         heads_SHK = rope(heads_SHK, stream.cos_Sk, stream.sin_Sk, num_rotated)
         q_SHK, k_SGK, v_SGK = heads_SHK.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         tokens = stream.tokens
-        return attention(
+        return self.attention(
             q_SHK, k_SGK, v_SGK, cu_seqlens=tokens.cu_seqlens, lengths=tokens.lengths, causal=self.causal
         ).flatten(1)
 
@@ -90,12 +99,19 @@ class Decoder(nn.Module):
     """Embedding and layers. The final norm belongs to the objective, which pools what it normalises."""
 
     def __init__(
-        self, config: LlamaConfig, lora: LoraConfig, dtype: torch.dtype, *, causal: bool, recompute: bool
+        self,
+        config: LlamaConfig,
+        lora: LoraConfig,
+        dtype: torch.dtype,
+        attention: Kernel,
+        *,
+        causal: bool,
+        recompute: bool,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, lora, dtype, layer=layer, causal=causal, recompute=recompute)
+            DecoderLayer(config, lora, dtype, attention, layer=layer, causal=causal, recompute=recompute)
             for layer in range(config.num_hidden_layers)
         )
         self.register_buffer("frequencies_k", rope_frequencies(config), persistent=False)

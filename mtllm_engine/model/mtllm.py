@@ -6,10 +6,12 @@ from transformers import LlamaConfig, M2M100Config
 
 from mtllm_engine.config import Config
 from mtllm_engine.data.batch import Batch
+from mtllm_engine.kernels.attention import select
 from mtllm_engine.kernels.projection import projection
 from mtllm_engine.model.decoder import Decoder
 from mtllm_engine.model.encoder import Encoder
 from mtllm_engine.objective import Objective, Share
+from mtllm_engine.world import device_type
 
 LAYER_NORM_EPS = 1e-5  # PyTorch's default, which M2M-100 uses
 
@@ -37,12 +39,14 @@ class Stack(nn.Module):
     def __init__(self, config: Config, encoder: M2M100Config, decoder: LlamaConfig) -> None:
         super().__init__()
         dtype = getattr(torch, config.model.dtype)
-        self.encoder = Encoder(encoder, dtype)
+        self.attention = select(config.model.attention, device_type())
+        self.encoder = Encoder(encoder, dtype, self.attention)
         self.projection = Projection(encoder.d_model, decoder.hidden_size, dtype, bias=config.model.projection_bias)
         self.decoder = Decoder(
             decoder,
             config.lora,
             dtype,
+            self.attention,
             causal=config.model.causal,
             recompute=config.memory.activations == "recompute",
         )

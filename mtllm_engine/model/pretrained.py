@@ -22,6 +22,7 @@ from mtllm_engine.model.lora import initial_adapter
 from mtllm_engine.model.mtllm import Stack
 
 FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "*.model")
+EMBEDDING_SAMPLE = 1 << 24  # numbers of the LLM's embedding that stand for all of it
 LINEARS = {  # our fused linears and what they hold, by Llama's names
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "out": ("self_attn.o_proj",),
@@ -101,8 +102,10 @@ class Source:
 class Weights:
     """Where each parameter of a `Stack` comes from: a checkpoint, or (projection, adapters) a seeded start."""
 
-    def __init__(self, stack: Stack, encoder: Checkpoint, decoder: Checkpoint, *, seed: int) -> None:
-        self.seed = seed
+    def __init__(
+        self, stack: Stack, encoder: Checkpoint, decoder: Checkpoint, *, seed: int, projection_init: str
+    ) -> None:
+        self.seed, self.projection_init = seed, projection_init
         self.shapes = {name: parameter.shape for name, parameter in stack.named_parameters()}
         self.trained = {name for name, parameter in stack.named_parameters() if parameter.requires_grad}
         self.sources = _encoder_sources(encoder, len(stack.encoder.layers))
@@ -125,7 +128,25 @@ class Weights:
         if not name.startswith("projection."):
             return initial_adapter(name, shape, generator)
         bound = 1.0 / math.sqrt(self.shapes["projection.weight"][1])  # nn.Linear's start
+        if self.projection_init == "embedding":
+            bound = 0.0 if name == "projection.bias" else bound * self._embedding_scale()
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+    def _embedding_scale(self) -> float:
+        """What makes the first student states as large (root mean square) as the LLM's embeddings.
+
+        The LLM adds its layers' updates to them: states many times larger would hardly be changed by any layer.
+        """
+        size, width = math.prod(self.shapes["decoder.embedding.weight"]), self.shapes["projection.weight"][1]
+        start = max(0, (size - EMBEDDING_SAMPLE) // 2)
+        embedding_rms = _rms(self.read("decoder.embedding.weight", start, min(start + EMBEDDING_SAMPLE, size)))
+        norm = [self.read(f"projection.norm_{part}", 0, width) for part in ("weight", "bias")]
+        normed_rms = math.hypot(*map(_rms, norm))  # of the encoder's states after its last LayerNorm
+        return math.sqrt(3) * embedding_rms / normed_rms  # a uniform variable's bound is sqrt(3) times its rms
+
+
+def _rms(values: torch.Tensor) -> float:
+    return values.double().square().mean().sqrt().item()
 
 
 def build_stack(config: Config) -> tuple[Stack, Weights]:
@@ -140,7 +161,8 @@ def build_stack(config: Config) -> tuple[Stack, Weights]:
     _check_configs(config, encoder_config, decoder_config)
     with torch.device("meta"):
         stack = Stack(config, encoder_config, decoder_config)
-    weights = Weights(stack, Checkpoint(encoder_folder), Checkpoint(decoder_folder), seed=config.run.seed)
+    encoder, decoder = Checkpoint(encoder_folder), Checkpoint(decoder_folder)
+    weights = Weights(stack, encoder, decoder, seed=config.run.seed, projection_init=config.model.projection_init)
     return stack, weights
 
 
@@ -262,16 +284,22 @@ def _first_of(checkpoint: Checkpoint, candidates: Sequence[str]) -> str:
 def _load_config(folder: Path, kind: type[PreTrainedConfig], key: str) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{key}: {folder} has no readable config.json: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # OSError, ValueError, KeyError, huggingface_hub's own for a value of the wrong type
+        raise ValueError(f"{key}: {folder} has no readable config.json: {' '.join(str(error).split())}") from error
     if not isinstance(config, kind):
         raise ValueError(f"{key}: {folder} is a {config.model_type} model; this takes {kind.model_type}")
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{key}: {folder} is quantised; this takes float32, bfloat16 or float16 weights")
     return config
 
 
 def _check_configs(config: Config, encoder: M2M100Config, decoder: LlamaConfig) -> None:
     if encoder.activation_function not in ACTIVATIONS:
         raise ValueError(f"model.encoder: activation {encoder.activation_function!r} is not supported")
+    if encoder.d_model % encoder.encoder_attention_heads:
+        raise ValueError(
+            f"model.encoder: its width {encoder.d_model} is no multiple of its {encoder.encoder_attention_heads} heads"
+        )
     if decoder.hidden_act != "silu":
         raise ValueError(f"model.decoder: activation {decoder.hidden_act!r} is not supported; Llama has silu")
     for key, positions in (
@@ -288,7 +316,10 @@ def _weight_files(folder: Path) -> list[Path]:
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),
     ):
         if (folder / index).is_file():
-            weight_map = json.loads((folder / index).read_text())["weight_map"]
+            try:
+                weight_map = json.loads((folder / index).read_text())["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{folder / index} cannot be read: {error}") from error
             files = [folder / name for name in sorted(set(weight_map.values()))]
             missing = [path.name for path in files if not path.is_file()]
             if missing:

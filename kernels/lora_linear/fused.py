@@ -1,0 +1,161 @@
+"""A frozen linear with LoRA on CUDA; two ways to the base GEMM, the same kernels around it."""
+
+import torch
+from mtllm_engine.kernels.contract import DTYPES, check, check_shape
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from .dropout import Dropout
+from .gemm import matmul
+from .low_rank import (
+    MAX_ADAPTERS,
+    MAX_RANK,
+    Group,
+    input_gradients,
+    low_activations,
+    masked_update,
+    output_gradients,
+    pack,
+)
+
+Adapters = tuple[tuple[int, torch.Tensor, torch.Tensor], ...]
+
+
+def lora_linear(
+    x_SD: torch.Tensor,
+    weight_FD: torch.Tensor,
+    bias_F: torch.Tensor | None,
+    adapters: Adapters = (),
+    scale: float = 1.0,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """x W^T + b, plus scale * drop(x) A^T B^T into the output channels from `start` on, for each adapter.
+
+    The GEMMs with W are the library's; they add themselves to the adapters' update, which lies in their output already.
+    Backward keeps x, the low-rank activations and the parameters themselves; of masks nothing.
+
+    Args:
+        x_SD: fp32, bf16 or fp16, contiguous.
+        weight_FD: Like x. Frozen; never gets a gradient.
+        bias_F: Like x. Frozen.
+        adapters: At most MAX_ADAPTERS of (start, lora_A (R, D), lora_B (f, R)), contiguous, all of one rank R up to
+            MAX_RANK; rounded to x's dtype where used, gradients are sums in fp32.
+        scale: alpha / R.
+        dropout: None in evaluation and without dropout.
+
+    Raises:
+        ValueError: An argument is not contiguous, on another device, of a wrong shape or dtype, or out of range.
+
+    Source: arXiv 2106.09685, eq. 3.
+    """
+    return _apply(False, x_SD, weight_FD, bias_F, adapters, scale, dropout)
+
+
+def lora_linear_gemm(
+    x_SD: torch.Tensor,
+    weight_FD: torch.Tensor,
+    bias_F: torch.Tensor | None,
+    adapters: Adapters = (),
+    scale: float = 1.0,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """`lora_linear` with a GEMM of our own, which sums the adapters' update into its accumulators."""
+    return _apply(True, x_SD, weight_FD, bias_F, adapters, scale, dropout)
+
+
+def _apply(
+    own_gemm: bool,
+    x_SD: torch.Tensor,
+    weight_FD: torch.Tensor,
+    bias_F: torch.Tensor | None,
+    adapters: Adapters,
+    scale: float,
+    dropout: Dropout | None,
+) -> torch.Tensor:
+    check(x_SD, x_SD=x_SD, weight_FD=weight_FD, bias_F=bias_F)
+    check_shape((None, None), DTYPES, x_SD=x_SD)
+    check_shape((None, x_SD.shape[1]), (x_SD.dtype,), weight_FD=weight_FD)
+    check_shape(weight_FD.shape[:1], (x_SD.dtype,), bias_F=bias_F)
+    group = _check_adapters(x_SD, len(weight_FD), adapters)
+    if adapters and dropout is not None:
+        _check_dropout(x_SD, dropout, len(adapters))
+    matrices = [matrix for _, *pair in adapters for matrix in pair]
+    return _LoraLinear.apply(own_gemm, x_SD, weight_FD, bias_F, group, scale, dropout, *matrices)
+
+
+def _check_adapters(x_SD: torch.Tensor, out_width: int, adapters: Adapters) -> Group | None:
+    if not adapters:
+        return None
+    if len(adapters) > MAX_ADAPTERS:
+        raise ValueError(f"adapters: {len(adapters)}, expected at most {MAX_ADAPTERS} in a group")
+    rank = len(adapters[0][1])
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"adapters have rank {rank}, expected 1 to {MAX_RANK}")
+    for i, (start, lora_A_RD, lora_B_fR) in enumerate(adapters):
+        names = {f"adapters[{i}].lora_A": lora_A_RD, f"adapters[{i}].lora_B": lora_B_fR}
+        check(x_SD, **names)
+        for shape, (name, matrix) in zip(((rank, x_SD.shape[1]), (None, rank)), names.items()):
+            check_shape(shape, DTYPES, **{name: matrix})
+        if not 0 <= start < start + len(lora_B_fR) <= out_width:
+            raise ValueError(
+                f"adapters[{i}] is on channels {start} to {start + len(lora_B_fR)}, weight_FD has {out_width}"
+            )
+    starts = tuple(start for start, _, _ in adapters)
+    return Group(starts, tuple(start + len(lora_B_fR) for start, _, lora_B_fR in adapters), rank)
+
+
+def _check_dropout(x_SD: torch.Tensor, dropout: Dropout, num_adapters: int) -> None:
+    seeds = {"dropout.seeds_S": dropout.seeds_S}
+    check(x_SD, **seeds)
+    check_shape(x_SD.shape[:1], (torch.int32,), **seeds)
+    if not 0 <= dropout.p < 1:
+        raise ValueError(f"dropout.p is {dropout.p}, expected at least 0 and less than 1")
+    if len(dropout.linears) != num_adapters:
+        raise ValueError(f"dropout.linears are {len(dropout.linears)}, the adapters {num_adapters}")
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, own_gemm, x_SD, weight_FD, bias_F, group, scale, dropout, *matrices):
+        low_SQ = lora_B_FQ = None
+        if group is not None:
+            lora_A_QD, lora_B_FQ = pack(group, len(weight_FD), scale, matrices, x_SD.dtype)
+            low_SQ = low_activations(group, x_SD, lora_A_QD, dropout)
+        ctx.save_for_backward(
+            None if group is None else x_SD, low_SQ, weight_FD if ctx.needs_input_grad[1] else None, *matrices
+        )
+        ctx.own_gemm, ctx.group, ctx.scale, ctx.dropout = own_gemm, group, scale, dropout
+        ctx.out_width = len(weight_FD)
+        if own_gemm:
+            return matmul(x_SD, weight_FD, bias_F, low_SQ, lora_B_FQ)
+        if group is None:
+            return functional.linear(x_SD, weight_FD, bias_F)
+        return matmul(low_SQ, lora_B_FQ, bias_F).addmm_(x_SD, weight_FD.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_SF):
+        dy_SF = dy_SF.contiguous()
+        x_SD, low_SQ, weight_FD, *matrices = ctx.saved_tensors
+        if ctx.group is None:
+            dx_SD = matmul(dy_SF, weight_FD, transposed=True) if ctx.own_gemm else dy_SF @ weight_FD
+            return None, dx_SD, None, None, None, None, None
+        lora_A_QD, lora_B_FQ = pack(ctx.group, ctx.out_width, ctx.scale, matrices, dy_SF.dtype)
+        dlow_SQ, dBs = output_gradients(ctx.group, dy_SF, low_SQ, lora_B_FQ, ctx.scale)
+        dAs = input_gradients(ctx.group, x_SD, dlow_SQ, ctx.dropout)
+        gradients = [gradient for pair in zip(dAs, dBs) for gradient in pair]
+        dx_SD = None if weight_FD is None else _input_gradient(ctx, dy_SF, weight_FD, dlow_SQ, lora_A_QD)
+        return None, dx_SD, None, None, None, None, None, *gradients
+
+
+def _input_gradient(ctx, dy_SF, weight_FD, dlow_SQ, lora_A_QD):
+    """dy W + sum of drop_i(dlow_i A_i). Masked products cannot join the accumulators: they are written first."""
+    if ctx.own_gemm and ctx.dropout is None:
+        return matmul(dy_SF, weight_FD, None, dlow_SQ, lora_A_QD, transposed=True)
+    if ctx.dropout is None:
+        dx_SD = matmul(dlow_SQ, lora_A_QD, transposed=True)
+    else:
+        dx_SD = masked_update(ctx.group, dlow_SQ, lora_A_QD, ctx.dropout)
+    if ctx.own_gemm:
+        return matmul(dy_SF, weight_FD, added_SF=dx_SD, transposed=True)
+    return dx_SD.addmm_(dy_SF, weight_FD)

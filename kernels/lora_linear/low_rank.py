@@ -1,0 +1,295 @@
+"""What surrounds the base GEMMs: the adapters' skinny products, each reading its large operand once for all adapters.
+
+`lora_A_QD` stacks the group's A, each padded to R rows, to Q = adapters x R; `lora_B_FQ` holds scale * B, an adapter's
+in its own rows and columns, zeros elsewhere. So low_SQ lora_B_FQ^T updates the whole group, and zeros pad the ranks.
+Sums that are split over C programs are added up in a fixed order: the same bits every time.
+
+Products here have fewer than 64 rows, below which Triton does not use Hopper's asynchronous ones (wgmma). Those gain
+nothing where memory is the bound, and of a tile that two of them read, or one and something else, Triton 3.9 and before
+keep too few copies: the next tile may be loaded into one that is still being read.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .blocks import HASHES, dot, keep, row_hash
+from .dropout import Dropout, linear_hash
+
+MAX_RANK = 64
+MAX_ROWS = 32  # of a product
+MAX_ADAPTERS = len(HASHES)
+PROGRAMS = 264  # two for each multiprocessor of an H100; a constant, for results depend on how sums are split
+
+
+class Group(NamedTuple):
+    """Output channels [start, end) of each adapter, and their rank."""
+
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    rank: int
+
+    @property
+    def padded_rank(self) -> int:
+        return max(16, triton.next_power_of_2(self.rank))
+
+
+def pack(
+    group: Group, out_width: int, scale: float, matrices: tuple[torch.Tensor, ...], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(lora_A_QD, lora_B_FQ) from A, B of each adapter in turn, rounded once to `dtype`."""
+    num, block = len(group.starts), group.padded_rank
+    lora_A_QD = matrices[0].new_zeros(num * block, matrices[0].shape[1], dtype=dtype)
+    lora_B_FQ = matrices[0].new_zeros(out_width, num * block, dtype=dtype)
+    for i, (start, end) in enumerate(zip(group.starts, group.ends)):
+        ranks = slice(i * block, i * block + group.rank)
+        lora_A_QD[ranks] = matrices[2 * i]
+        torch.mul(matrices[2 * i + 1], scale, out=lora_B_FQ[start:end, ranks])
+    return lora_A_QD, lora_B_FQ
+
+
+def masks(dropout: Dropout | None) -> tuple[torch.Tensor | int | float | None, ...]:
+    """A `Dropout` as kernels take it, the linears' hashes as plain integers: a tensor would be a copy to wait for."""
+    if dropout is None:
+        return None, *(0,) * MAX_ADAPTERS, 0, 1.0
+    hashes = [linear_hash(linear) for linear in dropout.linears]
+    return dropout.seeds_S, *hashes, *(0,) * (MAX_ADAPTERS - len(hashes)), dropout.threshold, dropout.keep_scale
+
+
+def low_activations(group: Group, x_SD: torch.Tensor, lora_A_QD: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
+    """(S, Q) in x's dtype: drop_i(x) A_i^T for every adapter i, in one read of x."""
+    (num_tokens, width), block_S, block_D = x_SD.shape, MAX_ROWS, 32 if x_SD.dtype == torch.float32 else 64
+    blocks = triton.cdiv(num_tokens, block_S)
+    chunk, splits = _split(width, block_D, blocks)
+    dtype = x_SD.dtype if splits == 1 else torch.float32
+    parts_CSQ = x_SD.new_empty(splits, num_tokens, len(lora_A_QD), dtype=dtype)
+    _low_activations[blocks, splits](
+        x_SD, lora_A_QD, *masks(dropout), parts_CSQ, num_tokens, chunk,
+        WIDTH=width, ADAPTERS=len(group.starts), R=group.padded_rank, BLOCK_S=block_S, BLOCK_D=block_D,
+        num_warps=2, num_stages=4,
+    )  # fmt: skip
+    return parts_CSQ[0] if splits == 1 else _sum_parts(parts_CSQ, (0,), x_SD.dtype)
+
+
+def output_gradients(
+    group: Group, dy_SF: torch.Tensor, low_SQ: torch.Tensor, lora_B_FQ: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(dlow_SQ in dy's dtype, fp32 dB of each adapter) in one read of the adapted channels of dy.
+
+    A program holds dB of a slab of channels while it walks over tokens, and leaves its share of dlow behind.
+    """
+    (num_tokens, width), block_R = dy_SF.shape, group.padded_rank
+    widths = [end - start for start, end in zip(group.starts, group.ends)]
+    block_F = min(_slab(dy_SF.dtype, block_R), max(16, triton.next_power_of_2(max(widths))))
+    firsts = (0, *itertools.accumulate(triton.cdiv(f, block_F) for f in widths))
+    slabs, block_S = firsts[-1], 32
+    chunk, splits = _split(num_tokens, block_S, slabs)
+    dlow_parts_CSR = dy_SF.new_empty(slabs, num_tokens, block_R, dtype=torch.float32)
+    dB_parts_CFR = dy_SF.new_empty(splits, slabs * block_F, block_R, dtype=torch.float32)
+    _output_gradients[slabs, splits](
+        dy_SF, low_SQ, lora_B_FQ, dlow_parts_CSR, dB_parts_CFR, num_tokens, chunk, scale,
+        WIDTH=width, FIRSTS=firsts[:-1], STARTS=group.starts, ENDS=group.ends, R=block_R, ROWS=min(block_R, MAX_ROWS),
+        BLOCK_S=block_S, BLOCK_F=block_F, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    dB_FR = dB_parts_CFR.sum(0)[:, : group.rank]
+    dBs = [dB_FR[first * block_F : first * block_F + f] for first, f in zip(firsts, widths)]
+    return _sum_parts(dlow_parts_CSR, firsts[:-1], dy_SF.dtype), dBs
+
+
+def input_gradients(
+    group: Group, x_SD: torch.Tensor, dlow_SQ: torch.Tensor, dropout: Dropout | None
+) -> list[torch.Tensor]:
+    """fp32 dA of each adapter, dlow_i^T drop_i(x), in one read of x."""
+    (num_tokens, width), num_ranks = x_SD.shape, dlow_SQ.shape[1]
+    block_S, block_D = 32, 64 if x_SD.dtype == torch.float32 else 128
+    blocks = triton.cdiv(width, block_D)
+    chunk, splits = _split(num_tokens, block_S, blocks)
+    parts_CQD = x_SD.new_empty(splits, num_ranks, width, dtype=torch.float32)
+    _input_gradients[blocks, splits](
+        x_SD, dlow_SQ, *masks(dropout), parts_CQD, num_tokens, chunk,
+        WIDTH=width, ADAPTERS=len(group.starts), R=group.padded_rank,
+        ROWS=min(group.padded_rank, MAX_ROWS), BLOCK_S=block_S, BLOCK_D=block_D,
+        num_warps=8, num_stages=4,
+    )  # fmt: skip
+    dA_QD = parts_CQD.sum(0)
+    return [dA_QD[first : first + group.rank] for first in range(0, num_ranks, group.padded_rank)]
+
+
+def masked_update(group: Group, dlow_SQ: torch.Tensor, lora_A_QD: torch.Tensor, dropout: Dropout) -> torch.Tensor:
+    """(S, D) in dlow's dtype: the adapters' part of dx, the sum of drop_i(dlow_i A_i)."""
+    num_tokens, width, block_S, block_D = len(dlow_SQ), lora_A_QD.shape[1], 64, 128
+    dx_SD = dlow_SQ.new_empty(num_tokens, width)
+    _masked_update[triton.cdiv(width, block_D), triton.cdiv(num_tokens, block_S)](
+        dlow_SQ, lora_A_QD, *masks(dropout), dx_SD, num_tokens,
+        WIDTH=width, ADAPTERS=len(group.starts), R=group.padded_rank, BLOCK_S=block_S, BLOCK_D=block_D, num_warps=8,
+    )  # fmt: skip
+    return dx_SD
+
+
+def _slab(dtype: torch.dtype, block_R: int) -> int:
+    """Channels whose dB fits the registers of 8 warps; the wider, the fewer shares of dlow."""
+    return 128 if dtype == torch.float32 else 512 if block_R <= 32 else 256
+
+
+def _split(length: int, block: int, others: int) -> tuple[int, int]:
+    """(how much of a sum a program takes, a multiple of `block`; in how many programs) if `others` share other axes."""
+    steps = triton.cdiv(length, block)
+    chunk = max(1, triton.cdiv(steps, max(1, PROGRAMS // max(1, others)))) * block
+    return chunk, max(1, triton.cdiv(length, chunk))
+
+
+def _sum_parts(parts_CSW: torch.Tensor, firsts: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """(S, len(firsts) * W): parts from firsts[i] to the next added up side by side."""
+    num_parts, num_rows, width = parts_CSW.shape
+    out_SQ = parts_CSW.new_empty(num_rows, len(firsts) * width, dtype=dtype)
+    _sum_parts_kernel[triton.cdiv(num_rows * width, 1024), len(firsts)](
+        parts_CSW, out_SQ, num_parts, num_rows, FIRSTS=firsts, WIDTH=width, BLOCK=1024, num_warps=4
+    )
+    return out_SQ
+
+
+@triton.jit(do_not_specialize=HASHES)
+def _low_activations(
+    x_ptr, a_ptr, seeds_ptr, hash0, hash1, hash2, hash3, threshold, keep_scale, low_ptr, num_rows, chunk,
+    WIDTH: tl.constexpr, ADAPTERS: tl.constexpr, R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    hashes = (hash0, hash1, hash2, hash3)
+    first_row = tl.program_id(0) * BLOCK_S
+    rows, ranks = tl.arange(0, BLOCK_S), tl.arange(0, R)
+    is_row = (first_row + rows < num_rows)[:, None]
+    row_hashes = ()
+    if seeds_ptr is not None:
+        for i in tl.static_range(ADAPTERS):
+            row_hashes = row_hashes + (row_hash(seeds_ptr, first_row + rows, num_rows, hashes[i]),)
+    x_ptrs = x_ptr + tl.cast(first_row, tl.int64) * WIDTH + rows[:, None] * WIDTH
+    lows = (tl.zeros([BLOCK_S, R], tl.float32),) * ADAPTERS
+    begin = tl.program_id(1) * chunk
+    for first in range(begin, min(begin + chunk, WIDTH), BLOCK_D):
+        channels = first + tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptrs + channels[None, :], is_row & (channels < WIDTH)[None, :], other=0.0)
+        sums = ()
+        for i in tl.static_range(ADAPTERS):
+            a_ptrs = a_ptr + (i * R + ranks)[None, :] * WIDTH + channels[:, None]
+            a = tl.load(a_ptrs, (channels < WIDTH)[:, None], other=0.0)
+            kept = x
+            if seeds_ptr is not None:
+                kept = tl.where(keep(row_hashes[i], channels[None, :], threshold), x, tl.zeros_like(x))
+            sums = sums + (dot(kept, a, lows[i]),)
+        lows = sums
+    low_ptrs = low_ptr + (tl.program_id(1) * tl.cast(num_rows, tl.int64) + first_row) * (ADAPTERS * R)
+    for i in tl.static_range(ADAPTERS):
+        low = (lows[i] * keep_scale).to(low_ptr.dtype.element_ty)
+        tl.store(low_ptrs + rows[:, None] * (ADAPTERS * R) + i * R + ranks[None, :], low, is_row)
+
+
+@triton.jit
+def _output_gradients(
+    dy_ptr, low_ptr, b_ptr, dlow_ptr, db_ptr, num_rows, chunk, scale,
+    WIDTH: tl.constexpr, FIRSTS: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, R: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    RANKS: tl.constexpr = len(STARTS) * R
+    slab, slabs = tl.program_id(0), tl.num_programs(0)
+    adapter, start, end = 0, STARTS[0] + slab * BLOCK_F, ENDS[0]
+    for i in tl.static_range(1, len(STARTS)):
+        later = slab >= FIRSTS[i]
+        adapter = tl.where(later, i, adapter)
+        start = tl.where(later, STARTS[i] + (slab - FIRSTS[i]) * BLOCK_F, start)
+        end = tl.where(later, ENDS[i], end)
+    channels, ranks, rows = tl.arange(0, BLOCK_F), tl.arange(0, R), tl.arange(0, BLOCK_S)
+    is_channel = start + channels < end
+    low_ptrs = low_ptr + adapter * R + rows[None, :] * RANKS + tl.arange(0, ROWS)[:, None]
+    b_ptrs = b_ptr + start * RANKS + adapter * R + channels[:, None] * RANKS + ranks[None, :]
+    b = tl.load(b_ptrs, is_channel[:, None], other=0.0)
+    db = (tl.zeros([ROWS, BLOCK_F], tl.float32),) * (R // ROWS)
+    begin = tl.program_id(1) * chunk
+    for first in range(begin, min(begin + chunk, num_rows), BLOCK_S):
+        first_64 = tl.cast(first, tl.int64)
+        is_row = first + rows < num_rows
+        dy_ptrs = dy_ptr + first_64 * WIDTH + start + rows[:, None] * WIDTH + channels[None, :]
+        dy = tl.load(dy_ptrs, is_row[:, None] & is_channel[None, :], other=0.0)
+        dlow = dot(dy, b, tl.zeros([BLOCK_S, R], tl.float32))
+        dlow_ptrs = dlow_ptr + (slab * tl.cast(num_rows, tl.int64) + first_64) * R
+        tl.store(dlow_ptrs + rows[:, None] * R + ranks[None, :], dlow, is_row[:, None])
+        sums = ()
+        for i in tl.static_range(R // ROWS):
+            low = tl.load(low_ptrs + first_64 * RANKS + i * ROWS, is_row[None, :], other=0.0)
+            sums = sums + (dot(low, dy, db[i]),)
+        db = sums
+    db_ptrs = db_ptr + (tl.program_id(1) * slabs + slab) * (BLOCK_F * R)
+    for i in tl.static_range(R // ROWS):
+        tl.store(db_ptrs + channels[None, :] * R + (i * ROWS + tl.arange(0, ROWS))[:, None], db[i] * scale)
+
+
+@triton.jit(do_not_specialize=HASHES)
+def _input_gradients(
+    x_ptr, dlow_ptr, seeds_ptr, hash0, hash1, hash2, hash3, threshold, keep_scale, da_ptr, num_rows, chunk,
+    WIDTH: tl.constexpr, ADAPTERS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    RANKS: tl.constexpr = ADAPTERS * R
+    hashes = (hash0, hash1, hash2, hash3)
+    channels = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    rows, ranks = tl.arange(0, BLOCK_S), tl.arange(0, ROWS)
+    da = (tl.zeros([ROWS, BLOCK_D], tl.float32),) * (RANKS // ROWS)
+    begin = tl.program_id(1) * chunk
+    for first in range(begin, min(begin + chunk, num_rows), BLOCK_S):
+        first_64, is_row = tl.cast(first, tl.int64), first + rows < num_rows
+        x_ptrs = x_ptr + first_64 * WIDTH + rows[:, None] * WIDTH + channels
+        x = tl.load(x_ptrs, is_row[:, None] & (channels < WIDTH), other=0.0)
+        sums = ()
+        for i in tl.static_range(ADAPTERS):
+            kept = x
+            if seeds_ptr is not None:
+                hash_S = row_hash(seeds_ptr, first + rows, num_rows, hashes[i])
+                kept = tl.where(keep(hash_S, channels, threshold), x, tl.zeros_like(x))
+            for j in tl.static_range(i * R // ROWS, (i + 1) * R // ROWS):
+                dlow_ptrs = dlow_ptr + first_64 * RANKS + rows[None, :] * RANKS + (j * ROWS + ranks)[:, None]
+                dlow = tl.load(dlow_ptrs, is_row[None, :], other=0.0)
+                sums = sums + (dot(dlow, kept, da[j]),)
+        da = sums
+    da_ptrs = da_ptr + tl.program_id(1) * (RANKS * WIDTH) + ranks[:, None] * WIDTH + channels
+    for j in tl.static_range(RANKS // ROWS):
+        tl.store(da_ptrs + j * ROWS * WIDTH, da[j] * keep_scale, channels < WIDTH)
+
+
+@triton.jit(do_not_specialize=HASHES)
+def _masked_update(
+    dlow_ptr, a_ptr, seeds_ptr, hash0, hash1, hash2, hash3, threshold, keep_scale, dx_ptr, num_rows,
+    WIDTH: tl.constexpr, ADAPTERS: tl.constexpr, R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    hashes = (hash0, hash1, hash2, hash3)
+    channels = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    first_row = tl.program_id(1) * BLOCK_S
+    rows, ranks, first_64 = tl.arange(0, BLOCK_S), tl.arange(0, R), tl.cast(first_row, tl.int64)
+    is_row = (first_row + rows < num_rows)[:, None]
+    zeros = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    dx = zeros
+    for i in tl.static_range(ADAPTERS):
+        dlow_ptrs = dlow_ptr + (first_64 * ADAPTERS + i) * R + rows[:, None] * (ADAPTERS * R) + ranks[None, :]
+        a_ptrs = a_ptr + (i * R + ranks)[:, None] * WIDTH + channels
+        update = dot(tl.load(dlow_ptrs, is_row, other=0.0), tl.load(a_ptrs, channels < WIDTH, other=0.0), zeros)
+        hash_S = row_hash(seeds_ptr, first_row + rows, num_rows, hashes[i])
+        dx += tl.where(keep(hash_S, channels, threshold), update, 0.0)
+    dx_ptrs = dx_ptr + first_64 * WIDTH + rows[:, None] * WIDTH + channels
+    tl.store(dx_ptrs, (dx * keep_scale).to(dx_ptr.dtype.element_ty), is_row & (channels < WIDTH))
+
+
+@triton.jit
+def _sum_parts_kernel(
+    parts_ptr, out_ptr, num_parts, num_rows, FIRSTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    size, group = num_rows * WIDTH, tl.program_id(1)
+    begin, end = 0, num_parts
+    for i in tl.static_range(1, len(FIRSTS)):
+        begin = tl.where(group >= i, FIRSTS[i], begin)
+        end = tl.where(group == i - 1, FIRSTS[i], end)
+    elements = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in range(begin, end):
+        total += tl.load(parts_ptr + part * tl.cast(size, tl.int64) + elements, elements < size, other=0.0)
+    out = elements // WIDTH * (len(FIRSTS) * WIDTH) + group * WIDTH + elements % WIDTH
+    tl.store(out_ptr + out, total.to(out_ptr.dtype.element_ty), elements < size)

@@ -1,0 +1,139 @@
+"""The ops of csrc/, built on first use by a compiler alone: no ninja, no Python headers, seconds instead of minutes.
+
+They use torch's stable ABI, so that a library built with any torch from 2.11 on would run with any other; yet the cache
+keeps one for each.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"  # in a checkout, and in a wheel
+SOURCES = {"cpu": ("ops.cpp", "cpu/*.cpp"), "cuda": ("cuda/*.cpp", "cuda/*.cu")}
+COMMON = ("-O3", "-std=c++17", "-shared", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+FLAGS = {
+    "cpu": (*COMMON, "-fPIC", "-fopenmp-simd"),
+    "cuda": (
+        *COMMON,
+        "-DUSE_CUDA",
+        "-Xcompiler=-fPIC",
+        "--threads=0",
+        "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+        "-gencode=arch=compute_90a,code=sm_90a",
+    ),
+}
+LIMIT_S = 600  # for one build; a compiler that takes longer hangs
+
+
+@functools.cache
+def load(device: str) -> None:
+    """Registers the ops of a device type as `torch.ops.mtllm.*`.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Raises:
+        ImportError: There is no compiler, or what it makes of the sources does not load here; in one line.
+    """
+    if device == "cuda":
+        load("cpu")  # has the schemas
+        _check_cuda()
+    try:
+        torch.ops.load_library(build(device))
+    except OSError as error:
+        raise ImportError(f"the library does not load: {error.__cause__ or error}") from error
+
+
+def build(device: str) -> Path:
+    """The library for a device type, from the user's cache if it is there.
+
+    Of several processes one builds and the others wait for it; the lock ends with the process that holds it.
+
+    Raises:
+        ImportError: There is no compiler, or it fails; in one line.
+    """
+    command = _command(device)
+    folder = _cache_folder()
+    path = folder / f"{device}-{_fingerprint(command)}.so"
+    if path.exists():
+        return path
+    with _lock(path.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        if not path.exists():
+            library = Path(unfinished) / path.name
+            _run([*command, "-o", str(library)])
+            library.replace(path)
+    return path
+
+
+def _command(device: str) -> list[str]:
+    sources = [str(path) for pattern in SOURCES[device] for path in sorted(CSRC.glob(pattern))]
+    torch_folder = Path(torch.__file__).parent
+    include, libraries = torch_folder / "include", torch_folder / "lib"
+    linked = [f"-l{name}" for name in ("torch_cpu", "torch_cuda") if (libraries / f"lib{name}.so").exists()]
+    return [_find_compiler(device), *FLAGS[device], f"-I{include}", *sources, f"-L{libraries}", *linked]
+
+
+def _find_compiler(device: str) -> str:
+    name = "nvcc" if device == "cuda" else os.environ.get("CXX", "g++")
+    path = shutil.which(name)
+    if path is None:
+        raise ImportError(f"there is no {name}")
+    return path
+
+
+def _check_cuda() -> None:
+    """Raises: ImportError: nvcc's CUDA has another major version than torch's; drivers serve one of them."""
+    release = _run([_find_compiler("cuda"), "--version"]).partition("release ")[2].partition(",")[0]
+    if torch.version.cuda is None or torch.version.cuda.split(".")[0] != release.split(".")[0]:
+        raise ImportError(f"nvcc is of CUDA {release}, torch of CUDA {torch.version.cuda}")
+
+
+def _fingerprint(command: list[str]) -> str:
+    """Names a build by all that it depends on: homes are shared by machines, and caches outlive versions."""
+    version = _run([command[0], "--version"])
+    environment = (*command, version, torch.__version__, platform.machine(), *platform.libc_ver())
+    digest = hashlib.sha256("\0".join(environment).encode())
+    for path in sorted(path for path in CSRC.rglob("*") if path.is_file()):
+        digest.update(f"\0{path.relative_to(CSRC)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    for folder in (Path(home) / "mtllm", Path(tempfile.gettempdir()) / f"mtllm-{os.getuid()}"):
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+            if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):  # what we load must be our own
+                return folder
+    raise ImportError("no folder for the library can be written; set XDG_CACHE_HOME")
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        with contextlib.suppress(OSError):  # some network file systems have no locks: then all build, and replace
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _run(command: list[str]) -> str:
+    """Its standard output."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ImportError(f"{Path(command[0]).name} does not run: {error}") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        first = next((line for line in lines if "error" in line), lines[-1])
+        raise ImportError(f"{Path(command[0]).name} fails: {first.strip()}")
+    return done.stdout
