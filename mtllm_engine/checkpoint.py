@@ -1,5 +1,6 @@
 """Checkpoints of what is trained: portable over world sizes, atomic, hashed; the newest complete one is `latest`."""
 
+import functools
 import hashlib
 import json
 import os
@@ -38,11 +39,11 @@ def restore(config: Config, world: World, engine: PlainEngine | ZeroEngine, stre
     Raises:
         ValueError: The checkpoint is damaged, or of another model, corpus or lane count; the message says which.
     """
-    folder = world.on_main(lambda: latest(_folder(config)))
+    folder, current = world.on_main(lambda: (latest(_folder(config)), identity(config)))
     if folder is None:
         return 0
     state = world.together(lambda: _read(folder))
-    world.on_main(lambda: _check_identity(folder, state["identity"], identity(config)))
+    world.on_main(lambda: _check_identity(folder, state["identity"], current))
     engine.load_trained_state(load_tensors(folder), state["step"])
     stream.load_state({int(lane): lane_state for lane, lane_state in state["lanes"].items()})
     return state["step"]
@@ -72,9 +73,15 @@ def load_tensors(folder: Path) -> TrainedState:
 def identity(config: Config) -> dict[str, Any]:
     """What a run must keep to be continued: the models' and corpora's fingerprints and the keys that shape a step."""
     flat = {key: value for key, value in flatten(config).items() if key.startswith(IDENTITY)}
-    models = {f"model.{side}": fingerprint(resolve(getattr(config.model, side))) for side in ("encoder", "decoder")}
+    models = {f"model.{side}": _fingerprint(getattr(config.model, side)) for side in ("encoder", "decoder")}
     corpora = [Manifest.load(path).fingerprint for path in config.data.train]
     return json.loads(json.dumps(flat | models | {"data.train": corpora}))
+
+
+@functools.cache
+def _fingerprint(model: str) -> str:
+    """Of the model that the run began with: what a hub id means may change, and must not be fetched in mid-run."""
+    return fingerprint(resolve(model))
 
 
 def _folder(config: Config) -> Path:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mtllm_engine.config import Config
 from mtllm_engine.data.stream import Step
 from mtllm_engine.objective import cosine, fvu
-from mtllm_engine.world import World
+from mtllm_engine.world import Agreed, World
 
 SHOWN = ("loss", "fvu", "cosine", "pairs_per_s", "data_wait")
 
@@ -94,7 +94,8 @@ class Metrics:
             self._write(rows)
         for row in rows:
             if row["loss"] - row["loss"] != 0:
-                raise ValueError(f"the loss of step {row['step']} is {row['loss']}; lower optim.lr and continue")
+                told = f"the loss of step {row['step']} is {row['loss']}; lower optim.lr and continue"
+                raise Agreed(ValueError(told))  # the sum is the same on every rank, so all raise
 
     def validation(self, step: int, moments: torch.Tensor) -> None:
         """A held-out result after `step` steps. Args: moments: summed over ranks."""

@@ -105,9 +105,12 @@ def write_world(
     """
     folder.mkdir(parents=True, exist_ok=True)
     disable_progress_bar()  # saving a small model needs none
-    training, validation = split_prose(collect_prose())
-    _once(folder / "train.jsonl", lambda path: _write_jsonl(path, training))
-    _once(folder / "validation.jsonl", lambda path: _write_jsonl(path, validation))
+    if not (folder / "train.jsonl").exists():
+        training, validation = split_prose(collect_prose())
+        _write_jsonl(folder / "validation.jsonl", validation)
+        _once(folder / "train.jsonl", lambda path: _write_jsonl(path, training))
+    with (folder / "train.jsonl").open(encoding="utf-8") as lines:
+        training = [json.loads(line)["text"] for line in lines]
     options = {"vocab_size": vocab_size, "seed": seed}
     _once(folder / "encoder", lambda path: build_encoder(path, training, steps=encoder_steps, **options))
     _once(folder / "decoder", lambda path: build_decoder(path, training, steps=decoder_steps, **options))

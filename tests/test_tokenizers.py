@@ -1,0 +1,253 @@
+from functools import cache
+
+import numpy as np
+import pytest
+import regex
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, normalizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
+
+from mtllm_engine.data.languages import FLORES_200
+from mtllm_engine.data.tokenizers import PairTokenizer, Side, load_tokenizer
+from tiny import WORDS, build_decoder, build_encoder
+
+CHINESE = "自我蒸馏让学生模型读懂老师所读的文本无论文本用哪种语言写成。"
+THAI = "การกลั่นตัวเองสอนแบบจำลองให้คิดเหมือนครูไม่ว่าข้อความจะเป็นภาษาใด"
+MARKS = "é̄ạ̃ñ̈ क्षि हिन्दी नमस्ते ཨོཾ"
+EMOJI = "👨‍👩‍👧‍👦👩🏽‍🚀🇩🇪🇫🇷👍🏿❤️‍🔥"
+SPACES = "a\u00a0b\u3000c\n\n\td   e\r\n\u200bf\u2028"
+SCRIPTS = (CHINESE, THAI, MARKS, EMOJI, SPACES)
+LENGTHS = (4, 5, 6, 8, 12, 16, 24)
+SWAHILI = "swh_Latn"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An encoder's and a decoder's folder."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    build_encoder(folder / "encoder", samples=3 * SCRIPTS)
+    build_decoder(folder / "decoder", samples=3 * SCRIPTS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    """Hugging Face's own tokenizers, student and teacher."""
+    nllb = AutoTokenizer.from_pretrained(folder / "encoder", src_lang=SWAHILI)
+    return normalise_as_nllb(nllb), AutoTokenizer.from_pretrained(folder / "decoder")
+
+
+@pytest.fixture(scope="module")
+def build_pair(folder):
+    """Ours, by maximal length and kind of truncation."""
+
+    @cache
+    def build(max_length, truncation="aligned"):
+        pair = PairTokenizer(folder / "encoder", folder / "decoder", max_length=max_length, truncation=truncation)
+        normalise_as_nllb(pair.encoder)
+        return pair
+
+    return build
+
+
+def normalise_as_nllb(tokenizer):
+    """Like NLLB's: characters are unified, some dropped, and runs of spaces count once."""
+    steps = [
+        normalizers.NFKC(),
+        normalizers.Replace(Regex("[\u200b\u200d]"), ""),
+        normalizers.Replace(Regex(" +"), " "),
+    ]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+    return tokenizer
+
+
+WORD = st.sampled_from([*WORDS[:300], *(word for script in SCRIPTS for word in script.split())])
+GRAPHEME = st.sampled_from([*regex.findall(r"\X", "".join(SCRIPTS)), *"     abc"])
+TEXT = (
+    st.lists(WORD, min_size=1, max_size=30).map(" ".join)
+    | st.lists(GRAPHEME, min_size=1, max_size=60).map("".join)
+    | st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)
+)
+
+
+def largest_cut(text, tokenizers, max_length):
+    """By trying all: the largest end of a word at which both limits hold, if it is not in the first half of what fits
+    (of the text before the first token that is too many); else the largest end of a grapheme. 0: there is none.
+    """
+
+    def fits(cut):
+        return all(len(tokenizer(text[:cut])["input_ids"]) <= max_length for tokenizer in tokenizers)
+
+    if fits(len(text)):
+        return len(text)
+    words = [cut for cut in range(1, len(text)) if text[cut].isspace() and not text[cut - 1].isspace()]
+    best_word = max(filter(fits, words), default=0)
+    if 2 * best_word >= min(start_of_overflow(text, tokenizer, max_length) for tokenizer in tokenizers):
+        return best_word
+    graphemes = [match.end() for match in regex.finditer(r"\X", text)]
+    return max(filter(fits, graphemes), default=0)
+
+
+def start_of_overflow(text, tokenizer, max_length):
+    bare = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    room = max_length - tokenizer.num_special_tokens_to_add()
+    return bare[room][0] if len(bare) > room else len(text)
+
+
+def check_aligned(text, pair, reference):
+    """Both sides are what Hugging Face's tokenizers make of the text up to the largest cut; returns the cut."""
+    cut = largest_cut(text, reference, pair.max_length)
+    if not cut:
+        with pytest.raises(ValueError, match=f"first character .* more than data.max_length={pair.max_length} tokens"):
+            pair(text, SWAHILI)
+        return 0
+    for ours, tokenizer in zip(pair(text, SWAHILI), reference):
+        assert ours.tolist() == tokenizer(text[:cut])["input_ids"]
+        assert len(ours) <= pair.max_length and ours.dtype == np.int32
+    return cut
+
+
+@given(text=TEXT, max_length=st.sampled_from(LENGTHS))
+@example(text="a \u200b \u200b \u200b b " * 9, max_length=12)
+@example(text="e" + 90 * "\u0301", max_length=24)
+@example(text=" " * 90 + "a b", max_length=6)
+def test_aligned_is_the_largest_cut(reference, build_pair, text, max_length):
+    assume(text.strip())
+    check_aligned(text, build_pair(max_length), reference)
+
+
+@pytest.mark.parametrize("max_length", [24, 64])
+@pytest.mark.parametrize("script", SCRIPTS, ids=("chinese", "thai", "marks", "emoji", "spaces"))
+def test_long_texts_of_every_script(reference, build_pair, script, max_length):
+    text = 8 * script
+    cut = check_aligned(text, build_pair(max_length), reference)
+    assert max_length // 8 < cut < len(text)
+
+
+def test_a_title_before_unspaced_text_is_not_all_that_remains(reference, build_pair):
+    assert check_aligned(f"标题 {4 * CHINESE}", build_pair(24), reference) > len("标题")
+
+
+@pytest.fixture(scope="module")
+def unsplit(folder, reference, tmp_path_factory):
+    """A pair whose teacher does not split text at spaces: what follows a character can change the token it is in."""
+    merges = [("γ", " "), ("β", "γ"), ("λ", "μ"), ("λμ", "ν"), ("κ", "λμ")]
+    tokens = ["<unk>", *"αβγκλμν ", *map("".join, merges)]
+    backend = Tokenizer(
+        models.BPE({token: i for i, token in enumerate(tokens)}, merges, unk_token="<unk>", fuse_unk=True)
+    )
+    decoder = tmp_path_factory.mktemp("unsplit")
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(decoder)
+    pair = PairTokenizer(folder / "encoder", decoder, max_length=11)
+    normalise_as_nllb(pair.encoder)
+    return pair, (reference[0], AutoTokenizer.from_pretrained(decoder))
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        ("αβγ αβγ αβγ αβγ αβγ αβγ", "αβγ αβγ αβγ αβγ"),  # before the space, βγ is one token
+        (9 * "κλμν", 5 * "κλμν" + "κλμ"),  # at the end, κλμ is one token, but κλ are two
+        (600 * "Ω" + " α", 600 * "Ω" + " α"),  # what is unknown is one token, however long
+        (600 * "Ω" + 99 * " α", None),
+    ],
+    ids=["word", "grapheme", "all", "long"],
+)
+def test_tokens_that_depend_on_what_follows(unsplit, text, cut):
+    pair, reference = unsplit
+    assert text[: check_aligned(text, pair, reference)] == cut or cut is None
+
+
+@given(text=TEXT, max_length=st.sampled_from(LENGTHS))
+@example(text=8 * CHINESE, max_length=24)
+@example(text=600 * "Ω" + " after what is unknown", max_length=6)
+def test_independent_is_hugging_faces_truncation(reference, build_pair, text, max_length):
+    for ours, tokenizer in zip(build_pair(max_length, "independent")(text, SWAHILI), reference):
+        assert ours.tolist() == tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+
+
+TEN_KILOBYTES, TEN_MEGABYTES = 10_000, 10_000_000
+LONG = {"words": "self distillation ", "no spaces": CHINESE, "one word": "a", "lines": "a\n"}
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The lengths of all texts handed to a tokenizer."""
+    lengths, encode = [], Side.encode
+    monkeypatch.setattr(Side, "encode", lambda side, text: lengths.append(len(text)) or encode(side, text))
+    return lengths
+
+
+@pytest.mark.parametrize("truncation", ["aligned", "independent"])
+@pytest.mark.parametrize("unit", LONG.values(), ids=LONG.keys())
+def test_a_book_costs_what_a_page_costs(build_pair, encoded, unit, truncation):
+    pair = build_pair(64, truncation)
+    pair(unit * (TEN_KILOBYTES // len(unit)), SWAHILI)
+    page = sum(encoded)
+    pair(unit * (TEN_MEGABYTES // len(unit)), SWAHILI)
+    assert sum(encoded) - page == page < TEN_KILOBYTES
+
+
+def test_a_grapheme_as_long_as_a_book_is_refused_at_once(build_pair, encoded):
+    with pytest.raises(ValueError, match="first character"):
+        build_pair(64)("e" + TEN_MEGABYTES // 2 * "\u0301", SWAHILI)
+    assert sum(encoded) < TEN_KILOBYTES
+
+
+@pytest.mark.parametrize("language", [SWAHILI, "eng_Latn", "zho_Hans", "sat_Olck"])
+def test_special_tokens_are_nllbs_and_llamas(build_pair, reference, language):
+    nllb, llama = reference
+    student_ids_S, teacher_ids_T = build_pair(24)("self text", language)
+    token = {"sat_Olck": "sat_Beng"}.get(language, language)
+    body = nllb("self text", add_special_tokens=False)["input_ids"]
+    assert student_ids_S.tolist() == [nllb.convert_tokens_to_ids(token), *body, nllb.eos_token_id]
+    assert teacher_ids_T.tolist() == llama("self text")["input_ids"]
+    assert teacher_ids_T[0] == llama.bos_token_id
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "$A </s>", "<s> <s> $A </s>"])
+@pytest.mark.parametrize("truncation", ["aligned", "independent"])
+def test_teachers_special_tokens_are_found(folder, tmp_path, template, truncation):
+    backend = Tokenizer.from_file(str(folder / "decoder" / "tokenizer.json"))
+    backend.add_special_tokens(["<s>", "</s>"])
+    specials = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=specials)
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    expected = AutoTokenizer.from_pretrained(tmp_path)
+    pair = PairTokenizer(folder / "encoder", tmp_path, max_length=12, truncation=truncation)
+    assert pair("a text", SWAHILI)[1].tolist() == expected("a text")["input_ids"]
+    cut = pair("a text that is too long for it", SWAHILI)[1].tolist()
+    num_before, num_after = template.split().index("$A"), template.count("</s>")
+    assert cut[:num_before] == num_before * [backend.token_to_id("<s>")]
+    assert cut[len(cut) - num_after :] == num_after * [backend.token_to_id("</s>")]
+
+
+def test_every_code_of_nllb_and_no_other(build_pair):
+    pair = build_pair(24)
+    assert len(pair.languages) == 202 and pair.languages == set(FAIRSEQ_LANGUAGE_CODES)
+    prefixes = {pair.student(code).prefix for code in FLORES_200 if code not in ("arb_Latn", "min_Arab")}
+    assert prefixes == {(pair.encoder.convert_tokens_to_ids(token),) for token in pair.languages}
+    assert pair.encoder.unk_token_id not in {prefix[0] for prefix in prefixes}
+
+
+@pytest.mark.parametrize(
+    ("language", "message"),
+    [
+        ("arb_Latn", "tokenizer has no token for the language arb_Latn"),
+        ("min_Arab", "tokenizer has no token for the language min_Arab"),
+        ("swa_Latn", "unknown language 'swa_Latn'; did you mean .*swh_Latn"),
+        ("en", "unknown language 'en'; did you mean .*eng_Latn"),
+        ("sat_Beng", "unknown language 'sat_Beng'; did you mean .*sat_Olck"),
+    ],
+)
+def test_languages_without_a_token_are_errors(build_pair, language, message):
+    with pytest.raises(ValueError, match=message):
+        build_pair(24)("a text", language)
+
+
+def test_folder_without_tokenizer_is_named_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match=f"cannot load a tokenizer from {tmp_path}") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
