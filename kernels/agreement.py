@@ -70,13 +70,12 @@ def run(function: Callable[..., Any], arguments: dict[str, Any], upstream: dict[
 
 
 def random_upstream(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """A random gradient for each output that takes one, the same for the same shapes."""
-    generator = torch.Generator().manual_seed(1)
-    outputs = named_tensors(function(**arguments))
+    """A random gradient for each output that takes one, the same for the same shapes on the same device."""
+    outputs = {name: x for name, x in named_tensors(function(**arguments)).items() if x.requires_grad}
+    generators = {x.device: torch.Generator(x.device).manual_seed(1) for x in outputs.values()}
     return {
-        name: torch.randn(output.shape, generator=generator).to(output)
-        for name, output in outputs.items()
-        if output.requires_grad
+        name: torch.randn(x.shape, generator=generators[x.device], device=x.device).to(x.dtype)
+        for name, x in outputs.items()
     }
 
 

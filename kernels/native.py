@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -62,9 +63,10 @@ def build(device: str) -> Path:
     Raises:
         ImportError: There is no compiler, or it fails; in one line.
     """
-    command = _command(device)
+    compiler = _find_compiler(device)
+    command = [*compiler, *_arguments(device)]
     folder = _cache_folder()
-    path = folder / f"{device}-{_fingerprint(command)}.so"
+    path = folder / f"{device}-{_fingerprint(command, _run([*compiler, '--version']))}.so"
     if path.exists():
         return path
     with _lock(path.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=folder) as unfinished:
@@ -75,33 +77,33 @@ def build(device: str) -> Path:
     return path
 
 
-def _command(device: str) -> list[str]:
+def _arguments(device: str) -> list[str]:
     sources = [str(path) for pattern in SOURCES[device] for path in sorted(CSRC.glob(pattern))]
     torch_folder = Path(torch.__file__).parent
     include, libraries = torch_folder / "include", torch_folder / "lib"
     linked = [f"-l{name}" for name in ("torch_cpu", "torch_cuda") if (libraries / f"lib{name}.so").exists()]
-    return [_find_compiler(device), *FLAGS[device], f"-I{include}", *sources, f"-L{libraries}", *linked]
+    return [*FLAGS[device], f"-I{include}", *sources, f"-L{libraries}", *linked]
 
 
-def _find_compiler(device: str) -> str:
-    name = "nvcc" if device == "cuda" else os.environ.get("CXX", "g++")
-    path = shutil.which(name)
+def _find_compiler(device: str) -> list[str]:
+    command = ["nvcc"] if device == "cuda" else shlex.split(os.environ.get("CXX") or "g++")
+    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    path = shutil.which(command[0]) or shutil.which(command[0], path=f"{cuda}/bin")  # which few have on their path
     if path is None:
-        raise ImportError(f"there is no {name}")
-    return path
+        raise ImportError(f"there is no {command[0]}")
+    return [path, *command[1:]]
 
 
 def _check_cuda() -> None:
     """Raises: ImportError: nvcc's CUDA has another major version than torch's; drivers serve one of them."""
-    release = _run([_find_compiler("cuda"), "--version"]).partition("release ")[2].partition(",")[0]
+    release = _run([*_find_compiler("cuda"), "--version"]).partition("release ")[2].partition(",")[0]
     if torch.version.cuda is None or torch.version.cuda.split(".")[0] != release.split(".")[0]:
         raise ImportError(f"nvcc is of CUDA {release}, torch of CUDA {torch.version.cuda}")
 
 
-def _fingerprint(command: list[str]) -> str:
+def _fingerprint(command: list[str], compiler_version: str) -> str:
     """Names a build by all that it depends on: homes are shared by machines, and caches outlive versions."""
-    version = _run([command[0], "--version"])
-    environment = (*command, version, torch.__version__, platform.machine(), *platform.libc_ver())
+    environment = (*command, compiler_version, torch.__version__, platform.machine(), *platform.libc_ver())
     digest = hashlib.sha256("\0".join(environment).encode())
     for path in sorted(path for path in CSRC.rglob("*") if path.is_file()):
         digest.update(f"\0{path.relative_to(CSRC)}\0".encode() + path.read_bytes())

@@ -59,11 +59,12 @@ def cost(
 ) -> tuple[Cost, Cost]:
     num_student, num_teacher = (sum(lengths) + gap * (len(lengths) + 1) for lengths in (student, teacher))
     again = num_student if aligned else 0  # the partners' rows, a second time
+    kept = len(student) * width * 4  # the pooled differences, fp32: forward leaves them, backward reads them
     forward = Cost(
-        bytes=(num_student + num_teacher + again) * width * dtype.itemsize,
+        bytes=(num_student + num_teacher + again) * width * dtype.itemsize + kept,
         flops=5 * (num_student + num_teacher) * width,
     )
-    backward = Cost(bytes=(2 * num_student + again) * width * dtype.itemsize, flops=9 * num_student * width)
+    backward = Cost(bytes=(2 * num_student + again) * width * dtype.itemsize + kept, flops=9 * num_student * width)
     return forward, backward
 
 
@@ -80,6 +81,7 @@ distill_loss = Kernel(
     reference=reference,
     implementations={
         "c++": Implementation("cpu", "c++", "distill_loss.native:distill_loss"),
+        "triton": Implementation("cuda", "triton", "distill_loss.fused:distill_loss", has_run=False),
         "cuda c++": Implementation("cuda", "c++", "distill_loss.native:distill_loss_cuda", has_run=False),
     },
     inputs=inputs,
@@ -87,6 +89,8 @@ distill_loss = Kernel(
         {"width": 16, "student": (1,), "teacher": (1,), "gap": 0, "aligned": False},
         {"width": 48, "student": (3, 1, 70, 9), "teacher": (2, 130, 1, 64), "gap": 0, "aligned": False},
         {"width": 100, "student": (5, 66), "teacher": (7, 3), "gap": 2, "aligned": True},
+        {"width": 16, "student": (70, 2), "teacher": (4200, 1), "gap": 0, "aligned": False},
+        {"width": 40, "student": (1,) * 200, "teacher": (1,) * 200, "gap": 0, "aligned": False},
     ),
     shapes=(
         {"width": 4096, "student": (256,) * 64, "teacher": (256,) * 64, "gap": 0, "aligned": False},

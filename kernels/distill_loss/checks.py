@@ -35,16 +35,10 @@ def check_inputs(
     _check_vector("weight_P", weight_P, len(student_spans), torch.float32)
     if aligned_S is not None:
         _check_vector("aligned_S", aligned_S, student_spans.num_tokens, torch.int32)
-    check(
-        student_SD,
-        student_SD=student_SD,
-        teacher_TD=teacher_TD,
-        norm_weight_D=norm_weight_D,
-        student_spans=student_spans.bounds_P2,
-        teacher_spans=teacher_spans.bounds_P2,
-        weight_P=weight_P,
-        aligned_S=aligned_S,
-    )
+    check(student_SD, student_SD=student_SD, teacher_TD=teacher_TD, norm_weight_D=norm_weight_D)
+    check(student_SD, weight_P=weight_P, aligned_S=aligned_S)
+    for name in ("bounds_P2", "chunks_C3"):
+        check(student_SD, student_spans=getattr(student_spans, name), teacher_spans=getattr(teacher_spans, name))
 
 
 def _check_states(

@@ -3,8 +3,7 @@
 import torch
 import triton
 import triton.language as tl
-
-from .blocks import dot, place
+from mtllm_engine.kernels.blocks import dot, place
 
 GROUP_S = 8  # blocks of tokens that share the weight's tiles
 
@@ -53,29 +52,31 @@ def _gemm(
     GROUP_S: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     first_row, first_channel = place(num_rows, OUT_WIDTH, GROUP_S, BLOCK_S, BLOCK_F)
-    rows, channels = tl.arange(0, BLOCK_S), first_channel + tl.arange(0, BLOCK_F)
-    is_row, is_channel = (first_row + rows < num_rows)[:, None], (channels < OUT_WIDTH)[None, :]
-    first_64 = tl.cast(first_row, tl.int64)
+    rows, channels = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_F)
+    is_row, is_channel = (first_row + rows < num_rows)[:, None], (first_channel + channels < OUT_WIDTH)[None, :]
+    row_64, channel_64 = tl.cast(first_row, tl.int64), tl.cast(first_channel, tl.int64)
     y = tl.zeros([BLOCK_S, BLOCK_F], tl.float32)
     steps: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
     low_steps: tl.constexpr = (RANKS + BLOCK_K - 1) // BLOCK_K
     for step in range(steps + low_steps):
-        left_ptr, right_ptr, width, k = x_ptr, w_ptr, WIDTH, step * BLOCK_K + tl.arange(0, BLOCK_K)
+        left_ptr, right_ptr, width, first = x_ptr, w_ptr, WIDTH, step * BLOCK_K
         if low_steps > 0:  # [x low] [w lora]^T, side by side here and nowhere else
             is_low = step >= steps
             left_ptr, right_ptr = tl.where(is_low, low_ptr, x_ptr), tl.where(is_low, lora_ptr, w_ptr)
-            width, k = tl.where(is_low, RANKS, WIDTH), k - tl.where(is_low, steps * BLOCK_K, 0)
-        left_ptrs = left_ptr + first_64 * width + rows[:, None] * width + k[None, :]
-        left = tl.load(left_ptrs, is_row & (k < width)[None, :], other=0.0)
+            width, first = tl.where(is_low, RANKS, WIDTH), first - tl.where(is_low, steps * BLOCK_K, 0)
+        k = tl.arange(0, BLOCK_K)
+        left_ptrs = left_ptr + row_64 * width + first + rows[:, None] * width + k[None, :]
+        left = tl.load(left_ptrs, is_row & (first + k < width)[None, :], other=0.0)
         if TRANSPOSED:
-            right_ptrs = right_ptr + k[:, None] * OUT_WIDTH + channels[None, :]
+            right_ptrs = right_ptr + tl.cast(first, tl.int64) * OUT_WIDTH + first_channel
+            right_ptrs += k[:, None] * OUT_WIDTH + channels[None, :]
         else:
-            right_ptrs = right_ptr + channels[None, :] * width + k[:, None]
-        right = tl.load(right_ptrs, is_channel & (k < width)[:, None], other=0.0)
+            right_ptrs = right_ptr + channel_64 * width + first + channels[None, :] * width + k[:, None]
+        right = tl.load(right_ptrs, is_channel & (first + k < width)[:, None], other=0.0)
         y = dot(left, right, y)
-    y_offsets = first_64 * OUT_WIDTH + rows[:, None] * OUT_WIDTH + channels[None, :]
+    y_offsets = row_64 * OUT_WIDTH + first_channel + rows[:, None] * OUT_WIDTH + channels[None, :]
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + channels, channels < OUT_WIDTH, other=0.0).to(tl.float32)[None, :]
+        y += tl.load(bias_ptr + first_channel + channels[None, :], is_channel, other=0.0).to(tl.float32)
     if added_ptr is not None:
         y += tl.load(added_ptr + y_offsets, is_row & is_channel, other=0.0).to(tl.float32)
     tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), is_row & is_channel)

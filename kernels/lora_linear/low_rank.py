@@ -4,9 +4,9 @@
 in its own rows and columns, zeros elsewhere. So low_SQ lora_B_FQ^T updates the whole group, and zeros pad the ranks.
 Sums that are split over C programs are added up in a fixed order: the same bits every time.
 
-Products here have fewer than 64 rows, below which Triton does not use Hopper's asynchronous ones (wgmma). Those gain
-nothing where memory is the bound, and of a tile that two of them read, or one and something else, Triton 3.9 and before
-keep too few copies: the next tile may be loaded into one that is still being read.
+Products inside loops have fewer than 64 rows here, so that Triton does not take Hopper's asynchronous ones (wgmma).
+These gain nothing where memory is the bound, and of a tile that one of them reads, and something else too, Triton's
+pipeline (3.9) keeps a copy too few: the next tile is loaded into the one that is still being multiplied.
 """
 
 import itertools
@@ -15,12 +15,13 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from mtllm_engine.kernels.blocks import dot
 
-from .blocks import HASHES, dot, keep, row_hash
 from .dropout import Dropout, linear_hash
+from .masks import HASHES, keep, row_hash
 
 MAX_RANK = 64
-MAX_ROWS = 32  # of a product
+MAX_ROWS = 32
 MAX_ADAPTERS = len(HASHES)
 PROGRAMS = 264  # two for each multiprocessor of an H100; a constant, for results depend on how sums are split
 
@@ -35,6 +36,11 @@ class Group(NamedTuple):
     @property
     def padded_rank(self) -> int:
         return max(16, triton.next_power_of_2(self.rank))
+
+    @property
+    def rows(self) -> int:
+        """Of a product, which takes this many ranks at a time."""
+        return min(self.padded_rank, MAX_ROWS)
 
 
 def pack(
@@ -61,15 +67,15 @@ def masks(dropout: Dropout | None) -> tuple[torch.Tensor | int | float | None, .
 
 def low_activations(group: Group, x_SD: torch.Tensor, lora_A_QD: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
     """(S, Q) in x's dtype: drop_i(x) A_i^T for every adapter i, in one read of x."""
-    (num_tokens, width), block_S, block_D = x_SD.shape, MAX_ROWS, 32 if x_SD.dtype == torch.float32 else 64
+    (num_tokens, width), block_S, block_D = x_SD.shape, 64, 32 if x_SD.dtype == torch.float32 else 64
     blocks = triton.cdiv(num_tokens, block_S)
     chunk, splits = _split(width, block_D, blocks)
     dtype = x_SD.dtype if splits == 1 else torch.float32
     parts_CSQ = x_SD.new_empty(splits, num_tokens, len(lora_A_QD), dtype=dtype)
     _low_activations[blocks, splits](
         x_SD, lora_A_QD, *masks(dropout), parts_CSQ, num_tokens, chunk,
-        WIDTH=width, ADAPTERS=len(group.starts), R=group.padded_rank, BLOCK_S=block_S, BLOCK_D=block_D,
-        num_warps=2, num_stages=4,
+        WIDTH=width, ADAPTERS=len(group.starts), R=group.padded_rank, ROWS=group.rows,
+        BLOCK_S=block_S, BLOCK_D=block_D, num_warps=4, num_stages=4,
     )  # fmt: skip
     return parts_CSQ[0] if splits == 1 else _sum_parts(parts_CSQ, (0,), x_SD.dtype)
 
@@ -91,7 +97,7 @@ def output_gradients(
     dB_parts_CFR = dy_SF.new_empty(splits, slabs * block_F, block_R, dtype=torch.float32)
     _output_gradients[slabs, splits](
         dy_SF, low_SQ, lora_B_FQ, dlow_parts_CSR, dB_parts_CFR, num_tokens, chunk, scale,
-        WIDTH=width, FIRSTS=firsts[:-1], STARTS=group.starts, ENDS=group.ends, R=block_R, ROWS=min(block_R, MAX_ROWS),
+        WIDTH=width, FIRSTS=firsts[:-1], STARTS=group.starts, ENDS=group.ends, R=block_R, ROWS=group.rows,
         BLOCK_S=block_S, BLOCK_F=block_F, num_warps=8, num_stages=3,
     )  # fmt: skip
     dB_FR = dB_parts_CFR.sum(0)[:, : group.rank]
@@ -110,9 +116,8 @@ def input_gradients(
     parts_CQD = x_SD.new_empty(splits, num_ranks, width, dtype=torch.float32)
     _input_gradients[blocks, splits](
         x_SD, dlow_SQ, *masks(dropout), parts_CQD, num_tokens, chunk,
-        WIDTH=width, ADAPTERS=len(group.starts), R=group.padded_rank,
-        ROWS=min(group.padded_rank, MAX_ROWS), BLOCK_S=block_S, BLOCK_D=block_D,
-        num_warps=8, num_stages=4,
+        WIDTH=width, ADAPTERS=len(group.starts), R=group.padded_rank, ROWS=group.rows,
+        BLOCK_S=block_S, BLOCK_D=block_D, num_warps=8, num_stages=4,
     )  # fmt: skip
     dA_QD = parts_CQD.sum(0)
     return [dA_QD[first : first + group.rank] for first in range(0, num_ranks, group.padded_rank)]
@@ -154,35 +159,38 @@ def _sum_parts(parts_CSW: torch.Tensor, firsts: tuple[int, ...], dtype: torch.dt
 @triton.jit(do_not_specialize=HASHES)
 def _low_activations(
     x_ptr, a_ptr, seeds_ptr, hash0, hash1, hash2, hash3, threshold, keep_scale, low_ptr, num_rows, chunk,
-    WIDTH: tl.constexpr, ADAPTERS: tl.constexpr, R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr, ADAPTERS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    RANKS: tl.constexpr = ADAPTERS * R
     hashes = (hash0, hash1, hash2, hash3)
     first_row = tl.program_id(0) * BLOCK_S
-    rows, ranks = tl.arange(0, BLOCK_S), tl.arange(0, R)
-    is_row = (first_row + rows < num_rows)[:, None]
+    rows, ranks = tl.arange(0, BLOCK_S), tl.arange(0, ROWS)
+    is_row = (first_row + rows < num_rows)[None, :]
     row_hashes = ()
     if seeds_ptr is not None:
         for i in tl.static_range(ADAPTERS):
-            row_hashes = row_hashes + (row_hash(seeds_ptr, first_row + rows, num_rows, hashes[i]),)
-    x_ptrs = x_ptr + tl.cast(first_row, tl.int64) * WIDTH + rows[:, None] * WIDTH
-    lows = (tl.zeros([BLOCK_S, R], tl.float32),) * ADAPTERS
+            row_hashes = row_hashes + (row_hash(seeds_ptr, first_row + rows, num_rows, hashes[i])[None, :],)
+    x_ptr += tl.cast(first_row, tl.int64) * WIDTH
+    lows = (tl.zeros([ROWS, BLOCK_S], tl.float32),) * (RANKS // ROWS)
     begin = tl.program_id(1) * chunk
     for first in range(begin, min(begin + chunk, WIDTH), BLOCK_D):
         channels = first + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptrs + channels[None, :], is_row & (channels < WIDTH)[None, :], other=0.0)
-        sums = ()
+        x_ptrs = x_ptr + (rows[None, :] * WIDTH + channels[:, None])
+        x = tl.load(x_ptrs, is_row & (channels < WIDTH)[:, None], other=0.0)
+        a_ptrs, sums = a_ptr + (ranks[:, None] * WIDTH + channels[None, :]), ()
         for i in tl.static_range(ADAPTERS):
-            a_ptrs = a_ptr + (i * R + ranks)[None, :] * WIDTH + channels[:, None]
-            a = tl.load(a_ptrs, (channels < WIDTH)[:, None], other=0.0)
             kept = x
             if seeds_ptr is not None:
-                kept = tl.where(keep(row_hashes[i], channels[None, :], threshold), x, tl.zeros_like(x))
-            sums = sums + (dot(kept, a, lows[i]),)
+                kept = tl.where(keep(row_hashes[i], channels[:, None], threshold), x, tl.zeros_like(x))
+            for j in tl.static_range(i * R // ROWS, (i + 1) * R // ROWS):
+                a = tl.load(a_ptrs + j * ROWS * WIDTH, (channels < WIDTH)[None, :], other=0.0)
+                sums = sums + (dot(a, kept, lows[j]),)
         lows = sums
-    low_ptrs = low_ptr + (tl.program_id(1) * tl.cast(num_rows, tl.int64) + first_row) * (ADAPTERS * R)
-    for i in tl.static_range(ADAPTERS):
-        low = (lows[i] * keep_scale).to(low_ptr.dtype.element_ty)
-        tl.store(low_ptrs + rows[:, None] * (ADAPTERS * R) + i * R + ranks[None, :], low, is_row)
+    low_ptrs = low_ptr + (tl.program_id(1) * tl.cast(num_rows, tl.int64) + first_row) * RANKS
+    for j in tl.static_range(RANKS // ROWS):
+        low = (lows[j] * keep_scale).to(low_ptr.dtype.element_ty)
+        tl.store(low_ptrs + rows[None, :] * RANKS + (j * ROWS + ranks)[:, None], low, is_row)
 
 
 @triton.jit
@@ -245,7 +253,7 @@ def _input_gradients(
             kept = x
             if seeds_ptr is not None:
                 hash_S = row_hash(seeds_ptr, first + rows, num_rows, hashes[i])
-                kept = tl.where(keep(hash_S, channels, threshold), x, tl.zeros_like(x))
+                kept = tl.where(keep(hash_S[:, None], channels, threshold), x, tl.zeros_like(x))
             for j in tl.static_range(i * R // ROWS, (i + 1) * R // ROWS):
                 dlow_ptrs = dlow_ptr + first_64 * RANKS + rows[None, :] * RANKS + (j * ROWS + ranks)[:, None]
                 dlow = tl.load(dlow_ptrs, is_row[None, :], other=0.0)
@@ -273,7 +281,7 @@ def _masked_update(
         a_ptrs = a_ptr + (i * R + ranks)[:, None] * WIDTH + channels
         update = dot(tl.load(dlow_ptrs, is_row, other=0.0), tl.load(a_ptrs, channels < WIDTH, other=0.0), zeros)
         hash_S = row_hash(seeds_ptr, first_row + rows, num_rows, hashes[i])
-        dx += tl.where(keep(hash_S, channels, threshold), update, 0.0)
+        dx += tl.where(keep(hash_S[:, None], channels, threshold), update, 0.0)
     dx_ptrs = dx_ptr + first_64 * WIDTH + rows[:, None] * WIDTH + channels
     tl.store(dx_ptrs, (dx * keep_scale).to(dx_ptr.dtype.element_ty), is_row & (channels < WIDTH))
 

@@ -2,16 +2,17 @@
 
 With w = W * gamma, u_d = sum_e w_de and c_d = sum_e W_de beta_e + b_d:
     LayerNorm(x) W^T + b = rstd (x w^T - mean u) + c
-u is summed from w as rounded, so that the mean cancels exactly. The statistics are read from x before, for 5 % of the
-GEMM's time if x is not in L2: Triton 3.9 and before keep too few copies of a tile that both an asynchronous product and
-a sum read, and the next tile may be loaded into the one that is still being multiplied.
+u is summed from w as rounded, so that the mean cancels but for the GEMM's own fp32 rounding, times mean / deviation.
+The statistics take a read of x of their own. From the GEMM's tiles they would race: of a tile that both Hopper's
+asynchronous product and a sum read, Triton's pipeline (3.9) keeps a copy too few, and loads the next tile into the one
+that is still being multiplied.
 """
 
 import torch
 import triton
 import triton.language as tl
+from mtllm_engine.kernels.blocks import dot, place
 from mtllm_engine.kernels.contract import DTYPES, check, check_shape
-from mtllm_engine.kernels.lora_linear.blocks import dot, place
 from torch.autograd.function import once_differentiable
 
 MAX_WIDTH = 16384  # E up to which a program holds a row in registers

@@ -1,4 +1,4 @@
-"""Pieces of GEMMs: a product that the interpreter gets right, the order of tiles, and dropout's hash in registers."""
+"""Pieces of GEMMs: a product that the interpreter gets right, and the order of tiles."""
 
 import os
 
@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-HASHES = ("hash0", "hash1", "hash2", "hash3")  # arguments not to specialise on: one in 16 happens to divide by 16
 
 
 @triton.jit
@@ -27,24 +26,3 @@ def place(num_rows, num_columns, GROUP, BLOCK_ROWS, BLOCK_COLUMNS):
     height = min(row_blocks - first, GROUP)
     rest = program % (GROUP * column_blocks)
     return (first + rest % height) * BLOCK_ROWS, rest // height * BLOCK_COLUMNS
-
-
-@triton.jit
-def row_hash(seeds_ptr, rows, num_rows, linear_hash):
-    """A column: what `keep` starts from, the same for all channels of a token."""
-    seeds = tl.load(seeds_ptr + rows, rows < num_rows, other=0).to(tl.uint32, bitcast=True)
-    hashes = _scramble32(seeds ^ tl.cast(linear_hash, tl.uint32))
-    return (hashes ^ (hashes >> 16))[:, None]
-
-
-@triton.jit
-def keep(row_hash, channels, threshold):
-    """dropout.kept's bits, from a column of `row_hash`es and a row of channels."""
-    hashes = _scramble32(row_hash + channels.to(tl.uint32) * 0x9E3779B9)
-    return hashes.to(tl.int32, bitcast=True) >= threshold
-
-
-@triton.jit
-def _scramble32(x):
-    x = (x ^ (x >> 16)) * 0x85EBCA6B
-    return (x ^ (x >> 13)) * 0xC2B2AE35
