@@ -78,7 +78,7 @@ lora_linear = Kernel(
         "torch GEMMs": Implementation("cpu", "torch", "lora_linear.library:lora_linear"),
         "cuBLAS + triton": Implementation("cuda", "triton", "lora_linear.fused:lora_linear", has_run=False),
         "triton": Implementation("cuda", "triton", "lora_linear.fused:lora_linear_gemm", has_run=False),
-        "cuBLAS": Implementation("cuda", "torch", "lora_linear.library:lora_linear"),
+        "cuBLAS": Implementation("cuda", "torch", "lora_linear.library:lora_linear", has_run=False),
     },
     inputs=inputs,
     cases=(

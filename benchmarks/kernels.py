@@ -1,0 +1,331 @@
+"""What each op takes on this machine: our implementations beside eager PyTorch, torch.compile and others' kernels.
+
+    python -m benchmarks.kernels [--op NAME ...] [--out FILE.jsonl] [--device cpu|cuda]
+
+A provider is timed only where it agrees with the op's definition, outputs and gradients, at the very size timed.
+Forward and backward are timed apart, on copies made before the clock starts and with caches flushed; the ceilings (a
+copy's bandwidth, a large matrix product) are measured in the same run. Sizes are the folders' `shapes`, in bf16, on
+CUDA; on a CPU in fp32 with fewer tokens, and linears a quarter as wide. FILE gets a JSON line per measurement, and the
+roofline lies beside it as PNG.
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+try:
+    import triton
+except ImportError:  # then its kernels are among what is missing
+    triton = None
+
+from mtllm_engine.kernels.contract import Cost, Kernel, map_tensors, named_tensors, shrink
+
+from benchmarks.providers import Arguments, Provider, providers
+from mtllm_engine import kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU_TOKENS = 256
+CPU_EXTRA = {  # the size at which the CPU's loss is to be compared with eager
+    "distill_loss": [{"width": 4096, "student": (256,) * 32, "teacher": (256,) * 32, "gap": 0, "aligned": False}]
+}
+LEAST_ROUNDS, MOST_ROUNDS, ENOUGH_S = 5, 50, 5.0  # of a shape's providers
+PASSES = ("forward", "backward")
+Record = dict[str, Any]
+
+
+class Clock:
+    """Milliseconds that work takes on a device, by whose and which it is, each time from cold caches."""
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device == "cuda"
+        self.flushed = torch.empty(2**30 if self.on_gpu else 2**27, dtype=torch.uint8, device=device)
+        self.marks: dict[tuple[str, str], list[tuple[Any, Any]]] = {}
+
+    @contextlib.contextmanager
+    def time(self, whose: str, which: str) -> Iterator[None]:
+        self.flushed.zero_()  # this also keeps a GPU busy until the host has launched what follows
+        start = self._mark()
+        yield
+        self.marks.setdefault((whose, which), []).append((start, self._mark()))
+
+    def take(self) -> dict[tuple[str, str], torch.Tensor]:
+        """All times since the last call."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        marks, self.marks = self.marks, {}
+        return {key: torch.tensor([self._between(*pair) for pair in pairs]) for key, pairs in marks.items()}
+
+    def _mark(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) if self.on_gpu else 1e3 * (end - start)
+
+
+class Machine(NamedTuple):
+    device: str
+    dtype: torch.dtype
+    clock: Clock
+    bytes_per_s: float
+    flops_per_s: float
+
+    def is_memory_bound(self, cost: Cost) -> bool:
+        return cost.bytes / self.bytes_per_s > cost.flops / self.flops_per_s
+
+    def least_ms(self, cost: Cost) -> float:
+        return 1e3 * max(cost.bytes / self.bytes_per_s, cost.flops / self.flops_per_s)
+
+
+def main() -> None:
+    options = parse()
+    machine = measure_ceilings(options.device)
+    about = environment(machine)
+    chosen = [kernel for name, kernel in kernels.discover().items() if not options.op or name in options.op]
+    work = [(kernel, shape) for kernel in chosen for shape in shapes(kernel, machine.device)]
+    records = []
+    with options.out.open("w") if options.out else contextlib.nullcontext() as file:
+        for kernel, shape in (bar := tqdm(work, unit="shape", leave=False)):
+            bar.set_description(kernel.name)
+            for record in measure(kernel, shape, machine):
+                records.append(record)
+                if file:
+                    print(json.dumps(about | record), file=file, flush=True)
+    print(table(records, about))
+    if options.out:
+        draw_roofline(records, machine, about, options.out.with_suffix(".png"))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", nargs="+", choices=list(kernels.discover()), help="default: all")
+    parser.add_argument("--out", type=Path, help="for JSON lines; the roofline goes beside it as PNG")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def measure_ceilings(device: str) -> Machine:
+    """A copy, by bytes read and written, and a product of random matrices."""
+    dtype, size = (torch.bfloat16, 8192) if device == "cuda" else (torch.float32, 2048)
+    clock = Clock(device)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.randn(2**29 if device == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    for repeat in range(13):
+        for name, work in (("copy", lambda: target.copy_(source)), ("product", lambda: a @ b)):
+            with clock.time("timed" if repeat >= 3 else "warm-up", name):
+                work()
+    seconds = {name: times.median().item() / 1e3 for (whose, name), times in clock.take().items() if whose == "timed"}
+    return Machine(device, dtype, clock, 2 * source.nbytes / seconds["copy"], 2 * size**3 / seconds["product"])
+
+
+def environment(machine: Machine) -> Record:
+    """What every line says about where it comes from."""
+    on_gpu = machine.device == "cuda"
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "driver": output_of(*query) if on_gpu else None,
+        "torch": torch.__version__,
+        "triton": triton.__version__ if triton else None,
+        "commit": output_of("git", "describe", "--always", "--dirty"),
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "copy_gbytes_per_s": machine.bytes_per_s / 1e9,
+        "product_tflops_per_s": machine.flops_per_s / 1e12,
+    }
+
+
+def output_of(*command: str) -> str | None:
+    if not shutil.which(command[0]):
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def cpu_name() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def shapes(kernel: Kernel, device: str) -> list[dict[str, Any]]:
+    if device == "cuda":
+        return list(kernel.shapes)
+    small = [reduced(shape) for shape in kernel.shapes]
+    return [shape for number, shape in enumerate(small) if shape not in small[:number]] + CPU_EXTRA.get(kernel.name, [])
+
+
+def reduced(shape: dict[str, Any]) -> dict[str, Any]:
+    """What a CPU does in a fraction of a second."""
+    small = shrink(shape, CPU_TOKENS)
+    if "members" in shape:
+        small |= {"width": shape["width"] // 4, "members": tuple(width // 4 for width in shape["members"])}
+    if "out_width" in shape:
+        small |= {"width": shape["width"] // 4, "out_width": shape["out_width"] // 4}
+    return small
+
+
+def measure(kernel: Kernel, shape: dict[str, Any], machine: Machine) -> Iterator[Record]:
+    """For each provider a record for each pass, or one that says why there is none."""
+    arguments = kernel.inputs(torch.Generator(machine.device).manual_seed(0), machine.dtype, **shape)
+    costs = dict(zip(PASSES, kernel.cost(machine.dtype, **shape)))
+    known, runs = {"op": kernel.name, "shape": shape}, {}
+    for provider in providers(kernel, machine.device, machine.dtype):
+        try:
+            runs[provider.name] = prepare(provider, kernel, arguments, machine.clock)
+        except Exception as error:  # a missing package, wrong results, no memory: the others shall still be measured
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            yield known | {"provider": provider.name, "status": why}
+    started_s = time.perf_counter()
+    for number in range(MOST_ROUNDS):
+        if number >= LEAST_ROUNDS and time.perf_counter() - started_s > ENOUGH_S:
+            break
+        for name, run in runs.items():  # in turn, for what else goes on here to slow all alike
+            run(name)
+    for (provider, name), times_ms in machine.clock.take().items():
+        result = {"provider": provider, "status": "ok", "pass": name}
+        yield known | result | figures(times_ms, costs[name], machine)
+    torch.compiler.reset()
+
+
+def prepare(provider: Provider, kernel: Kernel, arguments: Arguments, clock: Clock) -> Callable[[str], None]:
+    """Checks a provider and warms it up; returns what times it once.
+
+    Raises:
+        ArithmeticError: Its results are not the op's.
+    """
+    if problems := provider.problems(kernel, arguments):
+        raise ArithmeticError("; ".join(problems))
+    own = map_tensors(lambda x: x.detach().requires_grad_(x.requires_grad), provider.adapt(**arguments))
+    run = functools.partial(time_once, provider.load(), own, clock)
+    for _ in range(5 if clock.on_gpu else 1):
+        run("warm-up")
+    clock.take()
+    return run
+
+
+def time_once(function: Callable[..., Any], own: Arguments, clock: Clock, name: str) -> None:
+    """A forward and a backward on fresh copies, for some work in place."""
+    inputs = map_tensors(lambda x: x.clone() if x.requires_grad else x, own)
+    with clock.time(name, "forward"):
+        outputs = function(**inputs)
+    outputs = [x for x in named_tensors(outputs).values() if x.requires_grad]
+    wanted = [x for x in named_tensors(inputs).values() if x.requires_grad]
+    upstream = [torch.randn_like(x) for x in outputs]
+    with clock.time(name, "backward"):
+        torch.autograd.grad(outputs, wanted, upstream, allow_unused=True)
+
+
+def figures(times_ms: torch.Tensor, cost: Cost, machine: Machine) -> Record:
+    median, p20, p80 = (times_ms.quantile(share).item() for share in (0.5, 0.2, 0.8))
+    return {
+        "median_ms": median,
+        "p20_ms": p20,
+        "p80_ms": p80,
+        "repeats": len(times_ms),
+        **cost._asdict(),
+        "gbytes_per_s": cost.bytes / median / 1e6,
+        "tflops_per_s": cost.flops / median / 1e9,
+        "bound": "memory" if machine.is_memory_bound(cost) else "compute",
+        "of_roofline": machine.least_ms(cost) / median,
+    }
+
+
+def table(records: Sequence[Record], about: Record) -> str:
+    """A block per op and shape, a line per provider: forward, then backward."""
+    lines = ["; ".join(f"{key} {brief(value)}" for key, value in about.items() if value is not None)]
+    blocks: dict[str, dict[str, list[Record]]] = {}
+    for record in records:
+        block = blocks.setdefault(title(record), {})
+        block.setdefault(record["provider"], []).append(record)
+    head = f"{'ms (p20-p80)':26} {'rate':15} {'roof':>4} {'eager':>8}"
+    for name, block in blocks.items():
+        lines += ["", name, f"  {'':24}{head}  {head}"]
+        eager_ms = {record.get("pass"): record.get("median_ms") for record in block["eager"]}
+        for provider, passes in block.items():
+            cells = (cell(record, eager_ms.get(record.get("pass"))) for record in passes)
+            lines.append(f"  {provider:24}{''.join(cells)}".rstrip())
+    return "\n".join(lines)
+
+
+def title(record: Record) -> str:
+    return f"{record['op']}: " + ", ".join(f"{key} {brief(value)}" for key, value in record["shape"].items())
+
+
+def brief(value: Any) -> str:
+    """Equal lengths as `32 x 512`."""
+    if isinstance(value, tuple) and len(value) > 4 and len(set(value)) == 1:
+        return f"{len(value)} x {value[0]}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def cell(record: Record, eager_ms: float | None) -> str:
+    """Milliseconds, rate in the unit of what bounds the op, share of what the ceilings allow, speed over eager's."""
+    if record["status"] != "ok":
+        return record["status"]
+    rate, unit = record["gbytes_per_s"], "GB/s"
+    if record["bound"] == "compute":
+        rate, unit = record["tflops_per_s"], "TFLOP/s"
+    spread = f"({record['p20_ms']:.4g}-{record['p80_ms']:.4g})"
+    faster = f"{eager_ms / record['median_ms']:.2f} x" if eager_ms else ""
+    return f"{record['median_ms']:8.4g} {spread:17} {rate:7.4g} {unit:7} {record['of_roofline']:4.0%} {faster:>8}  "
+
+
+def draw_roofline(records: Sequence[Record], machine: Machine, about: Record, file: Path) -> None:
+    """Colours are ops, marks are providers; full is forward, hollow is backward."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    measured = [record for record in records if record["status"] == "ok"]
+    ops, names = (list(dict.fromkeys(record[key] for record in measured)) for key in ("op", "provider"))
+    colours = dict(zip(ops, pyplot.get_cmap("tab10").colors))
+    marks = dict(zip(names, itertools.cycle("osD^vP*X<>hp")))
+    figure, axes = pyplot.subplots(figsize=(10.5, 6), layout="constrained")
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that the op must move", ylabel="TFLOP/s")
+    for record in measured:
+        point = record["flops"] / record["bytes"], record["tflops_per_s"]
+        fill = "full" if record["pass"] == "forward" else "none"
+        axes.plot(*point, marks[record["provider"]], color=colours[record["op"]], fillstyle=fill, alpha=0.8)
+    draw_ceilings(axes, machine)
+    handles = [axes.plot([], [], "s", color=colours[op], label=op)[0] for op in ops]
+    handles += [axes.plot([], [], marks[name], color="grey", label=name)[0] for name in names]
+    handles += [axes.plot([], [], "o", color="grey", fillstyle="none", label="hollow: backward")[0]]
+    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize="small")
+    about = f"{about['device']}, {about['dtype']}, torch {about['torch']}, commit {about['commit']}"
+    axes.set_title(about, fontsize="medium", loc="left")
+    axes.grid(alpha=0.25)
+    figure.savefig(file, dpi=130)
+    pyplot.close(figure)
+
+
+def draw_ceilings(axes: Any, machine: Machine) -> None:
+    """The copy's bandwidth up to the ridge, from there the product's rate."""
+    ridge, peak = machine.flops_per_s / machine.bytes_per_s, machine.flops_per_s / 1e12
+    low, high = axes.get_xlim()[0], max(axes.get_xlim()[1], 10 * ridge)
+    axes.plot([low, ridge, high], [low * peak / ridge, peak, peak], color="black", linewidth=1)
+    copy, product = f"copy {machine.bytes_per_s / 1e9:.4g} GB/s", f"product of matrices {peak:.3g} TFLOP/s"
+    middle = (low * ridge) ** 0.5
+    axes.annotate(copy, (middle, middle * peak / ridge), (8, -8), textcoords="offset points", va="top")
+    axes.annotate(product, (high, peak), (-2, 4), textcoords="offset points", ha="right")
+    axes.set(xlim=(low, high), ylim=(None, 2.5 * peak))
+
+
+if __name__ == "__main__":
+    main()

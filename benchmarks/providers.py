@@ -1,0 +1,185 @@
+"""Ways to compute an op, for benchmarks/kernels.py: ours, eager PyTorch, torch.compile, and what libraries offer."""
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from mtllm_engine.kernels.agreement import disagreements
+from mtllm_engine.kernels.contract import Kernel
+from mtllm_engine.kernels.lora_linear import Dropout
+from torch import nn
+from torch.nn import functional
+
+Arguments = dict[str, Any]
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way.
+
+    `load` returns the function, or raises ImportError. `adapt` makes the op's arguments the function's, `join` its
+    outputs the op's; neither is timed. Arguments in `without` are None while it is checked, for it draws random numbers
+    of its own. A `partial` one computes less than the op: a floor, and not checked.
+    """
+
+    name: str
+    load: Callable[[], Function]
+    adapt: Callable[..., Arguments] = dict
+    join: Callable[[Any, Arguments], Any] = lambda outputs, arguments: outputs
+    without: tuple[str, ...] = ()
+    partial: bool = False
+
+    def problems(self, kernel: Kernel, arguments: Arguments) -> list[str]:
+        """What disagrees with the op's definition."""
+        function = self.load()
+
+        def as_defined(**arguments: Any) -> Any:
+            return self.join(function(**self.adapt(**arguments)), arguments)
+
+        return [] if self.partial else disagreements(kernel, as_defined, arguments | dict.fromkeys(self.without))
+
+
+def providers(kernel: Kernel, device: str, dtype: torch.dtype) -> Iterator[Provider]:
+    """All that there are for an op on a device; whether they can be had is for `load` to say."""
+    for label, implementation in kernel.implementations.items():
+        if implementation.device == device and dtype in implementation.dtypes:
+            yield Provider(label, functools.partial(getattr, implementation, "function"))
+    yield Provider("eager", lambda: kernel.reference)
+    if kernel.name != "attention":  # its definition loops over documents: a graph for every list of lengths
+        yield Provider("torch.compile", lambda: torch.compile(kernel.reference, dynamic=False))
+    if device == "cuda":
+        yield from LIGER.get(kernel.name, ())
+    yield from LIBRARIES.get(kernel.name, ())
+
+
+def from_liger(location: str, name: str) -> Function:
+    """The autograd function `name`, as a function."""
+    module = importlib.import_module(f"liger_kernel.ops.{location}")
+    if not hasattr(module, name):
+        raise ImportError(f"liger-kernel {metadata.version('liger-kernel')} has no {name}")
+    return getattr(module, name).apply
+
+
+def liger_rms_norm() -> Function:
+    plain = from_liger("rms_norm", "LigerRMSNormFunction")
+    added = from_liger("fused_add_rms_norm", "LigerFusedAddRMSNormFunction")
+
+    def rms_norm(x_SD: torch.Tensor, weight_D: torch.Tensor, eps: float, residual_SD: torch.Tensor | None) -> Any:
+        if residual_SD is None:
+            return plain(x_SD, weight_D, eps), x_SD
+        return added(x_SD, residual_SD, weight_D, eps)
+
+    return rms_norm
+
+
+def liger_rope() -> Function:
+    rope = from_liger("rope", "LigerRopeFunction")
+    return lambda q_1HSK, k_1GSK, cos_1SK, sin_1SK: rope(q_1HSK, k_1GSK, cos_1SK, sin_1SK)
+
+
+def separate_heads(heads_SHK: torch.Tensor, cos_Sk: torch.Tensor, sin_Sk: torch.Tensor, num_rotated: int) -> Arguments:
+    """Queries and keys, 4 to 1, as linears of their own would give them: Liger rotates those without copying first."""
+    sizes = (num_rotated * 4 // 5, num_rotated - num_rotated * 4 // 5)
+    q_1HSK, k_1GSK = (x.contiguous().transpose(0, 1)[None] for x in heads_SHK[:, :num_rotated].split(sizes, dim=1))
+    cos_1SK, sin_1SK = (torch.cat([x, x], dim=1)[None] for x in (cos_Sk, sin_Sk))
+    return {"q_1HSK": q_1HSK, "k_1GSK": k_1GSK, "cos_1SK": cos_1SK, "sin_1SK": sin_1SK}
+
+
+def join_heads(outputs: tuple[torch.Tensor, ...], arguments: Arguments) -> torch.Tensor:
+    turned = [x_1HSK[0].transpose(0, 1) for x_1HSK in outputs]
+    return torch.cat([*turned, arguments["heads_SHK"][:, arguments["num_rotated"] :]], dim=1)
+
+
+def liger_swiglu() -> Function:
+    swiglu = from_liger("swiglu", "LigerFusedGateUpSiLUMulFunction")
+    return lambda gate_up_SF: swiglu(gate_up_SF)
+
+
+def layer_norm_and_linear(
+    x_SE: torch.Tensor,
+    norm_weight_E: torch.Tensor,
+    norm_bias_E: torch.Tensor,
+    eps: float,
+    weight_DE: torch.Tensor,
+    bias_D: torch.Tensor | None,
+) -> torch.Tensor:
+    normed_SE = functional.layer_norm(x_SE, x_SE.shape[-1:], norm_weight_E, norm_bias_E, eps)
+    return functional.linear(normed_SE, weight_DE.to(x_SE.dtype), None if bias_D is None else bias_D.to(x_SE.dtype))
+
+
+def frozen_linear(x_SD: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Tensor | None, **_: Any) -> torch.Tensor:
+    return functional.linear(x_SD, weight_FD, bias_F)
+
+
+class Members(nn.ModuleDict):
+    """The linears of a group one by one, as PEFT finds them in a model."""
+
+    def forward(self, x_SD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(linear(x_SD) for linear in self.values())
+
+
+def peft_lora() -> Function:
+    importlib.import_module("peft")
+
+    def lora(x_SD: torch.Tensor, group: Members, parameters: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return torch.func.functional_call(group, parameters, (x_SD,))
+
+    return lora
+
+
+def separate_members(
+    x_SD: torch.Tensor,
+    weight_FD: torch.Tensor,
+    bias_F: torch.Tensor | None,
+    adapters: tuple[tuple[int, torch.Tensor, torch.Tensor], ...],
+    scale: float,
+    dropout: Dropout | None,
+) -> Arguments:
+    """PEFT's modules over the same weights, with adapters in the compute dtype, which is its fastest setting."""
+    starts = sorted({0, *(start for start, _, _ in adapters), *(start + len(b) for start, _, b in adapters)})
+    ends = [*starts[1:], len(weight_FD)]
+    bounds = [(start, end) for start, end in zip(starts, ends) if start < end]
+    names = {start: f"linear{number}" for number, (start, _) in enumerate(bounds)}
+    rank, p = len(adapters[0][1]), 0.0 if dropout is None else dropout.p
+    widths = {names[start]: end - start for start, end in bounds}
+    config = {"r": rank, "lora_alpha": scale * rank, "lora_dropout": p}
+    group = peft_group(x_SD.shape[1], widths, bias_F is not None, [names[start] for start, _, _ in adapters], config)
+    adapted, parameters = {start: pair for start, *pair in adapters}, {}
+    for start, end in bounds:
+        inner = f"{names[start]}.base_layer" if start in adapted else names[start]
+        parameters[f"{inner}.weight"] = weight_FD[start:end]
+        if bias_F is not None:
+            parameters[f"{inner}.bias"] = bias_F[start:end]
+        for kind, matrix in zip("AB", adapted.get(start, ())):
+            parameters[f"{names[start]}.lora_{kind}.default.weight"] = matrix.to(x_SD.dtype)
+    return {"x_SD": x_SD, "group": group, "parameters": parameters}
+
+
+def peft_group(width: int, widths: dict[str, int], bias: bool, targets: list[str], config: dict[str, Any]) -> Members:
+    """Without storage: `functional_call` brings the weights."""
+    import peft
+
+    linears = {name: nn.Linear(width, out, bias=bias, device="meta") for name, out in widths.items()}
+    config = peft.LoraConfig(target_modules=targets, **config)
+    return peft.inject_adapter_in_model(config, Members(linears), low_cpu_mem_usage=True).train()
+
+
+LIGER = {
+    "rms_norm": (Provider("Liger", liger_rms_norm),),
+    "rope": (Provider("Liger", liger_rope, separate_heads, join_heads),),
+    "swiglu": (Provider("Liger", liger_swiglu),),
+}
+LIBRARIES = {
+    "projection": (Provider("LayerNorm + GEMM", lambda: layer_norm_and_linear),),
+    "lora_linear": (
+        Provider("frozen GEMM alone", lambda: frozen_linear, partial=True),
+        Provider(
+            "PEFT", peft_lora, separate_members, lambda outputs, _: torch.cat(outputs, dim=1), without=("dropout",)
+        ),
+    ),
+}
