@@ -1,8 +1,8 @@
 // distill_loss on the CPU; kernels/distill_loss/__init__.py has the formula and the letters.
 //
 // Forward, one pass over both sides' rows: while a row is in the first-level cache it is normalised (but for the norm's
-// weight, which a span's mean takes once), added to its span's sum, and compared with its partner. A span of up to CHUNK
-// tokens is summed by whoever finishes it; the chunks of longer ones are shared out before, each summed in a slot of its
+// weight, which a span's mean takes once), added to its span's sum, and compared with its partner. Whoever finishes a
+// span of up to CHUNK tokens sums it too; of longer ones the chunks are shared out before, each summed in a slot of its
 // own, so that one span as long as the pack keeps all cores busy. Backward: one pass over the student's rows.
 // Every order of summation is fixed: results do not depend on the number of threads.
 #include <torch/csrc/stable/library.h>
@@ -301,7 +301,7 @@ Tensor distill_loss_backward(const Tensor& pooled_grad, const Tensor& token_grad
                              const std::optional<Tensor>& partners_TD, const Tensor& norm_weight_D, double eps,
                              const Tensor& student_bounds_P2, const Tensor& student_chunks_C3, const Tensor& weight_P,
                              const Tensor& error_PD, const std::optional<Tensor>& aligned_S) {
-  Tensor grad_SD = fresh_like(student_SD);
+  Tensor grad_SD = torch::stable::empty_like(student_SD);
   with_type(student_SD, [&](auto zero) {
     using T = decltype(zero);
     Backward<T>{{student_SD, student_bounds_P2, student_chunks_C3}, optional_data<const T>(partners_TD),

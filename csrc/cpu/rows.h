@@ -1,6 +1,5 @@
 // What the CPU's ops share: number formats, rows of tensors, sharing out work.
 #pragma once
-#include <sys/mman.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/bit_cast.h>
@@ -138,20 +137,6 @@ void with_type(const Tensor& tensor, const F& f) {
     default:
       STD_TORCH_CHECK(false, "no such type here: ", torch::headeronly::toString(tensor.scalar_type()));
   }
-}
-
-// As empty_like, but asks for pages of 2 MB: fresh memory comes page by page on first touch, which takes longer than
-// writing it.
-inline Tensor fresh_like(const Tensor& tensor) {
-  Tensor out = torch::stable::empty_like(tensor);
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 2 << 20;
-  const int64_t element = tensor.scalar_type() == ScalarType::Float ? 4 : 2;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(out.mutable_data_ptr()), end = start + out.numel() * element;
-  const uintptr_t first = (start + page - 1) / page * page, last = end / page * page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return out;
 }
 
 // Calls f(unit) once for each unit, in parallel where `work` (elements gone through) is worth it. Whoever is free takes

@@ -1,21 +1,23 @@
 // distill_loss on CUDA devices; kernels/distill_loss/__init__.py has the formula and the letters.
 //
-// A block holds rows of up to MAX_WIDTH in its threads' registers, COLUMNS of each in a thread, as they came: 16 bytes an
-// access. A thread has the same columns of every row, so sums over rows are its own, and only a row's squares are summed
-// across the block, for ROWS of them at a time: one wait for up to 128 bytes from each thread.
-//   sum_chunks   a block for each chunk of both sides: sums those of long spans, over CHUNK tokens, into slots
-//   finish       a block for each group of spans: sums a short span's rows, or a long one's slots, and compares the means
+// A block's threads hold rows of up to MAX_WIDTH in registers, as they came, COLUMNS of each row in a thread, read 16
+// bytes at a time. A thread has the same columns of every row, so sums over rows are its own, and only a row's squares
+// are summed across the block: for ROWS of them together, which is one wait for up to 128 bytes from each thread.
+//   sum_chunks   a block for each chunk: sums the rows of those of long spans, over CHUNK tokens, to slots
+//   finish       a block for each group of spans: sums a short span's rows or a long one's slots, compares the means
 //   add_up       the groups' moments and errors to the results
 //   backward     a block for each chunk of the student: what comes from the means is the same for all its rows
-// Bytes: forward reads each state once, partners once more, and writes 4 P D for backward; the slots of long spans are at
-// most one row of fp32 in 32 tokens, the groups' sums 8 D each. Backward reads the student's states once, and partners,
-// and writes the gradient. No atomics, every order of summation is fixed: results are the same every time.
-// Registers: at most 128, which THREADS of them leave, and no spills on sm_80 and sm_90a; bf16's are what fp32's are, for
-// ptxas keeps unpacked what it will need again.
+// Bytes: forward reads each state once, partners once more, and writes 4 P D for backward; the slots of long spans are
+// at most one row of fp32 in 32 tokens, the groups' sums 8 D each. Backward reads the student's states once, partners
+// too, and writes the gradient. No atomics, every order of summation is fixed: the same arguments give the same bits.
+// Registers: at most 128, which is what THREADS of them leave, and no spills, on sm_80 and sm_90a. bf16 takes as many
+// as fp32, for ptxas keeps unpacked what it will need again after a barrier.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstdint>
+#include <initializer_list>
 #include <type_traits>
 
 #include "distill_loss.h"
@@ -134,7 +136,9 @@ __device__ __forceinline__ void inverse_rms(const Columns<T, V> (&x)[R], int D, 
 
 __device__ __forceinline__ int start_of(const Side& side, int span) { return side.bounds_P2[2 * span]; }
 __device__ __forceinline__ int end_of(const Side& side, int span) { return side.bounds_P2[2 * span + 1]; }
-__device__ __forceinline__ int length_of(const Side& side, int span) { return end_of(side, span) - start_of(side, span); }
+__device__ __forceinline__ int length_of(const Side& side, int span) {
+  return end_of(side, span) - start_of(side, span);
+}
 
 __device__ __forceinline__ int slot_of(const Side& side, int span, int token) {
   return start_of(side, span) / (CHUNK / 2) + (token - start_of(side, span)) / CHUNK;
@@ -187,7 +191,8 @@ __global__ void __launch_bounds__(THREADS) sum_chunks(const ForwardArguments a) 
   const bool is_student = blockIdx.x < a.student.num_chunks;
   const Side& side = is_student ? a.student : a.teacher;
   const int chunk = is_student ? blockIdx.x : blockIdx.x - a.student.num_chunks;
-  const int span = side.chunks_C3[3 * chunk], start = side.chunks_C3[3 * chunk + 1], end = side.chunks_C3[3 * chunk + 2];
+  const int* const row = side.chunks_C3 + 3 * chunk;
+  const int span = row[0], start = row[1], end = row[2];
   const bool is_summed = span >= 0 && length_of(side, span) > CHUNK;
   const bool is_compared = ALIGNED && is_student && (is_summed || span < 0);
 
@@ -332,8 +337,8 @@ __global__ void __launch_bounds__(THREADS) backward(const BackwardArguments a) {
   constexpr int R = ROWS<T, V, ALIGNED>;
   __shared__ typename BlockSum<float, R>::Boards boards;
   BlockSum<float, R> sum_block(boards);
-  const int* const chunk = a.student.chunks_C3 + 3 * blockIdx.x;
-  const int span = chunk[0], start = chunk[1], end = chunk[2];
+  const int* const row = a.student.chunks_C3 + 3 * blockIdx.x;
+  const int span = row[0], start = row[1], end = row[2];
   const float scale = span >= 0 ? 2 * *a.pooled_grad * a.weight_P[span] / length_of(a.student, span) : 0;
   const float token_scale = ALIGNED ? 2 * *a.token_grad : 0;
   Columns<float, V> w, error;

@@ -21,9 +21,9 @@ struct ForwardArguments {
   const int* aligned_S;  // or null
   float *pooled_error, *token_error;
   double* moments;
-  float* error_PD;                         // or null
-  double *totals_G5, *teacher_GD;          // scratch, G = num_groups(P)
-  double* token_error_C;                   // scratch, C = student.num_chunks
+  float* error_PD;                  // or null
+  double *totals_G5, *teacher_GD;  // scratch, G = num_groups(P)
+  double* token_error_C;            // scratch, C = student.num_chunks
 };
 
 struct BackwardArguments {
@@ -41,8 +41,8 @@ struct BackwardArguments {
 constexpr int CHUNK = 64;  // tokens, as in kernels/distill_loss/spans.py
 constexpr int MAX_WIDTH = 8192;
 
-// A long span's sums begin in slot start / (CHUNK / 2), one for each chunk: over CHUNK tokens have at least as many halves
-// of a chunk as chunks, so the next long span's begin behind them.
+// A long span's sums begin in slot start / (CHUNK / 2), one for each chunk: over CHUNK tokens have at least as many
+// halves of a chunk as chunks, so the next long span's begin behind them.
 constexpr int64_t num_slots(int64_t tokens) { return tokens / (CHUNK / 2); }
 constexpr int num_groups(int P) { return P < 512 ? P : 512; }
 
