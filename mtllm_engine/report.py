@@ -66,7 +66,7 @@ def plot_curve(folder: Path) -> Path:
         axis.plot(steps, values, "o-", lw=2, label="held-out")
         axis.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), xytext=(4, 6), textcoords="offset points")
     axis.axhline(1.0, color="grey", ls="--", lw=1, label="predicting the mean")
-    axis.set(xlabel="step", ylabel="fraction of variance unexplained", title=folder.name, yscale="log")
+    axis.set(xlabel="step", ylabel="fraction of variance unexplained", title=str(folder), yscale="log")
     axis.legend()
     axis.grid(alpha=0.3, which="both")
     path = folder / "curve.png"

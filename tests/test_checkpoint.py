@@ -223,14 +223,17 @@ def test_run_that_was_rewound_keeps_what_it_saves(run):
     assert saved_names(run) == ["latest", "step-00000024", "step-00000026", "step-00000030"]
 
 
-def test_leftovers_of_a_killed_run_are_harmless(run):
-    """A partial folder, and an old checkpoint of which half is gone."""
+@pytest.mark.parametrize("is_linked", [True, False])
+def test_leftovers_of_a_killed_run_are_harmless(run, is_linked):
+    """A partial folder, and checkpoints of which half is gone; also where there is no `latest`."""
     run.train_to(4)
     run.save(4)
-    for name in (".step-00000006.partial", "step-00000002"):
+    for name in (".step-00000006.partial", "step-00000002", "step-00000008"):
         (run.folder / name).mkdir()
         (run.folder / name / "optimizer.safetensors").write_bytes(b"half")
     (run.folder / ".latest.partial").symlink_to("step-00000006")
+    if not is_linked:
+        (run.folder / "latest").unlink()
     assert run.restore() == 4
     run.save(6)
     assert run.restore() == 6
