@@ -8,6 +8,7 @@ of NLLB with an NllbTokenizer, and a Llama with a byte-level BPE.
 import ast
 import hashlib
 import json
+import os
 import random
 import re
 import subprocess
@@ -39,6 +40,7 @@ from mtllm_engine.config import load
 from mtllm_engine.data.sources import pack
 from mtllm_engine.metrics import print_table
 from mtllm_engine.report import summary
+from mtllm_engine.world import device_type
 
 LANGUAGE = "eng_Latn"
 SHORTEST, LONG_ENOUGH = 80, 240  # characters: what a document needs at least, and where the next one starts
@@ -54,6 +56,8 @@ SKIPPED_PACKAGES = {"site-packages", "test", "tests", "idle_test", "lib2to3", "t
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m mtllm_engine.quickstart [CONFIG [section.key=value ...]]`: world, shards, distillation, result."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["configs/quickstart.toml"]
+    if device_type() == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a warning, from where transformers looks for DeepSpeed
     try:
         config = load(arguments[0], arguments[1:])
         folder = Path(config.model.encoder).parent

@@ -1,0 +1,221 @@
+"""How one optimizer step is measured: its time in interleaved rounds, then apart from that where time and memory go.
+
+A variant is anything with `name`, `run(work) -> (loss share, gradient norm)`, `parts` and `module`.
+"""
+
+import contextlib
+import functools
+import shutil
+import statistics
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from mtllm_engine.data.stream import Step
+from mtllm_engine.world import World
+
+PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989}  # dense bf16, as the vendor gives it
+Part = tuple[Any, str, str | Callable[..., str]]  # object, method, name of the part (or what names a call)
+
+
+class Variant(Protocol):
+    name: str
+    module: nn.Module
+    parts: list[Part]
+
+    def run(self, work: Step) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@contextlib.contextmanager
+def patched(*patches: tuple[Any, str, Any]) -> Iterator[None]:
+    """Sets (object, attribute, value) for a while."""
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(mock.patch.object(*patch))
+        yield
+
+
+def timed(run: Callable[[], Any], world: World) -> tuple[Any, float]:
+    """A call's result and wall time in seconds on this rank, all ranks starting together."""
+    world.gather_ints([0])
+    synchronize(world)
+    started_s = time.perf_counter()
+    result = run()
+    synchronize(world)
+    return result, time.perf_counter() - started_s
+
+
+def rounds(
+    variants: Sequence[Variant], works: Sequence[Step], world: World, check: Callable[[str, int, Any], None]
+) -> dict[str, list[list[float]]]:
+    """Seconds by variant, step and rank. Every variant runs each step before any runs the next, in turning order."""
+    seconds: dict[str, list[list[float]]] = {variant.name: [] for variant in variants}
+    with tqdm(total=len(works) * len(variants), unit="step", disable=not world.is_main, leave=False) as bar:
+        for number, work in enumerate(works):
+            turn = number % len(variants)
+            for variant in [*variants[turn:], *variants[:turn]]:
+                bar.set_description(variant.name)
+                result, taken_s = timed(functools.partial(variant.run, work), world)
+                check(variant.name, number, result)
+                seconds[variant.name].append(world.gather(taken_s))
+                bar.update()
+    return seconds
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    return {name: tensor.quantile(share).item() for name, share in (("median", 0.5), ("p20", 0.2), ("p80", 0.8))}
+
+
+def extremes(values: Sequence[float]) -> dict[str, float]:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def split(variant: Variant, work: Step, world: World) -> dict[str, float]:
+    """Seconds of each part of a step on this rank, on the device's clock; `rest` is what belongs to none."""
+    marks: list[tuple[str, Any, Any]] = []
+    mark = _mark_cuda if world.device.type == "cuda" else time.perf_counter
+
+    def watched(method: Callable, name: str | Callable[..., str]) -> Callable:
+        @functools.wraps(method)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = mark()
+            result = method(*args, **kwargs)
+            marks.append((name if isinstance(name, str) else name(*args, **kwargs), start, mark()))
+            return result
+
+        return run
+
+    patches = [(item, method, watched(getattr(item, method), name)) for item, method, name in variant.parts]
+    with patched(*patches):
+        _, total_s = timed(functools.partial(variant.run, work), world)
+    seconds: Counter[str] = Counter()
+    for name, start, end in marks:
+        seconds[name] += start.elapsed_time(end) / 1000 if world.device.type == "cuda" else end - start
+    return dict(seconds) | {"rest": max(0.0, total_s - sum(seconds.values()))}
+
+
+def trace(variant: Variant, work: Step, world: World, file: Path | None = None) -> dict[str, float]:
+    """What PyTorch's profiler sees of a step: kernels launched, seconds in collectives, bytes above the start.
+
+    On a CPU, "kernels" are calls of ATen operators, by others too, and the bytes are PyTorch's allocator's, from its
+    record of every call: what the process holds beside them (fragments, scratch of libraries) is not in it. Collectives
+    overlap the parts of `split`.
+    """
+    on_gpu = world.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before_bytes = torch.cuda.memory_allocated()
+    with profile(activities=activities, profile_memory=not on_gpu) as profiler:
+        variant.run(work)
+        synchronize(world)
+    if file is not None:
+        profiler.export_chrome_trace(str(file))
+    events = profiler.profiler.kineto_results.events()
+    if on_gpu:
+        launched = [event for event in events if _is_kernel(event)]
+        kernels, collectives = len(launched), [event for event in launched if event.name().startswith("nccl")]
+        step_bytes = torch.cuda.max_memory_allocated() - before_bytes
+    else:
+        kernels = sum(event.name().startswith("aten::") for event in events)
+        collectives = [event for event in events if event.name().startswith("gloo:")]
+        step_bytes = _peak_bytes(events)
+    collectives_s = sum(event.duration_ns() for event in collectives) / 1e9
+    return {"kernels": kernels, "collectives_s": collectives_s, "step_bytes": step_bytes}
+
+
+def kept_bytes(variant: Variant) -> int:
+    """What lives between steps on this rank: weights, and AdamW's two moments of what is trained."""
+    total = 0
+    for parameter in variant.module.parameters():
+        held = getattr(parameter, "ds_tensor", parameter)
+        total += held.numel() * (held.element_size() + 8 * parameter.requires_grad)
+    return total
+
+
+def gemm_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """What a large product of random matrices reaches on this device, now."""
+    size, repeats = (8192, 20) if device.type == "cuda" else (1024, 6)
+    pairs = [[torch.randn(size, size, device=device, dtype=dtype) for _ in range(2)] for _ in range(3)]
+    alone = World(rank=0, size=1, local_rank=0, device=device)
+    multiply = [functools.partial(torch.mm, *pairs[number % 3]) for number in range(repeats + 2)]
+    seconds = [timed(run, alone)[1] for run in multiply][2:]
+    return 2 * size**3 / statistics.median(seconds) / 1e12
+
+
+def driver(device: torch.device) -> str | None:
+    """The NVIDIA driver's version."""
+    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def nominal_tflops(device_name: str) -> float | None:
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def gathered_bytes(variant: Variant, work: Step) -> int:
+    """Bytes of weights that ZeRO-3 brings to this rank in a step, counted at each gather."""
+    total = 0
+
+    def counting(gather: Callable) -> Callable:
+        def run(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal total
+            parameters = list(parameters)
+            total += sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)
+            return gather(parameters, *args, **kwargs)
+
+        return run
+
+    parameters = [parameter for parameter in variant.module.parameters() if hasattr(parameter, "ds_tensor")]
+    name = "all_gather_coalesced"
+    with patched(*((parameter, name, counting(getattr(parameter, name))) for parameter in parameters)):
+        variant.run(work)
+    return total
+
+
+def all_gather_gbytes_per_s(num_bytes: int, world: World) -> float:
+    """Bandwidth of a plain all-gather of `num_bytes` in all: the bytes that each rank receives, by time."""
+    part = torch.ones(max(1, num_bytes // world.size), dtype=torch.uint8, device=world.device)
+    whole = torch.empty(len(part) * world.size, dtype=torch.uint8, device=world.device)
+    seconds = [timed(lambda: dist.all_gather_into_tensor(whole, part), world)[1] for _ in range(7)][2:]
+    return len(part) * (world.size - 1) / statistics.median(seconds) / 1e9
+
+
+def synchronize(world: World) -> None:
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+
+
+def _mark_cuda() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _is_kernel(event: Any) -> bool:
+    """Runs on the GPU, and is no copy and no region that the host has named there."""
+    on_gpu = event.device_type() == torch.autograd.DeviceType.CUDA
+    return on_gpu and not event.is_user_annotation() and not event.name().startswith(("Memcpy", "Memset"))
+
+
+def _peak_bytes(events: Sequence[Any]) -> int:
+    """The most that PyTorch's CPU allocator held above the start."""
+    held = peak = 0
+    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

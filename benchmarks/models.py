@@ -1,0 +1,172 @@
+"""The models that a benchmark runs: the config's checkpoints, or random weights at the shapes of known models."""
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaModel, M2M100Config
+from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
+
+from mtllm_engine.config import Config
+from mtllm_engine.engine import MOMENTS, TrainedState, shard
+from mtllm_engine.model.mtllm import Stack
+from mtllm_engine.model.pretrained import Checkpoint, Weights, build_stack, resolve
+from mtllm_engine.world import World
+
+
+def _encoder(*, vocab_size: int, width: int, layers: int, heads: int, ffn: int) -> M2M100Config:
+    return M2M100Config(
+        vocab_size=vocab_size,
+        d_model=width,
+        encoder_layers=layers,
+        encoder_attention_heads=heads,
+        encoder_ffn_dim=ffn,
+        scale_embedding=True,
+    )
+
+
+def _decoder(*, vocab_size: int, width: int, layers: int, heads: int, kv_heads: int, ffn: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=ffn,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )
+
+
+ENCODERS = {
+    "nllb600m": _encoder(vocab_size=256206, width=1024, layers=12, heads=16, ffn=4096),
+    "nllb3b": _encoder(vocab_size=256206, width=2048, layers=24, heads=16, ffn=8192),
+    "tiny": _encoder(vocab_size=2000, width=128, layers=4, heads=4, ffn=384),
+}
+DECODERS = {
+    "llama3_8b": _decoder(vocab_size=128256, width=4096, layers=32, heads=32, kv_heads=8, ffn=14336),
+    "llama3_70b": _decoder(vocab_size=128256, width=8192, layers=80, heads=64, kv_heads=8, ffn=28672),
+    "tiny": _decoder(vocab_size=1000, width=256, layers=4, heads=4, kv_heads=2, ffn=768),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """Our stack, filled, and all that is needed to fill transformers' modules with the same weights."""
+
+    encoder: M2M100Config
+    decoder: LlamaConfig
+    stack: Stack
+    weights: Weights
+    trained: TrainedState  # what training starts from: every adapter at work, lora_B too
+
+    @property
+    def matmul_parameters(self) -> int:
+        """N of the work: the LLM's matrices without embeddings."""
+        frozen = (item for item in self.stack.decoder.layers.parameters() if not item.requires_grad)
+        shapes = [getattr(parameter, "ds_shape", parameter.shape) for parameter in frozen]
+        return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+
+
+def build_models(config: Config, shape: str, world: World) -> Models:
+    """Args: shape: DECODER+ENCODER for random weights; empty for the checkpoints that the config names.
+
+    Raises:
+        ValueError: A checkpoint or a shape is not there.
+    """
+    if shape:
+        encoder, decoder = _parse_shape(shape)
+        with torch.device("meta"):
+            stack, theirs = Stack(config, encoder, decoder), (M2M100Encoder(encoder), LlamaModel(decoder))
+        dtype = getattr(torch, config.model.dtype)
+        sides = (_Random(module, world.device, dtype) for module in theirs)
+        weights = Weights(stack, *sides, seed=config.run.seed, projection_init=config.model.projection_init)
+    else:
+        stack, weights = build_stack(config)
+        encoder = M2M100Config.from_pretrained(resolve(config.model.encoder))
+        decoder = LlamaConfig.from_pretrained(resolve(config.model.decoder))
+    trained = {name: _start(name, item.shape) for name, item in stack.named_parameters() if item.requires_grad}
+    stack = shard(stack, weights, config, world)
+    return Models(encoder=encoder, decoder=decoder, stack=stack, weights=weights, trained=trained)
+
+
+def frozen_tensors(models: Models, side: str) -> dict[str, Callable[[], torch.Tensor]]:
+    """What fills transformers' module of a side ("encoder", "decoder"), by its parameters' names.
+
+    In one process these are views of our own weights: nothing is stored twice. Under ZeRO-3 they are read again.
+    """
+    sources = models.weights.sources
+    checkpoint = sources[f"{side}.embedding.weight"].checkpoint
+    readers: dict[str, Callable[[], torch.Tensor]] = {}
+    for name, parameter in models.stack.named_parameters():
+        if parameter.requires_grad or sources[name].checkpoint is not checkpoint:
+            continue
+        row = 0
+        for full_name in sources[name].names:
+            short = "embed_tokens.weight" if name.endswith("embedding.weight") else _short(full_name)
+            shape = checkpoint.shape(full_name)
+            if hasattr(parameter, "ds_tensor"):
+                readers[short] = functools.partial(_read, checkpoint, full_name, parameter)
+            else:
+                readers[short] = functools.partial(parameter.data.__getitem__, slice(row, row + shape[0]))
+            row += shape[0]
+    return readers
+
+
+def _read(checkpoint: Checkpoint, name: str, like: torch.Tensor) -> torch.Tensor:
+    shape = checkpoint.shape(name)
+    return checkpoint.read(name, 0, math.prod(shape)).view(shape).to(like.device, like.dtype)
+
+
+def _short(name: str) -> str:
+    """`model.encoder.layers.0.fc1.bias` -> `layers.0.fc1.bias`, `model.norm.weight` -> `norm.weight`."""
+    return name[name.index("layers.") :] if "layers." in name else ".".join(name.split(".")[-2:])
+
+
+def _start(name: str, shape: torch.Size) -> dict[str, torch.Tensor]:
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(_seed(name))) * 0.5 * shape[-1] ** -0.5
+    return {"value": value, **{key: torch.zeros(shape) for key in MOMENTS}}
+
+
+class _Random:
+    """Looks like `pretrained.Checkpoint`; its tensors are drawn, each from its name, where they are needed."""
+
+    def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        self.folder, self.device, self.dtype = "random weights", device, dtype
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        self._latest = functools.lru_cache(maxsize=1)(self._draw)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._latest(name).view(-1)[start:stop]
+
+    def _draw(self, name: str) -> torch.Tensor:
+        """Matrices that keep the size of what they multiply, norms about 1, small biases."""
+        generator = torch.Generator(self.device).manual_seed(_seed(name))
+        shape = self.shapes[name]
+        values = torch.empty(shape, device=self.device, dtype=self.dtype).normal_(generator=generator)
+        if len(shape) == 2:
+            return values.mul_(shape[-1] ** -0.5)
+        return values.mul_(0.1).add_(float(name.endswith("norm.weight")))
+
+
+def _seed(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
+
+
+def _parse_shape(text: str) -> tuple[M2M100Config, LlamaConfig]:
+    decoder, _, encoder = text.partition("+")
+    if decoder not in DECODERS or encoder not in ENCODERS:
+        known = f"{'|'.join(DECODERS)}+{'|'.join(ENCODERS)}"
+        raise ValueError(f"--random-weights {text}: write one of {known}, such as llama3_8b+nllb600m")
+    return ENCODERS[encoder], DECODERS[decoder]

@@ -1,0 +1,194 @@
+"""What a person sees of the step benchmark: tables, charts, and efficiency over rank counts."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+LINEAR = 0.10  # how far a pack size's cost per token may be from the median of all
+
+Row = dict[str, Any]
+
+
+def show(rows: Sequence[Row], out: Path | None) -> int:
+    """Prints figures and parts, by lengths; draws the chart."""
+    first = rows[0]
+    print(f"{first['world_size']} x {first['device']}, ZeRO stage {first['zero_stage']}, {first['dtype']}", end=", ")
+    print(f"weights {first['weights']}, commit {first['commit']}")
+    print(f"a product of large random matrices reaches {first['gemm_tflops']:.4g} TFLOP/s here")
+    if "all_gather_gbytes_per_s" in first:
+        print(f"an all-gather of a layer reaches {first['all_gather_gbytes_per_s']:.4g} GB/s")
+    for key in dict.fromkeys((row["lengths"], row["data"]) for row in rows):
+        group = [row for row in rows if (row["lengths"], row["data"]) == key]
+        tokens = f"{group[0]['documents']} documents, {group[0]['pair_tokens']:.0f} pairs"
+        print(f"\nlengths {key[0]}, data {key[1]}: {tokens} in the first timed step")
+        print(_table([_figures(row, group[0]) for row in group]))
+        if "split_s" in group[0]:
+            print(f"\nmilliseconds, measured apart\n{_table([_parts(row) for row in group])}")
+    if out is not None:
+        draw(rows, out.with_suffix(".png"))
+    return 0
+
+
+def _figures(row: Row, first: Row) -> dict[str, str]:
+    pairs = row["pairs_per_s"]
+    figures = {
+        "variant": row["variant"],
+        "pairs/s": f"{pairs['median']:.0f}",
+        "p20-p80": f"{pairs['p20']:.0f}-{pairs['p80']:.0f}",
+        "documents/s": f"{row['documents_per_s']['median']:.1f}",
+        "ours is": f"{first['pairs_per_s']['median'] / pairs['median']:.2f} x",
+        "MFU": f"{row['mfu']:.1%}" if row["mfu"] else "-",
+        "of GEMM": f"{row['gemm_share']:.1%}",
+    }
+    if "data_wait_s" in row:
+        figures["waits for data"] = f"{row['data_wait_s']['median'] / row['step_s']['median']:.1%}"
+    if "peak_bytes" in row:
+        figures["peak MiB"] = f"{row['peak_bytes'] / 2**20:.0f}"
+        figures["in the step"] = f"{row['step_bytes'] / 2**20:.0f}"
+        figures["kernels"] = str(row["kernels"])
+    if "gathered_bytes" in row:
+        figures["gathered MiB"] = f"{row['gathered_bytes'] / 2**20:.1f}"
+    return figures | {"error": f"{row['error']:.0e}", "batch": str(row["batch"])}
+
+
+def _parts(row: Row) -> dict[str, str]:
+    return {"variant": row["variant"]} | {name: f"{1000 * taken_s:.1f}" for name, taken_s in row["split_s"].items()}
+
+
+def _table(rows: Sequence[dict[str, str]]) -> str:
+    """Columns of the first row; names to the left, numbers to the right."""
+    lines = [list(rows[0]), *([row[name] for name in rows[0]] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
+        )
+        for line in lines
+    )
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Bars: pairs/s and peak memory of each variant, by lengths."""
+    pyplot = _pyplot()
+    rows = [row for row in rows if "peak_bytes" in row]
+    groups, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("lengths", "variant"))
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, title, value in (
+        (axes[0], "pairs/s", lambda row: row["pairs_per_s"]["median"]),
+        (axes[1], "peak memory of a rank, MiB", lambda row: row["peak_bytes"] / 2**20),
+    ):
+        for number, name in enumerate(names):
+            heights = {row["lengths"]: value(row) for row in rows if row["variant"] == name}
+            places = [group + number / (len(names) + 1) for group in range(len(groups))]
+            bars = axis.bar(places, [heights[group] for group in groups], 1 / (len(names) + 1.5), label=name)
+            axis.bar_label(bars, fmt="%.0f", fontsize=8)
+        middle = (len(names) - 1) / (len(names) + 1) / 2
+        axis.set_xticks([group + middle for group in range(len(groups))], [f"lengths {group}" for group in groups])
+        axis.set_title(title)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    figure.suptitle(_caption(rows[0]), fontsize=9)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    print(f"\nchart: {path}")
+
+
+def show_linear(rows: Sequence[Row], out: Path | None) -> int:
+    """Our cost per token by pack size, for each distribution of lengths. Returns 1 when one is not linear."""
+    costs = {text: [] for text in dict.fromkeys(row["lengths"] for row in rows)}
+    sizes = list(dict.fromkeys(row["pack_tokens"] for row in rows))
+    for row in rows:
+        costs[row["lengths"]].append(1e6 / row["pairs_per_s"]["median"])
+    worst = {}
+    for text, of_size in costs.items():
+        middle = statistics.median(of_size)
+        lines = [
+            {"pack tokens": str(size), "us/pair": f"{cost:.3f}", "of the median": f"{cost / middle:.2f}"}
+            for size, cost in zip(sizes, of_size)
+        ]
+        worst[text] = max(abs(cost / middle - 1) for cost in of_size)
+        told = "linear" if worst[text] <= LINEAR else "not linear"
+        print(f"\nlengths {text}\n{_table(lines)}\ncost per token within {worst[text]:.0%} of its median: {told}")
+    if out is not None:
+        draw_linear(sizes, costs, rows[0], out.with_suffix(".png"))
+    return int(max(worst.values()) > LINEAR)
+
+
+def draw_linear(sizes: Sequence[int], costs: dict[str, list[float]], row: Row, path: Path) -> None:
+    """Lines, each in the band that is called linear."""
+    pyplot = _pyplot()
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for text, of_size in costs.items():
+        (line,) = axis.plot(sizes, of_size, marker="o", label=f"lengths {text}")
+        middle = statistics.median(of_size)
+        axis.fill_between(sizes, (1 - LINEAR) * middle, (1 + LINEAR) * middle, color=line.get_color(), alpha=0.12)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axis.minorticks_off()
+    axis.set(xlabel="tokens in a pack, each side", ylabel="microseconds per pair")
+    axis.set_ylim(0, 1.2 * max(map(max, costs.values())))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower right")
+    axis.set_title(_caption(row), fontsize=9)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    print(f"\nchart: {path}")
+
+
+def _caption(row: Row) -> str:
+    return f"{row['world_size']} x {row['device']}, {row['weights']}, {row['dtype']}, commit {row['commit']}"
+
+
+def show_scaling(files: Sequence[Path]) -> int:
+    """Throughput over rank counts, against the smallest; weak where a rank's share stays, strong where the whole does.
+
+    Raises:
+        ValueError: A file holds no rows of this benchmark.
+    """
+    rows = sorted((row for file in files for row in _load(file)), key=lambda row: row["world_size"])
+    for key in dict.fromkeys((row["variant"], row["lengths"], row["data"]) for row in rows):
+        group = [row for row in rows if (row["variant"], row["lengths"], row["data"]) == key]
+        print(f"\n{key[0]}, lengths {key[1]}, data {key[2]}")
+        print(_table([_scaled(row, group[0]) for row in group]))
+    return 0
+
+
+def _scaled(row: Row, first: Row) -> dict[str, str]:
+    ranks, growth = row["world_size"], row["pair_tokens"] / first["pair_tokens"]
+    kinds = {"strong": 1, "weak": ranks / first["world_size"]}
+    kind = min(kinds, key=lambda name: abs(growth - kinds[name])) if row is not first else "-"
+    gain = row["pairs_per_s"]["median"] / first["pairs_per_s"]["median"]
+    slowest = max(rank["median"] for rank in row["rank_step_s"])
+    fastest = min(rank["median"] for rank in row["rank_step_s"])
+    return {
+        "ranks": str(ranks),
+        "scaling": kind,
+        "pairs a step": f"{row['pair_tokens']:.0f}",
+        "pairs/s": f"{row['pairs_per_s']['median']:.0f}",
+        "a rank": f"{row['pairs_per_s']['median'] / ranks:.0f}",
+        "efficiency": f"{gain * first['world_size'] / ranks:.1%}",
+        "ranks' median ms": f"{1000 * fastest:.1f}-{1000 * slowest:.1f}",
+        "gathered MiB": f"{row['gathered_bytes'] / 2**20:.1f}" if "gathered_bytes" in row else "-",
+        "all-gather GB/s": f"{row['all_gather_gbytes_per_s']:.3g}" if "all_gather_gbytes_per_s" in row else "-",
+    }
+
+
+def _load(file: Path) -> list[Row]:
+    try:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} has a line that is not JSON: {error}") from error
+    if not rows or any("rank_step_s" not in row for row in rows):
+        raise ValueError(f"{file} holds no rows of benchmarks.step --out")
+    return rows
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
