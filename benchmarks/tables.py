@@ -88,7 +88,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axis.set_xticks([group + middle for group in range(len(groups))], [f"lengths {group}" for group in groups])
         axis.set_title(title)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
     figure.suptitle(_caption(rows[0]), fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
