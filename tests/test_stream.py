@@ -267,9 +267,9 @@ def test_finite_stream_holds_every_document_once(corpus, sizes, packs, lanes, se
     assert sorted(flat(flat(steps))) == list(range(sizes[0])) and skipped == 0
 
 
-@given(sizes=SIZES, epochs=st.integers(1, 3), seed=SEEDS)
-def test_finite_stream_of_several_epochs(corpus, sizes, epochs, seed):
-    steps, _ = read_all(corpus(*sizes), epochs=epochs, seed=seed)
+@given(sizes=SIZES, epochs=st.integers(1, 3), lanes=st.integers(1, 12), seed=SEEDS)
+def test_finite_stream_of_several_epochs(corpus, sizes, epochs, lanes, seed):
+    steps, _ = read_all(corpus(*sizes), epochs=epochs, lanes=lanes, seed=seed)
     assert sorted(flat(flat(steps))) == sorted(epochs * list(range(sizes[0])))
 
 
