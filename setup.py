@@ -38,6 +38,7 @@ setup(
     extras_require={
         "flash": ["flash-attn"],
         "triton": ["triton"],
+        "benchmarks": ["liger-kernel", "peft"],  # what ours is measured beside
         "dev": ["pytest", "hypothesis", "ruff", "peft", "triton"],
         "quickstart": ["sentencepiece"],
     },

@@ -101,7 +101,8 @@ def validate(
     stream.close()
     expected = stream.mixture.corpora[0].manifest.samples
     if spans + skipped != expected or spans == 0:
-        raise ValueError(f"{config.data.validation}: {spans} documents were read and {skipped} skipped of {expected}")
+        told = f"{config.data.validation}: {spans} documents were read and {skipped} skipped of {expected}"
+        raise Agreed(ValueError(told))  # the counts are all ranks', so all raise
     metrics.validation(step, world.sum(sums))
 
 
