@@ -90,18 +90,18 @@ def validate(
         return
     metrics.flush()
     stream = build_stream(config.data, tokenizer, world, seed=config.run.seed, epochs=1)
-    sums, spans, skipped = 0, 0, 0
+    sums, documents_read, skipped = 0, 0, 0
     with engine.evaluating():
-        while (work := agree(stream, world, config.memory.max_tokens)).spans:
+        while (work := agree(stream, world, config.memory.max_tokens)).documents:
             for documents in work.micro_batches:
                 batch = collate(documents, step_seed=0, device=world.device)
                 sums = sums + engine(batch, work.spans).moments
-            spans += work.spans
+            documents_read += work.documents
     skipped = work.skipped
     stream.close()
     expected = stream.mixture.corpora[0].manifest.samples
-    if spans + skipped != expected or spans == 0:
-        told = f"{config.data.validation}: {spans} documents were read and {skipped} skipped of {expected}"
+    if documents_read + skipped != expected or documents_read == 0:
+        told = f"{config.data.validation}: {documents_read} documents were read and {skipped} skipped of {expected}"
         raise Agreed(ValueError(told))  # the counts are all ranks', so all raise
     metrics.validation(step, world.sum(sums))
 

@@ -1,13 +1,13 @@
 """Packs, and the micro-batches made of them.
 
 Shape suffixes, for the whole project:
-N documents of a pack, S student (encoder) tokens, T teacher tokens, P pooled spans, D LLM width, E encoder width,
-F feed-forward width, H query heads, G kv heads, K head width, R LoRA rank, V vocabulary, B/L batch and padded length
-(only at Hugging Face's edges). Scalars wear nothing.
+N documents of a pack, S student (encoder) tokens, T teacher tokens, P pooled spans, A accepted answers, D LLM width,
+E encoder width, F feed-forward width, H query heads, G kv heads, K head width, R LoRA rank, V vocabulary, B/L batch and
+padded length (only at Hugging Face's edges). Scalars wear nothing.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,33 @@ import torch
 from mtllm_engine.kernels.distill_loss import Spans, build_spans
 
 GOLDEN = np.uint32(0x9E3779B9)
+NO_SPANS = np.zeros((0, 2), np.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One text, tokenised for both sides. `seed` (32 bits) names it to the dropout, wherever it is computed."""
+    """One text, tokenised for both sides. `seed` (32 bits) names it to the dropout, wherever it is computed.
+
+    Spans and answers are tokens [start, end); number p of one side is the text of number p of the other. All that is
+    pooled of a text without spans is the one span that it gets here: the whole, special tokens included.
+    """
 
     key: str
     seed: int
     student_ids_S: np.ndarray  # int32
     teacher_ids_T: np.ndarray  # int32
+    label: int = -1  # index of the class or of the right span; -1: not given
+    student_spans_P2: np.ndarray = field(default_factory=lambda: NO_SPANS)  # int32, in order and disjoint, none empty
+    teacher_spans_P2: np.ndarray = field(default_factory=lambda: NO_SPANS)
+    student_answers_A2: np.ndarray = field(default_factory=lambda: NO_SPANS)  # int32, without what was cut away
+    teacher_answers_A2: np.ndarray = field(default_factory=lambda: NO_SPANS)
+
+    def __post_init__(self) -> None:
+        if not len(self.student_spans_P2):
+            object.__setattr__(self, "student_spans_P2", np.array([[0, len(self.student_ids_S)]], np.int32))
+            object.__setattr__(self, "teacher_spans_P2", np.array([[0, len(self.teacher_ids_T)]], np.int32))
+        assert self.student_spans_P2.shape == self.teacher_spans_P2.shape
+        assert self.student_answers_A2.shape == self.teacher_answers_A2.shape
 
     @property
     def num_tokens(self) -> int:
@@ -65,6 +82,8 @@ class Batch:
     student_spans: Spans
     teacher_spans: Spans
     weight_P: torch.Tensor  # fp32: 1, or 0 in the idle micro-batch
+    labels_N: torch.Tensor  # int64: -1 where not given
+    span_counts: tuple[int, ...]  # P of each document, on the host
     keys: tuple[str, ...]
 
 
@@ -101,12 +120,15 @@ def collate(documents: Sequence[Document], *, step_seed: int, device: torch.devi
     documents = documents or [IDLE]
     student = _pack_tokens([document.student_ids_S for document in documents], documents, step_seed, device)
     teacher = _pack_tokens([document.teacher_ids_T for document in documents], documents, step_seed, device)
+    span_counts = tuple(len(document.student_spans_P2) for document in documents)
     return Batch(
         student=student,
         teacher=teacher,
-        student_spans=_whole_documents(student),
-        teacher_spans=_whole_documents(teacher),
-        weight_P=torch.full((len(documents),), weight, device=device),
+        student_spans=_pack_spans([document.student_spans_P2 for document in documents], student),
+        teacher_spans=_pack_spans([document.teacher_spans_P2 for document in documents], teacher),
+        weight_P=torch.full((sum(span_counts),), weight, device=device),
+        labels_N=torch.tensor([document.label for document in documents]).to(device, non_blocking=True),
+        span_counts=span_counts,
         keys=tuple(document.key for document in documents) if weight else (),
     )
 
@@ -130,9 +152,10 @@ def _pack_tokens(
     )
 
 
-def _whole_documents(tokens: Tokens) -> Spans:
+def _pack_spans(spans: Sequence[np.ndarray], tokens: Tokens) -> Spans:
     ends_N = np.cumsum(tokens.lengths)
-    return build_spans(np.stack([ends_N - tokens.lengths, ends_N], axis=1), ends_N[-1], tokens.ids_S.device)
+    bounds = [spans_P2 + start for spans_P2, start in zip(spans, ends_N - tokens.lengths)]
+    return build_spans(np.concatenate(bounds), ends_N[-1], tokens.ids_S.device)
 
 
 def mix32(x: np.ndarray) -> np.ndarray:

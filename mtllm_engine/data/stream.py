@@ -283,7 +283,8 @@ class Step:
     """What this rank runs in a step, and what all ranks run together."""
 
     micro_batches: list[list[Document]]  # equally many on every rank; the last may be empty (idle)
-    spans: int  # over all ranks, as the rest; in stage 1 a span is a document
+    documents: int  # over all ranks, as the rest
+    spans: int  # pooled ones: in stage 1 a document is one
     student_tokens: int
     teacher_tokens: int
     skipped: int  # documents since the run's start
@@ -304,18 +305,19 @@ def agree(stream: Stream, world: World, max_tokens: int, *, stop: bool = False) 
         error = raised
     documents = [document for pack in packs for document in pack.documents]
     micro_batches = join(packs, max_tokens)
+    spans = sum(len(document.student_spans_P2) for document in documents)
     student_tokens = sum(len(document.student_ids_S) for document in documents)
     teacher_tokens = sum(len(document.teacher_ids_T) for document in documents)
-    ranks = world.gather_ints(
-        [error is not None, stop, len(micro_batches), len(documents), student_tokens, teacher_tokens, stream.skipped]
-    )
-    failed, stopped, counts, num_documents, num_student, num_teacher, skipped = zip(*ranks)
+    counts = [len(micro_batches), len(documents), spans, student_tokens, teacher_tokens, stream.skipped]
+    ranks = world.gather_ints([error is not None, stop, *counts])
+    failed, stopped, num_micro, num_documents, num_spans, num_student, num_teacher, skipped = zip(*ranks)
     if any(failed):
         world.agree_on(error)
-    micro_batches += [[] for _ in range(max(counts) - len(micro_batches))]
+    micro_batches += [[] for _ in range(max(num_micro) - len(micro_batches))]
     return Step(
         micro_batches=micro_batches,
-        spans=sum(num_documents),
+        documents=sum(num_documents),
+        spans=sum(num_spans),
         student_tokens=sum(num_student),
         teacher_tokens=sum(num_teacher),
         skipped=sum(skipped),

@@ -1,0 +1,70 @@
+"""What an example says about its text: its label, and the characters that matter."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Range = tuple[int, int]  # characters [start, end) of a text
+NAMES = ("label", "spans", "answers", "cut")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marks:
+    """Ranges are characters [start, end) of the text; a plain text of a corpus has none of them."""
+
+    label: int = -1  # index of the class or of the right choice; -1: not given
+    spans: tuple[Range, ...] = ()  # what is pooled, in order and disjoint; empty: the whole text
+    answers: tuple[Range, ...] = ()  # the accepted answers, where a task asks for a piece of the text
+    cut: Range | None = None  # what may be shortened where the text is too long; None: the text's end, if no spans
+
+    def check(self, text: str) -> None:
+        """Raises ValueError, with the reason, unless every range lies in the text and the spans are in order."""
+        for name, ranges in (
+            ("spans", self.spans),
+            ("answers", self.answers),
+            ("cut", (self.cut,) if self.cut else ()),
+        ):
+            for start, end in ranges:
+                if not 0 <= start <= end <= len(text):
+                    raise ValueError(f"{name}: [{start}, {end}) is not in the text's {len(text)} characters")
+        for (_, end), (start, _) in zip(self.spans, self.spans[1:]):
+            if start < end:
+                raise ValueError(f"spans: one starts at {start}, before the one before it ends at {end}")
+
+
+NONE = Marks()
+
+
+def parse_marks(values: Mapping[str, Any]) -> Marks:
+    """Marks from what JSON made of them, by name; a name that is not there keeps its default.
+
+    Raises:
+        ValueError: A value is not of its kind; the message names it.
+    """
+    parsed: dict[str, Any] = {}
+    for name, value in values.items():
+        if name == "label":
+            parsed[name] = _whole_number(name, value)
+        elif name == "cut":
+            parsed[name] = None if value is None else _range(name, value)
+        else:
+            parsed[name] = _ranges(name, value)
+    return Marks(**parsed)
+
+
+def _whole_number(name: str, value: Any) -> int:
+    if type(value) is not int or value < -1:
+        raise ValueError(f"{name} should be a whole number, -1 or above, not {value!r}")
+    return value
+
+
+def _ranges(name: str, value: Any) -> tuple[Range, ...]:
+    if not isinstance(value, Iterable) or isinstance(value, str | Mapping):
+        raise ValueError(f"{name} should be a list of [start, end), not {value!r}")
+    return tuple(_range(name, item) for item in value)
+
+
+def _range(name: str, value: Any) -> Range:
+    if not isinstance(value, list) or len(value) != 2 or any(type(edge) is not int for edge in value):
+        raise ValueError(f"{name} should hold [start, end) of two whole numbers, not {value!r}")
+    return value[0], value[1]
