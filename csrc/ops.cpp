@@ -11,4 +11,14 @@ STABLE_TORCH_LIBRARY(mtllm, library) {
       "distill_loss_backward(Tensor pooled_grad, Tensor token_grad, Tensor student_SD, Tensor? partners_TD, "
       "Tensor norm_weight_D, float eps, Tensor student_bounds_P2, Tensor student_chunks_C3, Tensor weight_P, "
       "Tensor error_PD, Tensor? aligned_S) -> Tensor student_grad_SD");
+  library.def(
+      "rms_norm_forward(Tensor x_SD, Tensor weight_D, float eps, Tensor? residual_SD) "
+      "-> (Tensor y_SD, Tensor hidden_SD, Tensor rstd_S)");
+  library.def(
+      "rms_norm_backward(Tensor dy_SD, Tensor? dhidden_SD, Tensor hidden_SD, Tensor weight_D, Tensor rstd_S) "
+      "-> Tensor dx_SD");
+  library.def(
+      "rope(Tensor source_SHK, Tensor(a!) out_SHK, Tensor cos_Sk, Tensor sin_Sk, int num_rotated, bool inverse) -> ()");
+  library.def("swiglu_forward(Tensor gate_up_SF) -> Tensor y_SF");
+  library.def("swiglu_backward(Tensor dy_SF, Tensor gate_up_SF) -> Tensor dgate_up_SF");
 }

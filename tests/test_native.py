@@ -5,11 +5,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from mtllm_engine.kernels.distill_loss import distill_loss
+from mtllm_engine.kernels.agreement import random_upstream, run
+from mtllm_engine.kernels.contract import named_tensors
 
+from mtllm_engine import kernels
 from mtllm_engine.kernels import native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,16 +84,37 @@ def test_cuda_ops_do_not_load_into_a_torch_without_cuda():
         native.load("cuda")
 
 
+THREADED_CASES = {  # each of several threads' work
+    "distill_loss": {
+        "width": 512,
+        "student": (3, 700, 64, 65) * 9,
+        "teacher": (1, 90, 130, 2) * 9,
+        "gap": 1,
+        "aligned": True,
+    },
+    "rms_norm": {"tokens": 700, "width": 513, "residual": True},
+    "rope": {"tokens": 700, "heads": 8, "rotated": 6, "width": 66},
+    "swiglu": {"tokens": 700, "width": 259},
+}
+KEPT_BYTES = {  # for backward, of fp32: what the caller does not have anyway
+    "rms_norm": lambda case: 4 * case["tokens"],  # 1 / rms
+    "rope": lambda case: 0,
+    "swiglu": lambda case: 0,
+}
+
+
 @needs_compiler
-def test_results_do_not_depend_on_the_number_of_threads():
-    case = {"width": 512, "student": (3, 700, 64, 65) * 9, "teacher": (1, 90, 130, 2) * 9, "gap": 1, "aligned": True}
-    arguments = distill_loss.inputs(torch.Generator().manual_seed(0), torch.float32, **case)
+@pytest.mark.parametrize("op", THREADED_CASES)
+def test_results_do_not_depend_on_the_number_of_threads(op):
+    kernel = kernels.discover()[op]
+    function = kernel.implementations["c++"].function
+    arguments = kernel.inputs(torch.Generator().manual_seed(0), torch.float32, **THREADED_CASES[op])
+    upstream = random_upstream(function, {name: _copy(x) for name, x in arguments.items()})
 
     def results(threads: int) -> list[torch.Tensor]:
         torch.set_num_threads(threads)
-        distilled = distill_loss.implementations["c++"].function(**arguments)
-        loss = distilled.pooled_error + distilled.token_error
-        return [*distilled, *torch.autograd.grad(loss, arguments["student_SD"])]
+        result = run(function, arguments, upstream)
+        return [*result.outputs.values(), *result.gradients.values()]
 
     before = torch.get_num_threads()
     try:
@@ -98,3 +122,36 @@ def test_results_do_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(one, five, strict=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize("op", KEPT_BYTES)
+def test_nothing_is_kept_that_the_caller_has_not(op):
+    kernel, case = kernels.discover()[op], THREADED_CASES[op]
+    arguments = kernel.inputs(torch.Generator().manual_seed(0), torch.float32, **case)
+    arguments = {name: _copy(x) for name, x in arguments.items()}
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        outputs = kernel.implementations["c++"].function(**arguments)
+    known = [*named_tensors(arguments).values(), *named_tensors(outputs).values()]
+    pointers = {x.data_ptr() for x in (known[:-2] + known[-1:] if op == "rms_norm" else known)}  # not the normed states
+    assert kept
+    assert sum(x.nbytes for x in kept if x.data_ptr() not in pointers) == KEPT_BYTES[op](case)
+
+
+def _copy(argument: Any) -> Any:
+    """For ops that work in place."""
+    return argument.clone() if isinstance(argument, torch.Tensor) else argument
+
+
+@needs_compiler
+def test_silu_is_exact_to_a_few_units_in_the_last_place():
+    gate_S = torch.cat([torch.linspace(-87, 100, 400_001), torch.tensor([0.0, -1e-30, 1e30, float("inf")])])
+    gate_up_SF = torch.stack([gate_S, torch.ones_like(gate_S)], dim=1)
+    ours_S = kernels.discover()["swiglu"].implementations["c++"].function(gate_up_SF)[:, 0]
+    exact_S = torch.nn.functional.silu(gate_S.double())
+    torch.testing.assert_close(ours_S.double(), exact_S, rtol=4 * torch.finfo(torch.float32).eps, atol=0.0)
+    beyond_S2 = torch.tensor([[-200.0, 1.0], [-1e30, 1.0], [float("nan"), 1.0]])
+    ours = kernels.discover()["swiglu"].implementations["c++"].function(beyond_S2).flatten().tolist()
+    assert ours[:2] == [0.0, 0.0]
+    assert ours[2] != ours[2]

@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "rms.h"
 #include "rows.h"
 
 namespace mtllm {
@@ -34,13 +35,6 @@ struct Moments {
     norm += scale * other.norm;
   }
 };
-
-VECTORISED float dot(const float* x_D, const float* y_D, int64_t D) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < D; ++i) sum += x_D[i] * y_D[i];
-  return sum;
-}
 
 VECTORISED void add_scaled(const float* x_D, float scale, float* sum_D, int64_t D) {
 #pragma omp simd
@@ -102,10 +96,6 @@ VECTORISED void add_columns(const double* parts_GD, int64_t G, int64_t D, int64_
 #pragma omp simd
     for (int64_t i = 0; i < columns; ++i) sum_D[i] += parts_GD[g * D + i];
   }
-}
-
-float inverse_rms(const float* x_D, float eps, int64_t D) {
-  return 1 / std::sqrt(dot(x_D, x_D, D) / static_cast<float>(D) + eps);
 }
 
 // One side's states and spans, see kernels/distill_loss/spans.py.

@@ -78,23 +78,26 @@ VECTORISED static void convert(const float* x_D, Float16* out_D, int64_t D) {
   for (int64_t i = 0; i < D; ++i) from_float(x_D[i], out_D[i]);
 }
 
+// A row of a tensor as fp32: where it lies, or in the buffer.
+template <class T>
+const float* load(const T* row_D, int64_t D, float* buffer_D) {
+  if constexpr (std::is_same_v<T, float>) {
+    return row_D;
+  } else {
+    convert(row_D, buffer_D, D);
+    return buffer_D;
+  }
+}
+
 // Rows of a tensor as fp32: where they lie, or in a buffer that holds the last one asked for.
 template <class T>
 class Rows {
  public:
-  Rows(const T* rows_SD, int64_t D) : rows_SD_(rows_SD), D_(D), buffer_D_(is_float ? 0 : D) {}
+  Rows(const T* rows_SD, int64_t D) : rows_SD_(rows_SD), D_(D), buffer_D_(std::is_same_v<T, float> ? 0 : D) {}
 
-  const float* operator[](int64_t row) {
-    if constexpr (is_float) {
-      return rows_SD_ + row * D_;
-    } else {
-      convert(rows_SD_ + row * D_, buffer_D_.data(), D_);
-      return buffer_D_.data();
-    }
-  }
+  const float* operator[](int64_t row) { return load(rows_SD_ + row * D_, D_, buffer_D_.data()); }
 
  private:
-  static constexpr bool is_float = std::is_same_v<T, float>;
   const T* rows_SD_;
   int64_t D_;
   std::vector<float> buffer_D_;
@@ -144,11 +147,20 @@ void with_type(const Tensor& tensor, const F& f) {
 template <class F>
 void share_out(int64_t units, int64_t work, const F& f) {
   constexpr int64_t worth_a_thread = 1 << 15;
-  const int64_t threads = std::min<int64_t>(units, torch::stable::get_num_threads());
+  const int64_t threads = std::clamp<int64_t>(units, 1, torch::stable::get_num_threads());
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, std::clamp<int64_t>(work / worth_a_thread, 1, threads), 1, [&](int64_t, int64_t) {
     for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) f(unit);
   });
+}
+
+// Calls f(first, last) for blocks of rows of `width` elements, in parallel: f writes its own rows only.
+template <class F>
+void share_rows(int64_t rows, int64_t width, const F& f) {
+  constexpr int64_t elements = 1 << 14;  // of a block: many times what it costs to take one
+  const int64_t block = std::max<int64_t>(1, elements / std::max<int64_t>(1, width));
+  share_out((rows + block - 1) / block, rows * width,
+            [&](int64_t unit) { f(unit * block, std::min(rows, (unit + 1) * block)); });
 }
 
 }  // namespace mtllm

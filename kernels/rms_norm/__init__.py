@@ -33,7 +33,10 @@ def cost(dtype: torch.dtype, *, tokens: int, width: int, residual: bool) -> tupl
 rms_norm = Kernel(
     name="rms_norm",
     reference=reference,
-    implementations={"triton": Implementation("cuda", "triton", "rms_norm.fused:rms_norm", has_run=False)},
+    implementations={
+        "c++": Implementation("cpu", "c++", "rms_norm.native:rms_norm"),
+        "triton": Implementation("cuda", "triton", "rms_norm.fused:rms_norm", has_run=False),
+    },
     inputs=inputs,
     cases=(
         {"tokens": 1, "width": 8, "residual": False},

@@ -3,8 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from mtllm_engine.kernels.contract import DTYPES, check, check_shape
 from torch.autograd.function import once_differentiable
+
+from .checks import check_inputs
 
 MAX_WIDTH = 32768  # above 16384 some registers spill: right, but slower
 
@@ -24,12 +25,7 @@ def rms_norm(
 
     Source: arXiv 1910.07467, eq. 4.
     """
-    check(x_SD, x_SD=x_SD, weight_D=weight_D, residual_SD=residual_SD)
-    check_shape((None, None), DTYPES, x_SD=x_SD)
-    check_shape(x_SD.shape[1:], DTYPES, weight_D=weight_D)
-    check_shape(x_SD.shape, (x_SD.dtype,), residual_SD=residual_SD)
-    if not 0 < x_SD.shape[1] <= MAX_WIDTH:
-        raise ValueError(f"x_SD is {x_SD.shape[1]} wide, expected 1 to {MAX_WIDTH}")
+    check_inputs(x_SD, weight_D, residual_SD, max_width=MAX_WIDTH)
     if residual_SD is None:
         return _RmsNorm.apply(x_SD, weight_D, eps, None), x_SD
     return _RmsNorm.apply(x_SD, weight_D, eps, residual_SD)

@@ -33,7 +33,10 @@ def cost(dtype: torch.dtype, *, tokens: int, heads: int, rotated: int, width: in
 rope = Kernel(
     name="rope",
     reference=reference,
-    implementations={"triton": Implementation("cuda", "triton", "rope.fused:rope", has_run=False)},
+    implementations={
+        "c++": Implementation("cpu", "c++", "rope.native:rope"),
+        "triton": Implementation("cuda", "triton", "rope.fused:rope", has_run=False),
+    },
     inputs=inputs,
     cases=(
         {"tokens": 1, "heads": 3, "rotated": 2, "width": 8},

@@ -3,8 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from mtllm_engine.kernels.contract import DTYPES, check, check_shape
 from torch.autograd.function import once_differentiable
+
+from .checks import check_inputs
 
 TILE = 1024  # channel pairs a step of a program
 MAX_HALF = TILE
@@ -29,14 +30,7 @@ def rope(heads_SHK: torch.Tensor, cos_Sk: torch.Tensor, sin_Sk: torch.Tensor, nu
 
     Source: arXiv 2104.09864, eq. 34.
     """
-    check(heads_SHK, heads_SHK=heads_SHK, cos_Sk=cos_Sk, sin_Sk=sin_Sk)
-    check_shape((None, None, None), DTYPES, heads_SHK=heads_SHK)
-    tokens, num_heads, width = heads_SHK.shape
-    if width % 2 or not 0 < width <= 2 * MAX_HALF:
-        raise ValueError(f"heads_SHK has heads of width {width}, expected an even one up to {2 * MAX_HALF}")
-    check_shape((tokens, width // 2), (torch.float32,), cos_Sk=cos_Sk, sin_Sk=sin_Sk)
-    if not 0 <= num_rotated <= num_heads:
-        raise ValueError(f"num_rotated is {num_rotated}, expected 0 to the {num_heads} heads of heads_SHK")
+    check_inputs(heads_SHK, cos_Sk, sin_Sk, num_rotated, max_width=2 * MAX_HALF)
     return _Rope.apply(heads_SHK, cos_Sk, sin_Sk, num_rotated)
 
 

@@ -26,7 +26,10 @@ def cost(dtype: torch.dtype, *, tokens: int, width: int) -> tuple[Cost, Cost]:
 swiglu = Kernel(
     name="swiglu",
     reference=reference,
-    implementations={"triton": Implementation("cuda", "triton", "swiglu.fused:swiglu", has_run=False)},
+    implementations={
+        "c++": Implementation("cpu", "c++", "swiglu.native:swiglu"),
+        "triton": Implementation("cuda", "triton", "swiglu.fused:swiglu", has_run=False),
+    },
     inputs=inputs,
     cases=({"tokens": 1, "width": 8}, {"tokens": 7, "width": 33}, {"tokens": 3, "width": 1536}),
     shapes=({"tokens": 16384, "width": 14336}, {"tokens": 4096, "width": 28672}),

@@ -3,8 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from mtllm_engine.kernels.contract import DTYPES, check, check_shape
 from torch.autograd.function import once_differentiable
+
+from .checks import check_inputs
 
 BLOCK = 1024  # channels of a program
 NUM_WARPS = 4  # 8 channels a thread: 16-byte loads
@@ -21,10 +22,7 @@ def swiglu(gate_up_SF: torch.Tensor) -> torch.Tensor:
 
     Source: arXiv 2002.05202, eq. 5.
     """
-    check(gate_up_SF, gate_up_SF=gate_up_SF)
-    check_shape((None, None), DTYPES, gate_up_SF=gate_up_SF)
-    if gate_up_SF.shape[1] % 2:
-        raise ValueError(f"gate_up_SF is {gate_up_SF.shape[1]} wide, expected an even width: gate and up side by side")
+    check_inputs(gate_up_SF)
     return _SwiGlu.apply(gate_up_SF)
 
 

@@ -1,0 +1,49 @@
+// rope on the CPU; kernels/rope/__init__.py has the formula. Out may be the source: then only what turns is touched.
+#include <torch/csrc/stable/library.h>
+
+#include "rows.h"
+
+namespace mtllm {
+namespace {
+
+// One token's heads, 2 * half wide. In and out may be the same: each pair is read before it is written.
+VECTORISED void rotate(const float* in, float* out, int64_t num_heads, const float* cos_k, const float* sin_k,
+                       float sign, int64_t half) {
+  for (int64_t head = 0; head < num_heads; ++head, in += 2 * half, out += 2 * half) {
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) {
+      const float left = in[i], right = in[half + i], cos = cos_k[i], sin = sign * sin_k[i];
+      out[i] = left * cos - right * sin;
+      out[half + i] = right * cos + left * sin;
+    }
+  }
+}
+
+}  // namespace
+
+void rope(const Tensor& source_SHK, Tensor out_SHK, const Tensor& cos_Sk, const Tensor& sin_Sk, int64_t num_rotated,
+          bool inverse) {
+  const int64_t S = source_SHK.size(0), K = source_SHK.size(2), width = source_SHK.size(1) * K;
+  const int64_t turned = num_rotated * K;
+  const float *cos = data<const float>(cos_Sk), *sin = data<const float>(sin_Sk), sign = inverse ? -1.f : 1.f;
+  with_type(source_SHK, [&](auto zero) {
+    using T = decltype(zero);
+    const T* source = data<const T>(source_SHK);
+    T* out = data<T>(out_SHK);
+    share_rows(S, width, [&](int64_t first, int64_t last) {
+      std::vector<float> buffer(turned);
+      for (int64_t i = first; i < last; ++i) {
+        const T* row = source + i * width;
+        const float* in = load(row, turned, buffer.data());
+        store(out + i * width, turned, buffer.data(), [&](float* rotated) {
+          rotate(in, rotated, num_rotated, cos + i * (K / 2), sin + i * (K / 2), sign, K / 2);
+        });
+        if (out != source) std::copy(row + turned, row + width, out + i * width + turned);
+      }
+    });
+  });
+}
+
+}  // namespace mtllm
+
+STABLE_TORCH_LIBRARY_IMPL(mtllm, CPU, library) { library.impl("rope", TORCH_BOX(&mtllm::rope)); }
