@@ -25,7 +25,7 @@ from mtllm_engine.config import Config
 from mtllm_engine.data.batch import IDLE, Document, Pack, join
 from mtllm_engine.data.stream import Step
 from mtllm_engine.engine import PlainEngine, ZeroEngine, import_deepspeed
-from mtllm_engine.model.pretrained import peft_name
+from mtllm_engine.model.pretrained import saved_name
 from mtllm_engine.world import World
 
 BATCH = 32  # documents: the reference's batch on each GPU
@@ -146,7 +146,7 @@ class Baseline:
         loss = torch.zeros((), device=self.world.device)
         with patched(*self.patches):
             for documents in batches + [[]] * (most - len(batches)):
-                share = self.engine(self.collate(documents), work.spans)
+                share = self.engine(self.collate(documents), work.totals.spans)
                 self.engine.backward(share)
                 loss += share.detach()
             return loss, self.engine.step(0.0)
@@ -233,7 +233,7 @@ def _start(module: Distillation, models: Models, world: World) -> None:
         if name.startswith("projection."):
             getattr(module.linear, name.removeprefix("projection.")).copy_(value)
         else:
-            theirs[peft_name(name).replace(".weight", ".default.weight")].copy_(value)
+            theirs[saved_name(name).replace(".weight", ".default.weight")].copy_(value)
 
 
 class _Zero(ZeroEngine):

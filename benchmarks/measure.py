@@ -145,6 +145,18 @@ def kept_bytes(variant: Variant) -> int:
     return total
 
 
+def held_bytes(run: Callable[[], Any], world: World) -> int:
+    """What a forward leaves behind for its backward: what the allocator holds more after `run`, its result included."""
+    run()  # what is allocated once is not counted
+    if world.device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        result = run()
+        return torch.cuda.memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = run()  # noqa: F841 - alive until the record ends
+    return sum(event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
 def gemm_tflops(device: torch.device, dtype: torch.dtype) -> float:
     """What a large product of random matrices reaches on this device, now."""
     size, repeats = (8192, 20) if device.type == "cuda" else (1024, 6)

@@ -131,10 +131,12 @@ class Bench:
             **self.machine,
             "batch": getattr(variant, "batch", self.config.memory.max_tokens),
             "steps": len(works),
-            "documents": works[0].documents,
+            "documents": works[0].totals.documents,
             "pair_tokens": pairs[0],
             "pairs_per_s": pairs_per_s,
-            "documents_per_s": measure.spread([work.documents / taken_s for work, taken_s in zip(works, step_s)]),
+            "documents_per_s": measure.spread(
+                [work.totals.documents / taken_s for work, taken_s in zip(works, step_s)]
+            ),
             "step_s": measure.spread(step_s),
             "rank_step_s": [measure.extremes(ranks) for ranks in zip(*seconds)],
             "tflops": tflops,

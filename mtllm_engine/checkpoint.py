@@ -1,4 +1,7 @@
-"""Checkpoints of what is trained: portable over world sizes, atomic, hashed; the newest complete one is `latest`."""
+"""Checkpoints of what is trained: portable over world sizes, atomic, hashed.
+
+`latest` is the newest complete one, `best` the one whose validation went best.
+"""
 
 import functools
 import hashlib
@@ -15,22 +18,33 @@ from mtllm_engine.config import Config, flatten
 from mtllm_engine.data.shards import Manifest, sha256_of
 from mtllm_engine.data.stream import Stream
 from mtllm_engine.engine import MOMENTS, PlainEngine, TrainedState, ZeroEngine
-from mtllm_engine.model.pretrained import fingerprint, peft_name, resolve
+from mtllm_engine.model.pretrained import RUN_FILES, fingerprint, resolve, saved_name
 from mtllm_engine.world import World
 
-IDENTITY = ("model.causal", "model.dtype", "model.projection_bias", "lora.", "run.seed", "data.weights", "data.lanes")
-IDENTITY += ("data.pack_documents", "data.pack_tokens", "data.max_length", "data.truncation", "data.on_error")
+IDENTITY = ("model.causal", "model.dtype", "model.projection_bias", "lora.", "run.seed", "objective.", "task.name")
+IDENTITY += ("data.weights", "data.lanes", "data.targets", "data.pack_documents", "data.pack_tokens")
+IDENTITY += ("data.max_length", "data.truncation", "data.on_error")
 
 
-def save(config: Config, world: World, engine: PlainEngine | ZeroEngine, stream: Stream, step: int) -> Path:
+def save(
+    config: Config,
+    world: World,
+    engine: PlainEngine | ZeroEngine,
+    stream: Stream,
+    step: int,
+    score: float | None = None,
+) -> Path:
     """Saves the state after `step` steps as `checkpoints/step-00001000`; all ranks call it.
+
+    Args:
+        score: What validation said of this very state, higher being better; None: nothing.
 
     Raises:
         ValueError: The disk is full or refuses; earlier checkpoints are as they were.
     """
     lanes = {lane: state for part in world.gather(stream.state()) for lane, state in part.items()}
     state = engine.trained_state()
-    return world.on_main(lambda: _write(config, state, lanes, step))
+    return world.on_main(lambda: _write(config, state, lanes, step, score))
 
 
 def restore(config: Config, world: World, engine: PlainEngine | ZeroEngine, stream: Stream) -> int:
@@ -58,15 +72,22 @@ def latest(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
+def best(folder: Path) -> Path | None:
+    """The checkpoint of a `checkpoints` folder with the highest score, of equal ones the later, if any has one."""
+    scored = [(score, path) for path in sorted(folder.glob("step-*")) if (score := _score(path)) is not None]
+    return max(scored)[1] if scored else None
+
+
 def load_tensors(folder: Path) -> TrainedState:
     """The trained parameters of a checkpoint with their moments, fp32, by the stack's parameter names."""
-    values: dict[str, torch.Tensor] = safetensors.torch.load_file(folder / "projection.safetensors")
-    if (folder / "adapter_model.safetensors").is_file():
-        values |= safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    values: dict[str, torch.Tensor] = {}
+    for name in RUN_FILES:
+        if (folder / name).is_file():
+            values |= safetensors.torch.load_file(folder / name)
     moments = safetensors.torch.load_file(folder / "optimizer.safetensors")
     names = {name.rpartition("/")[0] for name in moments}
     return {
-        name: {"value": values[_file_name(name)]} | {key: moments[f"{name}/{key}"] for key in MOMENTS} for name in names
+        name: {"value": values[saved_name(name)]} | {key: moments[f"{name}/{key}"] for key in MOMENTS} for name in names
     }
 
 
@@ -74,6 +95,7 @@ def identity(config: Config) -> dict[str, Any]:
     """What a run must keep to be continued: the models' and corpora's fingerprints and the keys that shape a step."""
     flat = {key: value for key, value in flatten(config).items() if key.startswith(IDENTITY)}
     models = {f"model.{side}": _fingerprint(getattr(config.model, side)) for side in ("encoder", "decoder")}
+    models |= {f"model.{part}": _run_fingerprint(getattr(config.model, part)) for part in ("start", "teacher")}
     corpora = [Manifest.load(path).fingerprint for path in config.data.train]
     return json.loads(json.dumps(flat | models | {"data.train": corpora}))
 
@@ -84,11 +106,18 @@ def _fingerprint(model: str) -> str:
     return fingerprint(resolve(model))
 
 
+@functools.cache
+def _run_fingerprint(folder: str) -> str:
+    """Of another run's checkpoint, by its content; empty for none."""
+    files = [Path(folder).expanduser() / name for name in RUN_FILES] if folder else []
+    return " ".join(sha256_of(path) for path in files if path.is_file())
+
+
 def _folder(config: Config) -> Path:
     return Path(config.run.dir) / "checkpoints"
 
 
-def _write(config: Config, state: TrainedState, lanes: dict[int, Any], step: int) -> Path:
+def _write(config: Config, state: TrainedState, lanes: dict[int, Any], step: int, score: float | None) -> Path:
     parent = _folder(config)
     final, partial = parent / f"step-{step:08d}", parent / f".step-{step:08d}.partial"
     try:
@@ -97,36 +126,47 @@ def _write(config: Config, state: TrainedState, lanes: dict[int, Any], step: int
             shutil.rmtree(leftover)
         partial.mkdir()
         files = {name: _write_file(partial / name, content) for name, content in _contents(config, state).items()}
-        record = {"step": step, "identity": identity(config), "files": files, "lanes": lanes}
+        record = {"step": step, "identity": identity(config), "files": files, "lanes": lanes, "score": score}
         _write_file(partial / "state.json", _encode(record))
         _sync(partial)
         shutil.rmtree(final, ignore_errors=True)  # of this very step, left by a run that was rewound
         partial.rename(final)
         _link(parent / "latest", final.name)
+        if top := best(parent):
+            _link(parent / "best", top.name)
         _sync(parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ValueError(f"cannot save {final}: {error.strerror or error}; earlier checkpoints are intact") from error
     kept = sorted(path for path in parent.glob("step-*") if path <= final)  # later ones: of a run that was rewound
     for old in kept[: -config.checkpoint.keep]:
-        shutil.rmtree(old)
+        if old != top:
+            shutil.rmtree(old)
     return final
 
 
 def _contents(config: Config, state: TrainedState) -> dict[str, bytes]:
-    """File name -> bytes. The folder is also a PEFT adapter of the bare LLM."""
-    values = {_file_name(name): tensors["value"] for name, tensors in state.items()}
-    adapter = {name: value for name, value in values.items() if name.startswith("base_model.")}
-    projection = {name: value for name, value in values.items() if name not in adapter}
-    moments = {f"{name}/{key}": tensors[key] for name, tensors in state.items() for key in MOMENTS}
-    contents = {
-        "projection.safetensors": safetensors.torch.save(_contiguous(projection)),
-        "optimizer.safetensors": safetensors.torch.save(_contiguous(moments)),
-    }
-    if adapter:
-        contents["adapter_model.safetensors"] = safetensors.torch.save(_contiguous(adapter), {"format": "pt"})
+    """File name -> bytes. The folder is also a PEFT adapter of the bare LLM; a head that was copied comes along."""
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensors in state.items():
+        saved = saved_name(name)
+        files.setdefault(_file_of(saved), {})[saved] = tensors["value"].contiguous()
+    contents = {name: safetensors.torch.save(tensors, {"format": "pt"}) for name, tensors in files.items()}
+    moments = {f"{name}/{key}": tensors[key].contiguous() for name, tensors in state.items() for key in MOMENTS}
+    contents["optimizer.safetensors"] = safetensors.torch.save(moments)
+    if "adapter_model.safetensors" in contents:
         contents["adapter_config.json"] = json.dumps(_peft_config(config), indent=1).encode()
+    copied = Path(config.model.teacher).expanduser() / "head.safetensors"
+    if config.model.teacher and copied.is_file():
+        contents["head.safetensors"] = copied.read_bytes()
     return contents
+
+
+def _file_of(saved: str) -> str:
+    """Where a tensor of this name is kept."""
+    if saved.startswith("base_model."):
+        return "adapter_model.safetensors"
+    return "head.safetensors" if saved.startswith("head.") else "projection.safetensors"
 
 
 def _peft_config(config: Config) -> dict[str, Any]:
@@ -141,15 +181,6 @@ def _peft_config(config: Config) -> dict[str, Any]:
         "bias": "none",
         "inference_mode": True,
     }
-
-
-def _file_name(name: str) -> str:
-    """A trained parameter's name in our files: PEFT's for adapters, `weight` and `bias` for the projection."""
-    return name.removeprefix("projection.") if name.startswith("projection.") else peft_name(name)
-
-
-def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _write_file(path: Path, content: bytes) -> str:
@@ -185,6 +216,14 @@ def _decode(content: bytes) -> dict[str, Any]:
     if _encode(record) != content:
         raise ValueError
     return record
+
+
+def _score(folder: Path) -> float | None:
+    """A complete checkpoint's score, if it has one and can be read."""
+    try:
+        return json.loads((folder / "state.json").read_bytes())["score"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -26,6 +26,28 @@ class ModelConfig:
     projection_bias: bool = True
     projection_init: typing.Literal["embedding", "linear"] = "embedding"  # outputs as large as embeddings; nn.Linear's
     attention: typing.Literal["auto", "torch", "flash_attn", "reference"] = "auto"
+    start: str = ""  # a checkpoint that projection and adapters start from, as stage 2 starts from stage 1's
+    teacher: str = ""  # a checkpoint of the fine-tuned LLM: its adapters make the teacher, its head is copied
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What learns what. `mtllm finetune` is for "finetune", `mtllm train` for "distil"."""
+
+    # The teacher's states; the labels of `task`; nothing (`mtllm evaluate` and `targets` set that themselves).
+    kind: typing.Literal["distil", "finetune", "evaluate"] = "distil"
+    reader: typing.Literal["stack", "llm"] = "stack"  # what learns: encoder and LLM, or the LLM on its own tokens
+    token_weight: float = 0.0  # w: (1 - w) pooled error + w error on aligned tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """A task's files, each as DATASET:FOLDER; all but `test` are read in English."""
+
+    name: str = ""  # a file of mtllm_engine/tasks; "": none
+    train: str = ""
+    validation: str = ""  # picks the best checkpoint
+    test: tuple[str, ...] = ()  # read in every language that is there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +62,10 @@ class LoraConfig:
 class DataConfig:
     """Corpora (folders of shards) and how documents become packs; exactly one of the two pack sizes is above 0."""
 
-    train: tuple[str, ...]
+    train: tuple[str, ...] = ()  # with `task.train`: left empty, for the task's files are packed into the run's folder
     weights: tuple[float, ...] = ()  # of the corpora in the mixture; empty: by number of documents
     validation: str = ""
+    targets: str = ""  # name of stored teacher states beside the corpora (`mtllm targets`); "": the teacher runs
     lanes: int = 64
     pack_documents: int = 0  # exactly k documents a pack
     pack_tokens: int = 0  # as many whole documents as fit, on both sides
@@ -54,9 +77,10 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with linear warm-up and linear decay to 0."""
+    """AdamW with linear warm-up and linear decay to 0; exactly one of steps and epochs is above 0."""
 
-    steps: int
+    steps: int = 0
+    epochs: float = 0.0  # of data.train, rounded up to whole steps; needs data.pack_documents
     lr: float = 2e-4
     warmup: float = 0.01  # share of the steps
     betas: tuple[float, float] = (0.9, 0.999)
@@ -68,7 +92,9 @@ class OptimConfig:
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     max_tokens: int = 16384  # of a micro-batch, on each side
-    activations: typing.Literal["save", "recompute"] = "save"  # recompute: the student's, layer by layer
+    # Of the student, for backward: "save" computes again only norms and SwiGLU's product; "selective" also the gate and
+    # up projections (of Llama-3-8B's 92 KiB per token and layer 36 remain); "recompute" the whole layer (8 remain).
+    activations: typing.Literal["save", "selective", "recompute"] = "save"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +122,8 @@ class Config:
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    task: TaskConfig = TaskConfig()
     lora: LoraConfig = LoraConfig()
     memory: MemoryConfig = MemoryConfig()
     zero: ZeroConfig = ZeroConfig()
@@ -195,8 +223,9 @@ def _join(prefix: str, key: str) -> str:
 
 def _suggestion(key: str, prefix: str) -> str:
     """The nearest known dotted key: the same name anywhere, else a like one here, else a like one anywhere."""
-    by_name = {dotted.rpartition(".")[2]: dotted for dotted in _dotted_keys(Config)}
-    here = {name: dotted for name, dotted in by_name.items() if dotted.rpartition(".")[0] == prefix}
+    dotted_keys = list(_dotted_keys(Config))
+    by_name = {dotted.rpartition(".")[2]: dotted for dotted in reversed(dotted_keys)}  # the first of a name
+    here = {name: dotted for dotted in dotted_keys for place, _, name in [dotted.rpartition(".")] if place == prefix}
     for candidates, cutoff in ((by_name, 1.0), (here, 0.6), (by_name, 0.6)):
         near = difflib.get_close_matches(key, candidates, n=1, cutoff=cutoff)
         if near:
@@ -252,7 +281,7 @@ def _check(config: Config) -> None:
     """What no type says: ranges, and keys that depend on one another."""
     data, optim, lora, memory = config.data, config.optim, config.lora, config.memory
     rules = [
-        (data.train, "data.train names no corpus"),
+        *_task_rules(config),
         (not data.weights or len(data.weights) == len(data.train), "data.weights must have one weight per data.train"),
         (all(weight > 0 for weight in data.weights), "data.weights must be above 0"),
         (data.lanes >= 1, "data.lanes must be at least 1"),
@@ -262,7 +291,12 @@ def _check(config: Config) -> None:
             "set one of data.pack_documents and data.pack_tokens above 0 and the other to 0",
         ),
         (data.prefetch >= 1, "data.prefetch must be at least 1"),
-        (optim.steps >= 1, "optim.steps must be at least 1"),
+        (optim.steps >= 0 and optim.epochs >= 0, "optim.steps and optim.epochs must be 0 or above"),
+        (
+            min(optim.steps, optim.epochs) == 0 < max(optim.steps, optim.epochs),
+            "optim.epochs or optim.steps must be above 0, and the other 0",
+        ),
+        (optim.steps or data.pack_documents, "optim.epochs needs data.pack_documents, which fixes a step's documents"),
         (optim.lr > 0, "optim.lr must be above 0"),
         (0 <= optim.warmup < 1, "optim.warmup is a share of the steps: 0 <= warmup < 1"),
         (all(0 <= beta < 1 for beta in optim.betas), "optim.betas must be in [0, 1)"),
@@ -292,6 +326,32 @@ def _check(config: Config) -> None:
         raise ValueError(
             f"a pack may have {largest} tokens: raise memory.max_tokens={memory.max_tokens} or make packs smaller"
         )
+
+
+def _task_rules(config: Config) -> list[tuple[object, str]]:
+    """What the kinds of training ask for."""
+    data, task, objective, model = config.data, config.task, config.objective, config.model
+    finetunes = objective.kind == "finetune"
+    return [
+        (data.train or task.train, "data.train names no corpus"),
+        (not (data.train and task.train), "task.train and data.train are both set; leave data.train empty"),
+        *(
+            (task.name or not getattr(task, key), f"task.{key} needs task.name")
+            for key in ("train", "validation", "test")
+        ),
+        (task.name or not finetunes, 'objective.kind = "finetune" needs task.name and task.train'),
+        (
+            objective.kind != "distil" or objective.reader == "stack",
+            'objective.reader = "llm" is for objective.kind = "finetune"',
+        ),
+        (not (finetunes and model.teacher), 'model.teacher is for objective.kind = "distil"'),
+        (not (finetunes and data.targets), 'data.targets is for objective.kind = "distil"'),
+        (0 <= objective.token_weight <= 1, "objective.token_weight is a share: 0 <= token_weight <= 1"),
+        (
+            not objective.token_weight or not (finetunes or data.targets or task.train),
+            "objective.token_weight needs a live teacher and documents that are pooled whole (stage 1)",
+        ),
+    ]
 
 
 def _toml_key(key: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mtllm_engine.config import Config, OptimConfig
-from mtllm_engine.data.batch import Batch
+from mtllm_engine.data.batch import Batch, Totals
 from mtllm_engine.model.decoder import DecoderLayer
 from mtllm_engine.model.encoder import EncoderLayer
 from mtllm_engine.model.mtllm import Stack
@@ -72,8 +72,8 @@ class PlainEngine:
         self.clip = config.optim.clip
         self.optimizer = _build_optimizer(stack, config.optim)
 
-    def __call__(self, batch: Batch, global_spans: int) -> Share:
-        return self.stack(batch, global_spans)
+    def __call__(self, batch: Batch, totals: Totals) -> Share:
+        return self.stack(batch, totals)
 
     def backward(self, loss_share: torch.Tensor) -> None:
         """Adds the gradients of a share of the global mean."""
@@ -127,8 +127,8 @@ class ZeroEngine:
             dist_init_required=False,
         )
 
-    def __call__(self, batch: Batch, global_spans: int) -> Share:
-        return self.engine(batch, global_spans)
+    def __call__(self, batch: Batch, totals: Totals) -> Share:
+        return self.engine(batch, totals)
 
     def backward(self, loss_share: torch.Tensor) -> None:
         """Adds the gradients of a share of the global mean; DeepSpeed averages over ranks, hence the factor."""
@@ -256,10 +256,11 @@ def _fill(parameter: nn.Parameter, name: str, weights: Weights, world: World) ->
         target[start - offset : end - offset].copy_(weights.read(name, start, end))
 
 
-def _build_optimizer(stack: Stack, optim: OptimConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        _trained(stack).values(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
-    )
+def _build_optimizer(stack: Stack, optim: OptimConfig) -> torch.optim.AdamW | None:
+    """None where nothing is trained."""
+    trained = list(_trained(stack).values())
+    options = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    return torch.optim.AdamW(trained, **options) if trained else None
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

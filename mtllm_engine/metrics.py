@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,9 @@ from tqdm import tqdm
 
 from mtllm_engine.config import Config
 from mtllm_engine.data.stream import Step
-from mtllm_engine.objective import cosine, fvu
 from mtllm_engine.world import Agreed, World
 
-SHOWN = ("loss", "fvu", "cosine", "pairs_per_s", "data_wait")
+SHOWN = ("loss", "fvu", "cosine", "accuracy", "pairs_per_s", "data_wait")
 
 
 class Record:
@@ -27,13 +26,13 @@ class Record:
 
     def __init__(self, step: int) -> None:
         self.row: dict[str, Any] = {"step": step + 1}
-        self.sums: torch.Tensor | None = None  # fp64 (6 + D,): loss, gradient norm, then objective.moments
+        self.sums: torch.Tensor | None = None  # fp64: loss, gradient norm, then the objective's moments
         self.started_s = time.perf_counter()
 
     def data(self, step: Step) -> None:
         """The step's data is there; what passed until now was waiting for it."""
         self.row |= {
-            "spans": step.spans,
+            "spans": step.totals.spans,
             "student_tokens": step.student_tokens,
             "teacher_tokens": step.teacher_tokens,
             "skipped": step.skipped,
@@ -41,16 +40,22 @@ class Record:
         self.wait_s = time.perf_counter() - self.started_s
 
     def result(self, loss: torch.Tensor, grad_norm: torch.Tensor, moments: torch.Tensor, lr: float) -> None:
-        """Args: loss, moments: this rank's share (scalar, (4 + D,)). grad_norm: the same on every rank."""
+        """Args: loss, moments: this rank's share. grad_norm: the same on every rank."""
         self.row["lr"] = lr
         self.sums = torch.cat([torch.stack([loss.double(), grad_norm.double()]), moments])
 
 
 class Metrics:
-    """Collects a run's numbers. Every rank calls it alike; rank 0 shows and writes."""
+    """Collects a run's numbers. Every rank calls it alike; rank 0 shows and writes.
 
-    def __init__(self, config: Config, world: World, *, start: int) -> None:
-        self.config, self.world, self.start = config, world, start
+    Args:
+        measures: What an objective's moments, summed, come to: names and numbers.
+    """
+
+    def __init__(
+        self, config: Config, world: World, measures: Callable[[torch.Tensor], dict[str, float]], *, start: int
+    ) -> None:
+        self.config, self.world, self.measures, self.start = config, world, measures, start
         self.folder = Path(config.run.dir)
         self.pending: list[Record] = []
         self.flushed_s = time.perf_counter()
@@ -88,7 +93,7 @@ class Metrics:
         sums = self.world.sum(sums).cpu()
         now_s = time.perf_counter()
         step_s = (now_s - self.flushed_s) / len(self.pending)
-        rows = [_finish(record, values, step_s) for record, values in zip(self.pending, sums)]
+        rows = [self._finish(record, values, step_s) for record, values in zip(self.pending, sums)]
         self.pending, self.flushed_s = [], now_s
         if self.world.is_main:
             self._write(rows)
@@ -97,13 +102,32 @@ class Metrics:
                 told = f"the loss of step {row['step']} is {row['loss']}; lower optim.lr and continue"
                 raise Agreed(ValueError(told))  # the sum is the same on every rank, so all raise
 
-    def validation(self, step: int, moments: torch.Tensor) -> None:
-        """A held-out result after `step` steps. Args: moments: summed over ranks."""
+    def validation(self, step: int, moments: torch.Tensor, documents: int) -> float:
+        """A held-out result after `step` steps; returns its score: the accuracy if there is one, else -FVU.
+
+        Args:
+            moments: Summed over ranks.
+        """
         self.flushed_s = time.perf_counter()  # the time since the last flush was not training
+        measured = self.measures(moments)
         if self.world.is_main:
-            row = {"step": step, "validation_fvu": fvu(moments), "validation_cosine": cosine(moments)}
-            self._write([row | {"validation_spans": round(moments[0].item())}])
-            self.bar.write(f"step {step}: held-out FVU {row['validation_fvu']:.4f}")
+            held_out = {f"validation_{name}": value for name, value in measured.items()}
+            self._write([{"step": step, **held_out, "validation_documents": documents}])
+            self.bar.write(
+                f"step {step}: held-out " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items())
+            )
+        return measured.get("accuracy", -measured.get("fvu", 0.0))
+
+    def _finish(self, record: Record, sums: torch.Tensor, step_s: float) -> dict[str, Any]:
+        pairs = pair_tokens(record.row["student_tokens"], record.row["teacher_tokens"])
+        return record.row | {
+            "loss": sums[0].item(),
+            "grad_norm": sums[1].item(),
+            **self.measures(sums[2:]),
+            "pairs_per_s": pairs / step_s,
+            "step_s": step_s,
+            "data_wait": record.wait_s / step_s,
+        }
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
@@ -113,7 +137,7 @@ class Metrics:
                     self.board.add_scalar(key, value, row["step"])
         self.file.flush()
         if "loss" in rows[-1]:
-            self.bar.set_postfix({key: f"{rows[-1][key]:.4g}" for key in SHOWN}, refresh=False)
+            self.bar.set_postfix({key: f"{rows[-1][key]:.4g}" for key in SHOWN if key in rows[-1]}, refresh=False)
             self.bar.update(rows[-1]["step"] - self.bar.n)
 
 
@@ -156,19 +180,6 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _finish(record: Record, sums: torch.Tensor, step_s: float) -> dict[str, Any]:
-    pairs = pair_tokens(record.row["student_tokens"], record.row["teacher_tokens"])
-    return record.row | {
-        "loss": sums[0].item(),
-        "grad_norm": sums[1].item(),
-        "fvu": fvu(sums[2:]),
-        "cosine": cosine(sums[2:]),
-        "pairs_per_s": pairs / step_s,
-        "step_s": step_s,
-        "data_wait": record.wait_s / step_s,
-    }
 
 
 def _open_after(path: Path, step: int):

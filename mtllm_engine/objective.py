@@ -1,42 +1,154 @@
-"""The distillation objective, and what says how well it goes: FVU and cosine.
+"""What training minimises, and what says how well it goes: distillation, and the English task behind it.
 
-`moments`, fp64 (4 + D,), are sums over spans from which both follow: add them up over anything, in any order. Layout:
-spans, squared error, cosine, squared teacher norm, then the teacher's sum (D).
+Each objective is the last leaf of the stack: it norms, pools and measures. Its `moments` (fp64) are sums from which all
+figures follow: add them up over anything, in any order, and `measures` turns them into names and numbers.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-from mtllm_engine.data.batch import Batch
-from mtllm_engine.kernels.distill_loss import distill_loss
+from mtllm_engine.data.batch import Batch, Totals
+from mtllm_engine.kernels.distill_loss import Spans, distill_loss
+from mtllm_engine.kernels.distill_loss.reference import moments as distillation_moments
+from mtllm_engine.kernels.rms_norm import rms_norm
+
+
+class Outputs(NamedTuple):
+    """What evaluation reads, fp32; None where the objective has no such thing."""
+
+    student_PD: torch.Tensor
+    teacher_PD: torch.Tensor | None
+    scores_NC: torch.Tensor | None  # the head's, one row per document
 
 
 class Share(NamedTuple):
     """What one micro-batch adds to the global batch."""
 
     loss: torch.Tensor  # fp32 scalar
-    moments: torch.Tensor  # fp64 (4 + D,), without gradient
+    moments: torch.Tensor  # fp64, without gradient
+    outputs: Outputs | None = None  # in evaluation only
+
+
+class Head(nn.Module):
+    """A bias-free linear on pooled states: a score per class, or (`per_choice`) one per span of a document."""
+
+    def __init__(self, width: int, num_outputs: int, *, per_choice: bool) -> None:
+        super().__init__()
+        self.num_outputs, self.per_choice = num_outputs, per_choice
+        self.weight = nn.Parameter(torch.empty(1 if per_choice else num_outputs, width))
+
+    def forward(self, pooled_PD: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """fp32 (N, C): the scores of each document; -inf for a choice that it does not have."""
+        scores_PC = functional.linear(pooled_PD, self.weight)
+        if not self.per_choice:
+            return scores_PC
+        scores_NC = scores_PC.new_full((len(batch.weight_N), self.num_outputs), float("-inf"))
+        return scores_NC.index_put((batch.document_P, batch.place_P), scores_PC[:, 0])
 
 
 class Objective(nn.Module):
-    """sum_p ||s_p - t_p||^2 / (D * P_global) of mean-pooled, finally normed states (arXiv 2406.12739, section 3)."""
+    """The LLM's final norm, and a head where there is a task."""
 
-    def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
+    def __init__(self, width: int, eps: float, dtype: torch.dtype, head: Head | None) -> None:
         super().__init__()
         self.eps = eps
         self.norm = nn.Parameter(torch.empty(width, dtype=dtype))  # the LLM's final RMSNorm
+        self.head = head
 
-    def forward(self, student_SD: torch.Tensor, teacher_TD: torch.Tensor, batch: Batch, global_spans: int) -> Share:
-        distilled = distill_loss(
-            student_SD, teacher_TD, self.norm, self.eps, batch.student_spans, batch.teacher_spans, batch.weight_P
-        )
-        return Share(distilled.pooled_error / (student_SD.shape[1] * global_spans), distilled.moments)
+    def pool(self, hidden_SD: torch.Tensor, spans: Spans) -> torch.Tensor:
+        """The mean of the finally normed states over each span, fp32 (P, D)."""
+        normed_SD, _ = rms_norm(hidden_SD, self.norm, self.eps)
+        starts_P1, ends_P1 = spans.bounds_P2[:, :1], spans.bounds_P2[:, 1:]
+        token_S = torch.arange(spans.num_tokens, device=hidden_SD.device)
+        mean_PS = ((token_S >= starts_P1) & (token_S < ends_P1)) / (ends_P1 - starts_P1)
+        return mean_PS @ normed_SD.float()  # a product: the same twice, and nothing is asked of the device
+
+    def _scored(self, scores_NC: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+        """fp64 (2,): labelled documents, and those whose highest score is their label's."""
+        if scores_NC is None:
+            return batch.weight_P.new_zeros(2, dtype=torch.float64)
+        weight_N = batch.weight_N.double() * (batch.labels_N >= 0)
+        return torch.stack([weight_N.sum(), weight_N @ (scores_NC.detach().argmax(1) == batch.labels_N).double()])
+
+
+class Distillation(Objective):
+    """sum_p ||s_p - t_p||^2 / (D * P_global) of mean-pooled, finally normed states (arXiv 2406.12739, section 3).
+
+    With `token_weight` w: (1 - w) times that, plus w times the same mean over student tokens that have a partner (the
+    authors' second recipe). A head is the fine-tuned LLM's, frozen, and only measured.
+    """
+
+    def __init__(self, width: int, eps: float, dtype: torch.dtype, head: Head | None, *, token_weight: float) -> None:
+        super().__init__(width, eps, dtype, head)
+        self.token_weight = token_weight
+
+    def forward(
+        self, batch: Batch, totals: Totals, student_SD: torch.Tensor, teacher_TD: torch.Tensor | None = None
+    ) -> Share:
+        """Args: teacher_TD: None where the batch brings stored targets instead."""
+        width = student_SD.shape[1]
+        if teacher_TD is None:
+            loss, moments = self._against_targets(batch, student_SD)
+            loss = loss / (width * totals.spans)
+        else:
+            spans = (batch.student_spans, batch.teacher_spans, batch.weight_P)
+            distilled = distill_loss(student_SD, teacher_TD, self.norm, self.eps, *spans, batch.aligned_S)
+            loss, moments = distilled.pooled_error / (width * totals.spans), distilled.moments
+            if batch.aligned_S is not None:
+                token_loss = distilled.token_error / (width * max(totals.aligned, 1))
+                loss = (1 - self.token_weight) * loss + self.token_weight * token_loss
+        outputs = None if self.training else self._outputs(batch, student_SD, teacher_TD)
+        scored = self._scored(outputs and outputs.scores_NC, batch)
+        return Share(loss, torch.cat([scored, moments]), outputs)
+
+    def measures(self, moments: torch.Tensor) -> dict[str, float]:
+        """FVU and cosine; accuracy where documents were scored."""
+        return {"fvu": fvu(moments[2:]), "cosine": cosine(moments[2:])} | _accuracy(moments)
+
+    def _against_targets(self, batch: Batch, student_SD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        student_PD = self.pool(student_SD, batch.student_spans)
+        error = batch.weight_P @ (student_PD - batch.targets_PD).square().sum(1)
+        return error, distillation_moments(student_PD.detach(), batch.targets_PD, batch.weight_P)
+
+    def _outputs(self, batch: Batch, student_SD: torch.Tensor, teacher_TD: torch.Tensor | None) -> Outputs:
+        student_PD = self.pool(student_SD, batch.student_spans)
+        teacher_PD = batch.targets_PD if teacher_TD is None else self.pool(teacher_TD, batch.teacher_spans)
+        return Outputs(student_PD, teacher_PD, self.head and self.head(student_PD, batch))
+
+
+class Finetuning(Objective):
+    """Cross-entropy of the head's scores, a mean over the global batch's documents; without labels, or without a head,
+    what evaluation reads is all there is.
+    """
+
+    def __init__(self, width: int, eps: float, dtype: torch.dtype, head: Head | None, *, side: str) -> None:
+        super().__init__(width, eps, dtype, head)
+        self.side = side  # whose tokens are read: "student", the stack's, or "teacher", the LLM's own
+
+    def forward(self, batch: Batch, totals: Totals, hidden_SD: torch.Tensor) -> Share:
+        pooled_PD = self.pool(hidden_SD, getattr(batch, f"{self.side}_spans"))
+        scores_NC = self.head and self.head(pooled_PD, batch)
+        outputs = None if self.training else Outputs(pooled_PD, None, scores_NC)
+        loss = batch.weight_N.new_zeros(())
+        if scores_NC is not None:
+            losses_N = functional.cross_entropy(scores_NC, batch.labels_N, ignore_index=-1, reduction="none")
+            loss = batch.weight_N @ losses_N / totals.documents
+        return Share(loss, self._scored(scores_NC, batch), outputs)
+
+    def measures(self, moments: torch.Tensor) -> dict[str, float]:
+        """Accuracy."""
+        return _accuracy(moments)
 
 
 def fvu(moments: torch.Tensor) -> float:
-    """Fraction of the teacher's variance that is unexplained: 1.0 is as good as always answering the teacher's mean."""
+    """Fraction of the teacher's variance that is unexplained: 1.0 is as good as always answering the teacher's mean.
+
+    Args:
+        moments: distill_loss's (4 + D,): spans, squared error, cosine, squared teacher norm, the teacher's sum.
+    """
     spans, error, _, norm = moments[:4].tolist()
     variance = norm - moments[4:].square().sum().item() / max(spans, 1)
     return error / variance if variance > 0 else float("nan")
@@ -45,3 +157,8 @@ def fvu(moments: torch.Tensor) -> float:
 def cosine(moments: torch.Tensor) -> float:
     """Mean cosine between student and teacher."""
     return moments[2].item() / max(moments[0].item(), 1)
+
+
+def _accuracy(moments: torch.Tensor) -> dict[str, float]:
+    documents, correct = moments[:2].tolist()
+    return {"accuracy": correct / documents} if documents else {}

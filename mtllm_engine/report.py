@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+MEASURES = {"fvu": "FVU", "accuracy": "accuracy"}  # as tables call them
+Y_LABELS = {"fvu": "fraction of variance unexplained", "accuracy": "accuracy"}
+
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The training rows and the validation rows of a run's metrics.jsonl."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "loss" in row], [row for row in rows if "validation_fvu" in row]
+    return [row for row in rows if "loss" in row], [row for row in rows if "validation_documents" in row]
 
 
 def write_report(folder: Path) -> Path:
@@ -38,10 +41,12 @@ def summary(folder: Path) -> dict[str, str]:
     steady = training[len(training) // 4 :]  # the first steps warm caches and compile
     rates = sorted(row["pairs_per_s"] for row in steady)
     rows = {"steps": str(training[-1]["step"])}
+    for name, label in MEASURES.items():
+        values = [row[f"validation_{name}"] for row in validation if f"validation_{name}" in row]
+        if values:
+            rows[f"held-out {label} before"], rows[f"held-out {label} after"] = f"{values[0]:.4f}", f"{values[-1]:.4f}"
     if validation:
-        rows["held-out FVU before"] = f"{validation[0]['validation_fvu']:.4f}"
-        rows["held-out FVU after"] = f"{validation[-1]['validation_fvu']:.4f}"
-        rows["held-out documents"] = f"{validation[-1]['validation_spans']}"
+        rows["held-out documents"] = f"{validation[-1]['validation_documents']}"
     rows["loss, last step"] = f"{training[-1]['loss']:.6f}"
     rows["pair tokens/s, median"] = f"{rates[len(rates) // 2]:,.0f}"
     rows["documents skipped"] = str(training[-1]["skipped"])
@@ -52,21 +57,24 @@ def summary(folder: Path) -> dict[str, str]:
 
 
 def plot_curve(folder: Path) -> Path:
-    """FVU by step, training (per step) and held-out, as curve.png."""
+    """FVU or accuracy by step, training (per step) and held-out, as curve.png."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     training, validation = read_metrics(folder)
+    name = next(name for name in MEASURES if name in training[-1])
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axis.plot([r["step"] for r in training], [r["fvu"] for r in training], lw=1, alpha=0.6, label="training batch")
+    axis.plot([r["step"] for r in training], [r[name] for r in training], lw=1, alpha=0.6, label="training batch")
     if validation:
-        steps, values = zip(*((row["step"], row["validation_fvu"]) for row in validation))
+        steps, values = zip(*((row["step"], row[f"validation_{name}"]) for row in validation))
         axis.plot(steps, values, "o-", lw=2, label="held-out")
         axis.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), xytext=(4, 6), textcoords="offset points")
-    axis.axhline(1.0, color="grey", ls="--", lw=1, label="predicting the mean")
-    axis.set(xlabel="step", ylabel="fraction of variance unexplained", title=str(folder), yscale="log")
+    if name == "fvu":
+        axis.axhline(1.0, color="grey", ls="--", lw=1, label="predicting the mean")
+        axis.set_yscale("log")
+    axis.set(xlabel="step", ylabel=Y_LABELS[name], title=str(folder))
     axis.legend()
     axis.grid(alpha=0.3, which="both")
     path = folder / "curve.png"

@@ -1,12 +1,18 @@
-"""Stage-1 self-distillation: `deepspeed --num_gpus N --module mtllm_engine.train CONFIG [section.key=value ...]`."""
+"""Training, whatever learns: `deepspeed --num_gpus N --module mtllm_engine.train CONFIG [section.key=value ...]`.
+
+Self-distillation of stage 1 and stage 2, and the English task before stage 2, are one loop: `objective` in the config
+says what learns what.
+"""
 
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +21,7 @@ from mtllm_engine import checkpoint, kernels
 from mtllm_engine import config as configs
 from mtllm_engine.config import Config
 from mtllm_engine.data.batch import collate
+from mtllm_engine.data.shards import Manifest
 from mtllm_engine.data.stream import Step, agree, build_stream, hash64
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.engine import PlainEngine, ZeroEngine, build_engine, learning_rate, shard
@@ -31,13 +38,17 @@ def train(config: Config, world: World) -> None:
     Raises:
         ValueError: Something the user can mend; the message names it and the fix.
     """
+    config = world.on_main(lambda: prepare(config))
     stack, weights = world.together(lambda: build_stack(config))
     tokenizer = world.together(lambda: build_tokenizer(config, stack))
     stream = world.together(lambda: build_stream(config.data, tokenizer, world, seed=config.run.seed))
     engine = build_engine(config, shard(stack, weights, config, world), world)
     start = checkpoint.restore(config, world, engine, stream)
     world.on_main(lambda: _describe(config, world, stack, start))
-    with Metrics(config, world, start=start) as metrics, _stop_requests(config) as stop_requested:
+    with (
+        Metrics(config, world, stack.objective.measures, start=start) as metrics,
+        _stop_requests(config) as stop_requested,
+    ):
         if start == 0:
             validate(config, world, engine, tokenizer, metrics, step=0)
         for step in range(start, config.optim.steps):
@@ -45,15 +56,29 @@ def train(config: Config, world: World) -> None:
                 work = agree(stream, world, config.memory.max_tokens, stop=stop_requested())
                 train_step(config, world, engine, work, step, record)
             is_last = work.stop or step + 1 == config.optim.steps
+            score = None
             if (step + 1) % config.run.validate_every == 0 or step + 1 == config.optim.steps:
-                validate(config, world, engine, tokenizer, metrics, step=step + 1)
+                score = validate(config, world, engine, tokenizer, metrics, step=step + 1)
             if (step + 1) % config.checkpoint.every == 0 or is_last:
                 metrics.flush()
-                checkpoint.save(config, world, engine, stream, step + 1)
+                checkpoint.save(config, world, engine, stream, step + 1, score)
             if is_last:
                 break
     stream.close()
     world.on_main(lambda: write_report(Path(config.run.dir)))
+
+
+def prepare(config: Config) -> Config:
+    """The configuration with nothing left open: a task's files packed into the run's folder, epochs counted in steps.
+
+    Raises:
+        ValueError: A file of the task is missing or malformed.
+    """
+    if config.optim.epochs:
+        samples = sum(Manifest.load(path).samples for path in config.data.train)
+        steps = math.ceil(config.optim.epochs * samples / (config.data.lanes * config.data.pack_documents))
+        config = replace(config, optim=replace(config.optim, steps=steps, epochs=0.0))
+    return config
 
 
 def train_step(
@@ -65,7 +90,7 @@ def train_step(
     loss, sums = torch.zeros((), device=world.device), 0
     for documents in work.micro_batches:
         batch = collate(documents, step_seed=seed, device=world.device)
-        share = engine(batch, work.spans)
+        share = engine(batch, work.totals)
         engine.backward(share.loss)
         loss, sums = loss + share.loss.detach(), sums + share.moments
     lr = learning_rate(config.optim, step)
@@ -80,30 +105,31 @@ def validate(
     metrics: Metrics,
     *,
     step: int,
-) -> None:
-    """Held-out FVU and cosine over every document of `data.validation`, summed in fp64.
+) -> float | None:
+    """The measures over every document of `data.validation`, summed in fp64; returns the score, higher being better.
 
     Raises:
         ValueError: The documents seen are not those that the manifest counts.
     """
     if not config.data.validation:
-        return
+        return None
     metrics.flush()
     stream = build_stream(config.data, tokenizer, world, seed=config.run.seed, epochs=1)
-    sums, documents_read, skipped = 0, 0, 0
+    sums, documents_read = 0, 0
     with engine.evaluating():
-        while (work := agree(stream, world, config.memory.max_tokens)).documents:
+        while (work := agree(stream, world, config.memory.max_tokens)).totals.documents:
             for documents in work.micro_batches:
                 batch = collate(documents, step_seed=0, device=world.device)
-                sums = sums + engine(batch, work.spans).moments
-            documents_read += work.documents
-    skipped = work.skipped
+                sums = sums + engine(batch, work.totals).moments
+            documents_read += work.totals.documents
     stream.close()
     expected = stream.mixture.corpora[0].manifest.samples
-    if documents_read + skipped != expected or documents_read == 0:
-        told = f"{config.data.validation}: {documents_read} documents were read and {skipped} skipped of {expected}"
+    if documents_read + work.skipped != expected or documents_read == 0:
+        told = (
+            f"{config.data.validation}: {documents_read} documents were read and {work.skipped} skipped of {expected}"
+        )
         raise Agreed(ValueError(told))  # the counts are all ranks', so all raise
-    metrics.validation(step, world.sum(sums))
+    return metrics.validation(step, world.sum(sums), documents_read)
 
 
 def step_seed(seed: int, step: int) -> int:

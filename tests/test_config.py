@@ -58,6 +58,14 @@ BY_KEY = {  # where the type alone allows more
     "data.pack_documents": st.integers(1, 1 << 20),
     "data.pack_tokens": st.just(0),
     "data.max_length": st.integers(4, 1 << 20),
+    "data.targets": st.just(""),  # as the keys of fine-tuning below: with others only
+    "objective.kind": st.just("distil"),
+    "objective.reader": st.just("stack"),
+    "objective.token_weight": SHARE,
+    "task.train": st.just(""),
+    "task.validation": st.just(""),
+    "task.test": st.just([]),
+    "optim.epochs": st.just(0),
     "optim.warmup": SHARE,
     "optim.betas": st.lists(SHARE, min_size=2, max_size=2),
     "optim.weight_decay": st.just(0) | POSITIVE,
@@ -73,9 +81,11 @@ FREE = st.recursive(
 
 def values(key):
     """A strategy for valid values of a key."""
+    if key in BY_KEY:
+        return BY_KEY[key]
     if typing.get_origin(HINTS[key]) is typing.Literal:
         return st.sampled_from(typing.get_args(HINTS[key]))
-    return BY_KEY[key] if key in BY_KEY else BY_TYPE[HINTS[key]]
+    return BY_TYPE[HINTS[key]]
 
 
 @st.composite

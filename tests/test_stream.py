@@ -139,7 +139,7 @@ def test_a_step_is_the_same_in_any_micro_batches(corpus, max_tokens, seed):
             assert [document.key for document in flat(work.micro_batches)] == [
                 document.key for pack in packs for document in pack.documents
             ]
-            assert work.spans == 12 and not work.stop
+            assert work.totals.spans == 12 and not work.stop
 
 
 @given(sizes=SIZES, lanes=LANES, seed=SEEDS, packs=PACKS)

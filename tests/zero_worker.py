@@ -140,12 +140,12 @@ def full_disk(folder: Path, world: World) -> dict:
     save = training.checkpoint.save
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    def limited(config, world, engine, stream, step):
+    def limited(config, world, engine, stream, step, score):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if step == 4:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
         try:
-            return save(config, world, engine, stream, step)
+            return save(config, world, engine, stream, step, score)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -193,14 +193,14 @@ def count_gathers(folder: Path, world: World, *, two_passes: bool) -> dict:
             for documents in work.micro_batches:
                 counts["micro_batches"] += 1
                 before = counts["bytes"]
-                share = engine(collate(documents, step_seed=step, device=world.device), work.spans)
+                share = engine(collate(documents, step_seed=step, device=world.device), work.totals)
                 pinned.append(num_pinned_weights(share.loss, stack, full))
                 engine.backward(share.loss)
                 per_micro_batch.append(counts["bytes"] - before)
             engine.step(1e-3)
             blocking = counts["blocking"]
             with engine.evaluating():  # a forward alone must not cost the next step its trace
-                engine(collate(work.micro_batches[0], step_seed=0, device=world.device), work.spans)
+                engine(collate(work.micro_batches[0], step_seed=0, device=world.device), work.totals)
             counts["blocking"] = blocking
             if step == 1:  # two steps of warm-up
                 counts["blocking"] = counts["invalidations"] = 0

@@ -6,9 +6,9 @@ E encoder width, F feed-forward width, H query heads, G kv heads, K head width, 
 padded length (only at Hugging Face's edges). Scalars wear nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ class Document:
     teacher_spans_P2: np.ndarray = field(default_factory=lambda: NO_SPANS)
     student_answers_A2: np.ndarray = field(default_factory=lambda: NO_SPANS)  # int32, without what was cut away
     teacher_answers_A2: np.ndarray = field(default_factory=lambda: NO_SPANS)
+    aligned_S: np.ndarray | None = None  # int32: each student token's partner among the teacher's tokens, or -1
+    targets_PD: np.ndarray | None = None  # fp32: stored states of the teacher, which then does not run
 
     def __post_init__(self) -> None:
         if not len(self.student_spans_P2):
@@ -82,9 +84,21 @@ class Batch:
     student_spans: Spans
     teacher_spans: Spans
     weight_P: torch.Tensor  # fp32: 1, or 0 in the idle micro-batch
+    weight_N: torch.Tensor  # fp32: likewise
     labels_N: torch.Tensor  # int64: -1 where not given
-    span_counts: tuple[int, ...]  # P of each document, on the host
+    document_P: torch.Tensor  # int64: of each span
+    place_P: torch.Tensor  # int64: of each span in its document, from 0
+    aligned_S: torch.Tensor | None  # int32: each student token's partner among the teacher's tokens, or -1
+    targets_PD: torch.Tensor | None  # fp32: stored states of the teacher
     keys: tuple[str, ...]
+
+
+class Totals(NamedTuple):
+    """What the micro-batches of all ranks hold in a step: each term of a loss is a mean over one of these."""
+
+    documents: int
+    spans: int  # pooled ones; in stage 1 a document is one
+    aligned: int = 0  # student tokens with a partner
 
 
 def join(packs: Sequence[Pack], max_tokens: int) -> list[list[Document]]:
@@ -111,43 +125,50 @@ def _sizes(documents: Sequence[Document]) -> tuple[int, int]:
     )
 
 
-def collate(documents: Sequence[Document], *, step_seed: int, device: torch.device) -> Batch:
+IDLE = Document(key="", seed=0, student_ids_S=np.zeros(1, np.int32), teacher_ids_T=np.zeros(1, np.int32))
+
+
+def collate(documents: Sequence[Document], *, step_seed: int, device: torch.device, idle: Document = IDLE) -> Batch:
     """Packs documents into a micro-batch; without any, the idle one: a token of weight 0 on each side.
 
     A rank with fewer micro-batches than the others runs the idle one, so that all make the same ZeRO-3 collectives.
     """
-    weight = 1.0 if documents else 0.0
-    documents = documents or [IDLE]
-    student = _pack_tokens([document.student_ids_S for document in documents], documents, step_seed, device)
-    teacher = _pack_tokens([document.teacher_ids_T for document in documents], documents, step_seed, device)
-    span_counts = tuple(len(document.student_spans_P2) for document in documents)
+
+    def put(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(device, non_blocking=True)
+
+    weight = np.float32(bool(documents))
+    keys = tuple(document.key for document in documents)
+    documents = documents or [idle]
+    student = _pack_tokens([document.student_ids_S for document in documents], documents, step_seed, put)
+    teacher = _pack_tokens([document.teacher_ids_T for document in documents], documents, step_seed, put)
+    counts = [len(document.student_spans_P2) for document in documents]
     return Batch(
         student=student,
         teacher=teacher,
         student_spans=_pack_spans([document.student_spans_P2 for document in documents], student),
         teacher_spans=_pack_spans([document.teacher_spans_P2 for document in documents], teacher),
-        weight_P=torch.full((sum(span_counts),), weight, device=device),
-        labels_N=torch.tensor([document.label for document in documents]).to(device, non_blocking=True),
-        span_counts=span_counts,
-        keys=tuple(document.key for document in documents) if weight else (),
+        weight_P=put(np.full(sum(counts), weight)),
+        weight_N=put(np.full(len(documents), weight)),
+        labels_N=put(np.array([document.label for document in documents])),
+        document_P=put(np.repeat(np.arange(len(documents)), counts)),
+        place_P=put(np.concatenate([np.arange(count) for count in counts])),
+        aligned_S=None if documents[0].aligned_S is None else put(_pack_aligned(documents, teacher)),
+        targets_PD=_pack_targets(documents, put),
+        keys=keys,
     )
 
 
-IDLE = Document(key="", seed=0, student_ids_S=np.zeros(1, np.int32), teacher_ids_T=np.zeros(1, np.int32))
-
-
-def _pack_tokens(
-    ids: Sequence[np.ndarray], documents: Sequence[Document], step_seed: int, device: torch.device
-) -> Tokens:
+def _pack_tokens(ids: Sequence[np.ndarray], documents: Sequence[Document], step_seed: int, put: Callable) -> Tokens:
     lengths = [len(document_ids) for document_ids in ids]
     positions_S = np.concatenate([np.arange(length, dtype=np.uint32) for length in lengths])
     seeds_N = np.array([document.seed for document in documents], np.uint32) ^ np.uint32(step_seed)
     seeds_S = mix32(mix32(np.repeat(seeds_N, lengths)) + positions_S * GOLDEN)
     return Tokens(
-        ids_S=torch.from_numpy(np.concatenate(ids).astype(np.int64)).to(device, non_blocking=True),
-        positions_S=torch.from_numpy(positions_S.astype(np.int64)).to(device, non_blocking=True),
-        seeds_S=torch.from_numpy(seeds_S.view(np.int32)).to(device, non_blocking=True),
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(device, non_blocking=True),
+        ids_S=put(np.concatenate(ids).astype(np.int64)),
+        positions_S=put(positions_S.astype(np.int64)),
+        seeds_S=put(seeds_S.view(np.int32)),
+        cu_seqlens=put(np.cumsum([0, *lengths], dtype=np.int32)),
         lengths=tuple(lengths),
     )
 
@@ -156,6 +177,20 @@ def _pack_spans(spans: Sequence[np.ndarray], tokens: Tokens) -> Spans:
     ends_N = np.cumsum(tokens.lengths)
     bounds = [spans_P2 + start for spans_P2, start in zip(spans, ends_N - tokens.lengths)]
     return build_spans(np.concatenate(bounds), ends_N[-1], tokens.ids_S.device)
+
+
+def _pack_aligned(documents: Sequence[Document], teacher: Tokens) -> np.ndarray:
+    """Partners by their place in the pack."""
+    starts_N = np.cumsum([0, *teacher.lengths[:-1]])
+    pieces = [document.aligned_S for document in documents]
+    return np.concatenate([np.where(piece < 0, -1, piece + start) for piece, start in zip(pieces, starts_N)]).astype(
+        np.int32
+    )
+
+
+def _pack_targets(documents: Sequence[Document], put: Callable) -> torch.Tensor | None:
+    targets = [document.targets_PD for document in documents]
+    return None if targets[0] is None else put(np.concatenate(targets).astype(np.float32))
 
 
 def mix32(x: np.ndarray) -> np.ndarray:

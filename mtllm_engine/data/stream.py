@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mtllm_engine.config import DataConfig
-from mtllm_engine.data.batch import Document, Pack, join
+from mtllm_engine.data.batch import Document, Pack, Totals, join
 from mtllm_engine.data.shards import BadDocument, Corpus, DamagedShard
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.world import World
@@ -283,8 +283,7 @@ class Step:
     """What this rank runs in a step, and what all ranks run together."""
 
     micro_batches: list[list[Document]]  # equally many on every rank; the last may be empty (idle)
-    documents: int  # over all ranks, as the rest
-    spans: int  # pooled ones: in stage 1 a document is one
+    totals: Totals  # over all ranks, as the rest
     student_tokens: int
     teacher_tokens: int
     skipped: int  # documents since the run's start
@@ -306,18 +305,18 @@ def agree(stream: Stream, world: World, max_tokens: int, *, stop: bool = False) 
     documents = [document for pack in packs for document in pack.documents]
     micro_batches = join(packs, max_tokens)
     spans = sum(len(document.student_spans_P2) for document in documents)
+    aligned = sum(int((document.aligned_S >= 0).sum()) for document in documents if document.aligned_S is not None)
     student_tokens = sum(len(document.student_ids_S) for document in documents)
     teacher_tokens = sum(len(document.teacher_ids_T) for document in documents)
-    counts = [len(micro_batches), len(documents), spans, student_tokens, teacher_tokens, stream.skipped]
+    counts = [len(micro_batches), len(documents), spans, aligned, student_tokens, teacher_tokens, stream.skipped]
     ranks = world.gather_ints([error is not None, stop, *counts])
-    failed, stopped, num_micro, num_documents, num_spans, num_student, num_teacher, skipped = zip(*ranks)
+    failed, stopped, num_micro, num_documents, num_spans, num_aligned, num_student, num_teacher, skipped = zip(*ranks)
     if any(failed):
         world.agree_on(error)
     micro_batches += [[] for _ in range(max(num_micro) - len(micro_batches))]
     return Step(
         micro_batches=micro_batches,
-        documents=sum(num_documents),
-        spans=sum(num_spans),
+        totals=Totals(sum(num_documents), sum(num_spans), sum(num_aligned)),
         student_tokens=sum(num_student),
         teacher_tokens=sum(num_teacher),
         skipped=sum(skipped),

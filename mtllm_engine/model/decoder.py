@@ -4,7 +4,7 @@ Under ZeRO-3 a layer's weights are gathered once for all its streams. Source: ar
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from mtllm_engine.kernels.contract import Kernel
 from mtllm_engine.kernels.rms_norm import rms_norm
 from mtllm_engine.kernels.rope import rope
 from mtllm_engine.kernels.swiglu import swiglu
+from mtllm_engine.model.activations import Recipe, Shared, kept, rebuilt
 from mtllm_engine.model.lora import LoraLinear, Members
 
 
@@ -28,7 +29,7 @@ class Stream:
     tokens: Tokens
     cos_Sk: torch.Tensor  # fp32 (S, K / 2)
     sin_Sk: torch.Tensor
-    adapted: bool  # with the student's adapters, or the bare LLM
+    adapters: str | None  # the set of adapters that runs: "student" (trained), "teacher" (frozen); None: the bare LLM
     grad: bool  # without: the layer runs under no_grad
 
 
@@ -38,26 +39,27 @@ class DecoderLayer(nn.Module):
     def __init__(
         self,
         config: LlamaConfig,
-        lora: LoraConfig,
+        adapters: Mapping[str, LoraConfig],
         dtype: torch.dtype,
         attention: Kernel,
         *,
         layer: int,
         causal: bool,
-        recompute: bool,
+        activations: str,
     ) -> None:
         super().__init__()
         self.attention = attention
         width, inner = config.hidden_size, config.intermediate_size
         head_width = config.head_dim
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.causal, self.recompute, self.eps = causal, recompute, config.rms_norm_eps
+        self.causal, self.activations, self.eps = causal, activations, config.rms_norm_eps
         self.attention_norm = nn.Parameter(torch.empty(width, dtype=dtype))
         self.mlp_norm = nn.Parameter(torch.empty(width, dtype=dtype))
         q_width, kv_width = self.num_heads * head_width, self.num_kv_heads * head_width
 
         def linear(in_width: int, names: tuple[str, ...], widths: tuple[int, ...], bias: bool) -> LoraLinear:
-            return LoraLinear(in_width, Members(names=names, widths=widths), lora, dtype, layer=layer, bias=bias)
+            members = Members(names=names, widths=widths)
+            return LoraLinear(in_width, members, adapters, dtype, layer=layer, bias=bias)
 
         qkv_widths = (q_width, kv_width, kv_width)
         self.qkv = linear(width, ("q_proj", "k_proj", "v_proj"), qkv_widths, config.attention_bias)
@@ -73,16 +75,33 @@ class DecoderLayer(nn.Module):
         if not (stream.grad and torch.is_grad_enabled()):
             with torch.no_grad():
                 return self._block(hidden_SD, stream)
-        if self.recompute:
+        if self.activations == "recompute":
             return checkpoint(self._block, hidden_SD, stream, use_reentrant=False, preserve_rng_state=False)
-        return self._block(hidden_SD, stream)
+        return self._block(hidden_SD, stream, rebuilt)
 
-    def _block(self, hidden_SD: torch.Tensor, stream: Stream) -> torch.Tensor:
-        call = {"adapted": stream.adapted, "seeds_S": stream.tokens.seeds_S}
+    def _block(self, hidden_SD: torch.Tensor, stream: Stream, rebuilt: Callable = kept) -> torch.Tensor:
+        """Args: rebuilt: `activations.rebuilt`, or `kept`."""
+        call = {"adapters": stream.adapters, "seeds_S": stream.tokens.seeds_S}
         normed_SD, _ = rms_norm(hidden_SD, self.attention_norm, self.eps)
-        context_SD = self._attend(self.qkv(normed_SD, **call), stream)
+        with rebuilt(normed_SD, self._normed(hidden_SD, self.attention_norm), self.qkv):
+            qkv_SF = self.qkv(normed_SD, **call)
+        context_SD = self._attend(qkv_SF, stream)
         normed_SD, hidden_SD = rms_norm(self.out(context_SD, **call), self.mlp_norm, self.eps, hidden_SD)
-        return hidden_SD + self.down(swiglu(self.gate_up(normed_SD, **call)), **call)
+        return hidden_SD + self._feed_forward(normed_SD, self._normed(hidden_SD, self.mlp_norm), call, rebuilt)
+
+    def _feed_forward(self, normed_SD: torch.Tensor, normed: Recipe, call: dict, rebuilt: Callable) -> torch.Tensor:
+        with rebuilt(normed_SD, normed, self.gate_up):
+            gate_up_SF = self.gate_up(normed_SD, **call)
+        again = Shared(lambda: self.gate_up(normed(), **call))
+        gate_up = again if self.activations == "selective" else gate_up_SF.detach
+        with rebuilt(gate_up_SF, gate_up, self.gate_up):
+            inner_SF = swiglu(gate_up_SF)
+        with rebuilt(inner_SF, lambda: swiglu(gate_up()), self.down):
+            return self.down(inner_SF, **call)
+
+    def _normed(self, hidden_SD: torch.Tensor, weight_D: nn.Parameter) -> Recipe:
+        hidden_SD = hidden_SD.detach()
+        return lambda: rms_norm(hidden_SD, weight_D, self.eps)[0]
 
     def _attend(self, qkv_SF: torch.Tensor, stream: Stream) -> torch.Tensor:
         num_rotated = self.num_heads + self.num_kv_heads
@@ -101,25 +120,25 @@ class Decoder(nn.Module):
     def __init__(
         self,
         config: LlamaConfig,
-        lora: LoraConfig,
+        adapters: Mapping[str, LoraConfig],
         dtype: torch.dtype,
         attention: Kernel,
         *,
         causal: bool,
-        recompute: bool,
+        activations: str,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, lora, dtype, attention, layer=layer, causal=causal, recompute=recompute)
+            DecoderLayer(config, adapters, dtype, attention, layer=layer, causal=causal, activations=activations)
             for layer in range(config.num_hidden_layers)
         )
         self.register_buffer("frequencies_k", rope_frequencies(config), persistent=False)
 
-    def stream(self, tokens: Tokens, *, adapted: bool, grad: bool) -> Stream:
+    def stream(self, tokens: Tokens, *, adapters: str | None, grad: bool) -> Stream:
         """A stream with its rotary angles, computed once for all layers."""
         angles_Sk = tokens.positions_S.float()[:, None] * self.frequencies_k
-        return Stream(tokens=tokens, cos_Sk=angles_Sk.cos(), sin_Sk=angles_Sk.sin(), adapted=adapted, grad=grad)
+        return Stream(tokens=tokens, cos_Sk=angles_Sk.cos(), sin_Sk=angles_Sk.sin(), adapters=adapters, grad=grad)
 
     def forward(self, hidden: Sequence[torch.Tensor], streams: Sequence[Stream]) -> tuple[torch.Tensor, ...]:
         """States in, states before the final norm out, one per stream."""

@@ -1,7 +1,7 @@
 """LoRA on frozen, fused linears: one module for q/k/v, one for gate/up, with an adapter per original linear."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,33 +36,52 @@ class Adapter(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(out_width, rank))
 
 
+class AdapterSet(nn.ModuleDict):
+    """The adapters of one fused linear, by the names of its members, and how they are applied."""
+
+    def __init__(self, in_width: int, members: Members, lora: LoraConfig, *, layer: int) -> None:
+        adapted = list(members.adapted(lora.targets))
+        super().__init__({name: Adapter(in_width, width, lora.rank) for name, _, width in adapted})
+        self.starts = tuple(start for _, start, _ in adapted)
+        self.linears = tuple(layer * len(LORA_TARGETS) + LORA_TARGETS.index(name) for name, _, _ in adapted)
+        self.scale, self.dropout = lora.alpha / lora.rank, lora.dropout
+
+    def matrices(self) -> tuple[tuple[int, nn.Parameter, nn.Parameter], ...]:
+        """(start, lora_A, lora_B) of each adapter."""
+        return tuple((start, one.lora_A, one.lora_B) for start, one in zip(self.starts, self.values(), strict=True))
+
+    def drop(self, seeds_S: torch.Tensor) -> Dropout | None:
+        """The dropout of these tokens; None where there is none."""
+        active = self.training and self.dropout > 0
+        return Dropout(p=self.dropout, seeds_S=seeds_S, linears=self.linears) if active else None
+
+
 class LoraLinear(nn.Module):
-    """A frozen fused linear with named sets of adapters; `call` says which set runs, if any."""
+    """A frozen fused linear with named sets of adapters, each a submodule; `call` says which set runs, if any."""
 
     def __init__(
-        self, in_width: int, members: Members, lora: LoraConfig, dtype: torch.dtype, *, layer: int, bias: bool = False
+        self,
+        in_width: int,
+        members: Members,
+        sets: Mapping[str, LoraConfig],
+        dtype: torch.dtype,
+        *,
+        layer: int,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.members = members
-        self.scale = lora.alpha / lora.rank
-        self.dropout = lora.dropout
         self.weight = nn.Parameter(torch.empty(sum(members.widths), in_width, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(sum(members.widths), dtype=dtype)) if bias else None
-        adapted = list(members.adapted(lora.targets))
-        self.starts = {name: start for name, start, _ in adapted}
-        self.linears = tuple(layer * len(LORA_TARGETS) + LORA_TARGETS.index(name) for name, _, _ in adapted)
-        self.student = nn.ModuleDict({name: Adapter(in_width, width, lora.rank) for name, _, width in adapted})
+        for name, lora in sets.items():
+            self.add_module(name, AdapterSet(in_width, members, lora, layer=layer))
 
-    def forward(self, x_SD: torch.Tensor, *, adapted: bool, seeds_S: torch.Tensor) -> torch.Tensor:
-        """Args: adapted: with the student's adapters. seeds_S: dropout's number for each token (int32)."""
-        if not adapted:
+    def forward(self, x_SD: torch.Tensor, *, adapters: str | None, seeds_S: torch.Tensor) -> torch.Tensor:
+        """Args: adapters: the set that runs; None: the bare linear. seeds_S: dropout's number of each token (int32)."""
+        if adapters is None:
             return lora_linear(x_SD, self.weight, self.bias)
-        adapters = tuple(
-            (start, self.student[name].lora_A, self.student[name].lora_B) for name, start in self.starts.items()
-        )
-        active = self.training and self.dropout > 0
-        dropout = Dropout(p=self.dropout, seeds_S=seeds_S, linears=self.linears) if active else None
-        return lora_linear(x_SD, self.weight, self.bias, adapters, self.scale, dropout)
+        chosen: AdapterSet = getattr(self, adapters)
+        return lora_linear(x_SD, self.weight, self.bias, chosen.matrices(), chosen.scale, chosen.drop(seeds_S))
 
 
 def initial_adapter(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:

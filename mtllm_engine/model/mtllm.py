@@ -1,19 +1,30 @@
-"""The stack: MT encoder -> projection -> LLM with adapters, and the same LLM without them as its teacher."""
+"""The stack: MT encoder -> projection -> LLM with adapters, and the LLM without them, or with a task's, as teacher."""
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import LlamaConfig, M2M100Config
 
-from mtllm_engine.config import Config
-from mtllm_engine.data.batch import Batch
+from mtllm_engine.config import Config, LoraConfig
+from mtllm_engine.data.batch import Batch, Totals
 from mtllm_engine.kernels.attention import select
 from mtllm_engine.kernels.projection import projection
-from mtllm_engine.model.decoder import Decoder
+from mtllm_engine.model.decoder import Decoder, Stream
 from mtllm_engine.model.encoder import Encoder
-from mtllm_engine.objective import Objective, Share
+from mtllm_engine.objective import Distillation, Finetuning, Head, Share
 from mtllm_engine.world import device_type
 
 LAYER_NORM_EPS = 1e-5  # PyTorch's default, which M2M-100 uses
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskParts:
+    """What a task adds to the stack."""
+
+    outputs: int = 0  # of the head: classes, or choices; 0: no head
+    per_choice: bool = False
+    teacher: LoraConfig | None = None  # the fine-tuned LLM's adapters; None: the teacher is the bare LLM
 
 
 class Projection(nn.Module):
@@ -33,52 +44,74 @@ class Projection(nn.Module):
 class Stack(nn.Module):
     """The one root module: a single forward runs encoder, student, teacher and loss.
 
-    A second engine call per micro-batch would invalidate ZeRO-3's prefetch trace every time.
+    A second engine call per micro-batch would invalidate ZeRO-3's prefetch trace every time. With `objective.reader` =
+    "llm" there is neither encoder nor projection: the LLM reads its own tokens, as it does when it learns a task.
     """
 
-    def __init__(self, config: Config, encoder: M2M100Config, decoder: LlamaConfig) -> None:
+    def __init__(
+        self, config: Config, encoder: M2M100Config, decoder: LlamaConfig, task: TaskParts = TaskParts()
+    ) -> None:
         super().__init__()
-        dtype = getattr(torch, config.model.dtype)
+        dtype, width = getattr(torch, config.model.dtype), decoder.hidden_size
         self.attention = select(config.model.attention, device_type())
-        self.encoder = Encoder(encoder, dtype, self.attention)
-        self.projection = Projection(encoder.d_model, decoder.hidden_size, dtype, bias=config.model.projection_bias)
+        self.learns = config.objective.kind != "evaluate"
+        self.reads_stack = config.objective.reader == "stack"
+        self.encoder = Encoder(encoder, dtype, self.attention) if self.reads_stack else None
+        bias = config.model.projection_bias
+        self.projection = Projection(encoder.d_model, width, dtype, bias=bias) if self.reads_stack else None
+        adapters = {"student": config.lora}
+        if task.teacher:
+            adapters["teacher"] = replace(task.teacher, dropout=0.0)
+        self.teacher = "teacher" if task.teacher else None
         self.decoder = Decoder(
             decoder,
-            config.lora,
+            adapters,
             dtype,
             self.attention,
             causal=config.model.causal,
-            recompute=config.memory.activations == "recompute",
+            activations=config.memory.activations,
         )
-        self.objective = Objective(decoder.hidden_size, decoder.rms_norm_eps, dtype)
+        head = Head(width, task.outputs, per_choice=task.per_choice) if task.outputs else None
+        if config.objective.kind == "distil":
+            token_weight = config.objective.token_weight
+            self.objective = Distillation(width, decoder.rms_norm_eps, dtype, head, token_weight=token_weight)
+        else:
+            side = "student" if self.reads_stack else "teacher"
+            self.objective = Finetuning(width, decoder.rms_norm_eps, dtype, head, side=side)
         self._freeze()
 
-    def forward(self, batch: Batch, global_spans: int) -> Share:
-        """The micro-batch's share of the loss; `global_spans` counts the spans of all ranks' micro-batches."""
-        student_SD = self.projection(self.encoder(batch.student))
-        teacher_TD = self.decoder.embedding(batch.teacher.ids_S)
-        student_SD, teacher_TD = self.decoder(
-            (student_SD, teacher_TD),
-            (
-                self.decoder.stream(batch.student, adapted=True, grad=True),
-                self.decoder.stream(batch.teacher, adapted=False, grad=False),
-            ),
-        )
-        return self.objective(student_SD, teacher_TD, batch, global_spans)
+    def forward(self, batch: Batch, totals: Totals) -> Share:
+        """The micro-batch's share of the loss; `totals` counts what all ranks' micro-batches hold."""
+        inputs = [self._student(batch)]
+        if isinstance(self.objective, Distillation) and batch.targets_PD is None:
+            inputs.append(self._text(batch, self.teacher, grad=False))
+        hidden, streams = zip(*inputs)
+        return self.objective(batch, totals, *self.decoder(hidden, streams))
 
     @property
     def leaves(self) -> list[nn.Module]:
         """The modules whose weights ZeRO-3 gathers and releases as one, in the order of the forward."""
-        return [
-            self.encoder.embedding,
-            *self.encoder.layers,
-            self.projection,
-            self.decoder.embedding,
-            *self.decoder.layers,
-            self.objective,
-        ]
+        below = [self.encoder.embedding, *self.encoder.layers, self.projection] if self.reads_stack else []
+        return [*below, self.decoder.embedding, *self.decoder.layers, self.objective]
+
+    def _student(self, batch: Batch) -> tuple[torch.Tensor, Stream]:
+        """What learns: the stack on the encoder's tokens, or the LLM on its own."""
+        if not self.reads_stack:
+            return self._text(batch, "student", grad=True)
+        hidden_SD = self.projection(self.encoder(batch.student))
+        return hidden_SD, self.decoder.stream(batch.student, adapters="student", grad=True)
+
+    def _text(self, batch: Batch, adapters: str | None, *, grad: bool) -> tuple[torch.Tensor, Stream]:
+        """The LLM on its own tokens."""
+        hidden_TD = self.decoder.embedding(batch.teacher.ids_S)
+        return hidden_TD, self.decoder.stream(batch.teacher, adapters=adapters, grad=grad)
 
     def _freeze(self) -> None:
-        """All but the projection's Linear and the adapters: those are the fp32 parameters that we made ourselves."""
+        """All but the fp32 parameters that we made ourselves: the projection's Linear, the adapters, a task's head.
+
+        Whoever distils into a head that was copied keeps it as it is.
+        """
+        trained = ["projection.weight", "projection.bias"]
+        trained += ["objective.head.weight"] if isinstance(self.objective, Finetuning) else []
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in ("projection.weight", "projection.bias") or ".student." in name)
+            parameter.requires_grad_(self.learns and (name in trained or ".student." in name))

@@ -15,13 +15,16 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, LlamaConfig, M2M100Config, PreTrainedConfig
 
-from mtllm_engine.config import Config
+from mtllm_engine.config import Config, LoraConfig
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.model.encoder import ACTIVATIONS
 from mtllm_engine.model.lora import initial_adapter
-from mtllm_engine.model.mtllm import Stack
+from mtllm_engine.model.mtllm import Stack, TaskParts
+from mtllm_engine.tasks import load_task
 
 FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "*.model")
+RUN_FILES = ("adapter_model.safetensors", "projection.safetensors", "head.safetensors")
+HEAD = "objective.head.weight"
 EMBEDDING_SAMPLE = 1 << 24  # numbers of the LLM's embedding that stand for all of it
 LINEARS = {  # our fused linears and what they hold, by Llama's names
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -32,12 +35,16 @@ LINEARS = {  # our fused linears and what they hold, by Llama's names
 
 
 class Checkpoint:
-    """The tensors of a Hugging Face folder: `model.safetensors`, its sharded form, or a zipped `pytorch_model.bin`."""
+    """The tensors of a folder.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        files: By default those of a Hugging Face model: `model.safetensors`, its sharded form, or `pytorch_model.bin`.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
         self.folder = folder
         self._files: dict[str, Path] = {}
-        for path in _weight_files(folder):
+        for path in _weight_files(folder) if files is None else files:
             self._files.update(dict.fromkeys(_tensor_names(path), path))
         self._open: dict[Path, Mapping] = {}
 
@@ -100,33 +107,52 @@ class Source:
 
 
 class Weights:
-    """Where each parameter of a `Stack` comes from: a checkpoint, or (projection, adapters) a seeded start."""
+    """Where each parameter of a `Stack` comes from: a model's checkpoint, a run's, or a seeded start.
+
+    Args:
+        start, teacher: Checkpoints of runs: for what is trained, and for the teacher's adapters and the copied head.
+    """
 
     def __init__(
-        self, stack: Stack, encoder: Checkpoint, decoder: Checkpoint, *, seed: int, projection_init: str
+        self,
+        stack: Stack,
+        encoder: Checkpoint,
+        decoder: Checkpoint,
+        *,
+        seed: int,
+        projection_init: str,
+        start: Checkpoint | None = None,
+        teacher: Checkpoint | None = None,
     ) -> None:
         self.seed, self.projection_init = seed, projection_init
         self.shapes = {name: parameter.shape for name, parameter in stack.named_parameters()}
-        self.trained = {name for name, parameter in stack.named_parameters() if parameter.requires_grad}
-        self.sources = _encoder_sources(encoder, len(stack.encoder.layers))
+        self.sources = _encoder_sources(encoder, len(stack.encoder.layers)) if stack.reads_stack else {}
         self.sources |= _decoder_sources(decoder, len(stack.decoder.layers))
+        if start:
+            made = [name for name in self.shapes if name not in self.sources and ".teacher." not in name]
+            self.sources |= _run_sources(start, [name for name in made if name != HEAD or has_head(start)])
+        if teacher:
+            self.sources |= _run_sources(teacher, [name for name in self.shapes if name == HEAD or ".teacher." in name])
         for name, shape in self.shapes.items():
-            if name not in self.trained:
+            if name in self.sources:
                 self.sources[name].check(name, shape)
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened parameter `name`; the caller casts."""
-        if name in self.trained:
-            return self._start(name).reshape(-1)[start:stop]
-        return self.sources[name].read(start, stop)
+        if name in self.sources:
+            return self.sources[name].read(start, stop)
+        return self._start(name).reshape(-1)[start:stop]
 
     def _start(self, name: str) -> torch.Tensor:
         """The value that training starts from, drawn from (seed, name) alone: the same on any number of ranks."""
         digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         shape = self.shapes[name]
-        if not name.startswith("projection."):
+        if ".student." in name:
             return initial_adapter(name, shape, generator)
+        if name == HEAD:
+            bound = 1.0 / math.sqrt(shape[1])  # nn.Linear's
+            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
         bound = 1.0 / math.sqrt(self.shapes["projection.weight"][1])  # nn.Linear's start
         if self.projection_init == "embedding":
             bound = 0.0 if name == "projection.bias" else bound * self._embedding_scale()
@@ -159,11 +185,65 @@ def build_stack(config: Config) -> tuple[Stack, Weights]:
     encoder_config = _load_config(encoder_folder, M2M100Config, "model.encoder")
     decoder_config = _load_config(decoder_folder, LlamaConfig, "model.decoder")
     _check_configs(config, encoder_config, decoder_config)
+    start, teacher = (
+        run_checkpoint(folder) if folder else None for folder in (config.model.start, config.model.teacher)
+    )
     with torch.device("meta"):
-        stack = Stack(config, encoder_config, decoder_config)
-    encoder, decoder = Checkpoint(encoder_folder), Checkpoint(decoder_folder)
-    weights = Weights(stack, encoder, decoder, seed=config.run.seed, projection_init=config.model.projection_init)
+        stack = Stack(config, encoder_config, decoder_config, _task_parts(config, teacher))
+    weights = Weights(
+        stack,
+        Checkpoint(encoder_folder),
+        Checkpoint(decoder_folder),
+        seed=config.run.seed,
+        projection_init=config.model.projection_init,
+        start=start,
+        teacher=teacher,
+    )
     return stack, weights
+
+
+def _task_parts(config: Config, teacher: Checkpoint | None) -> TaskParts:
+    """Raises: ValueError: The task is unknown, or the teacher's checkpoint is not of a fine-tuned LLM."""
+    adapters = read_lora(teacher.folder) if teacher else None
+    if not config.task.name or (config.objective.kind == "distil" and teacher is None):
+        return TaskParts(teacher=adapters)
+    task = load_task(config.task.name)
+    if teacher and not has_head(teacher):
+        raise ValueError(f"model.teacher: {teacher.folder} has no head.safetensors; it takes a run of `mtllm finetune`")
+    per_choice = task.head == "choice"
+    return TaskParts(
+        outputs=task.num_choices if per_choice else len(task.labels), per_choice=per_choice, teacher=adapters
+    )
+
+
+def run_checkpoint(folder: str | Path) -> Checkpoint:
+    """What a run trained, by the names of `saved_name`.
+
+    Raises:
+        ValueError: The folder is no checkpoint of a run.
+    """
+    folder = Path(folder).expanduser()
+    files = [folder / name for name in RUN_FILES if (folder / name).is_file()]
+    if not files:
+        raise ValueError(f"{folder} is no checkpoint of a run: it has none of {', '.join(RUN_FILES)}")
+    return Checkpoint(folder, files)
+
+
+def read_lora(folder: Path) -> LoraConfig:
+    """The adapters' shape, from PEFT's adapter_config.json.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        saved = json.loads((folder / "adapter_config.json").read_text())
+        return LoraConfig(rank=saved["r"], alpha=saved["lora_alpha"], targets=tuple(saved["target_modules"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder / 'adapter_config.json'} cannot be read: {error}") from error
+
+
+def has_head(checkpoint: Checkpoint) -> bool:
+    return saved_name(HEAD) in checkpoint.names
 
 
 def build_tokenizer(config: Config, stack: Stack) -> PairTokenizer:
@@ -218,11 +298,17 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def peft_name(name: str) -> str:
-    """An adapter parameter's name in PEFT's files: the original linear's, whatever we fused it into."""
+def saved_name(name: str) -> str:
+    """A trained parameter's name in a run's checkpoint: PEFT's for adapters, plain ones for projection and head."""
+    if ".student." not in name and ".teacher." not in name:
+        return name.removeprefix("projection.").removeprefix("objective.")
     _, _, layer, fused, _, linear, matrix = name.split(".")
     original = next(item for item in LINEARS[fused] if item.endswith(linear))
     return f"base_model.model.layers.{layer}.{original}.{matrix}.weight"
+
+
+def _run_sources(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Source]:
+    return {name: Source(checkpoint=checkpoint, names=(saved_name(name),)) for name in names}
 
 
 def _encoder_sources(checkpoint: Checkpoint, num_layers: int) -> dict[str, Source]:
