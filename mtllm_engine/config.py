@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
+from mtllm_engine.data.languages import check_language, is_well_formed
+
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -76,6 +78,13 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LanguagesConfig:
+    """`fallback`: for a language that the encoder has no token for, the one whose token it gets instead."""
+
+    fallback: dict[str, str] = field(default_factory=dict)  # such as {nij_Latn = "ind_Latn"}
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with linear warm-up and linear decay to 0; exactly one of steps and epochs is above 0."""
 
@@ -125,6 +134,7 @@ class Config:
     objective: ObjectiveConfig = ObjectiveConfig()
     task: TaskConfig = TaskConfig()
     lora: LoraConfig = LoraConfig()
+    languages: LanguagesConfig = LanguagesConfig()
     memory: MemoryConfig = MemoryConfig()
     zero: ZeroConfig = ZeroConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -319,6 +329,7 @@ def _check(config: Config) -> None:
     for target in lora.targets:
         if target not in LORA_TARGETS:
             raise ValueError(f"lora.targets: {target!r} is none of {', '.join(LORA_TARGETS)}")
+    _check_fallback(config.languages.fallback)
     largest = data.pack_tokens or data.pack_documents * data.max_length
     if data.pack_tokens and data.pack_tokens < data.max_length:
         raise ValueError(f"data.pack_tokens={data.pack_tokens} cannot hold data.max_length={data.max_length} tokens")
@@ -352,6 +363,18 @@ def _task_rules(config: Config) -> list[tuple[object, str]]:
             "objective.token_weight needs a live teacher and documents that are pooled whole (stage 1)",
         ),
     ]
+
+
+def _check_fallback(fallback: Mapping[str, typing.Any]) -> None:
+    for code, target in fallback.items():
+        if not is_well_formed(code):
+            raise ValueError(f"languages.fallback: {code!r} is not a language code such as nij_Latn")
+        if not isinstance(target, str):
+            raise ValueError(f"languages.fallback.{code} must be a language code, not {target!r}")
+        try:
+            check_language(target)
+        except ValueError as error:
+            raise ValueError(f"languages.fallback.{code}: {error}") from None
 
 
 def _toml_key(key: str) -> str:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtllm_engine.config import LORA_TARGETS, Config, dumps, flatten, from_dict, load
+from mtllm_engine.data.languages import FLORES_200
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALLEST = {
@@ -71,6 +72,9 @@ BY_KEY = {  # where the type alone allows more
     "optim.weight_decay": st.just(0) | POSITIVE,
     "optim.clip": st.just(0) | POSITIVE,
     "memory.max_tokens": st.integers(1 << 40, 1 << 41),
+    "languages.fallback": st.dictionaries(
+        st.from_regex(r"[a-z]{3}_[A-Z][a-z]{3}", fullmatch=True), st.sampled_from(FLORES_200)
+    ),
 }
 FREE = st.recursive(
     st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -226,12 +230,23 @@ def test_error_names_the_key_and_the_fix(override_, message, override):
         "optim.weight_decay=-1",
         "optim.clip=-1",
         "memory.max_tokens=2047",
+        "languages.fallback={indonesian = 'ind_Latn'}",
+        "languages.fallback.nij_Latn=ind",
+        "languages.fallback.nij_Latn=bbc_Latn",
+        "languages.fallback.nij_Latn=1",
         "checkpoint.every=0",
         "checkpoint.keep=0",
     ],
 )
 def test_out_of_range_names_the_key(out_of_range, override):
     assert out_of_range.partition("=")[0] in message_of(override, out_of_range)
+
+
+def test_fallbacks_are_declared_as_a_table_or_one_by_one(override):
+    expected = {"nij_Latn": "ind_Latn", "qab_Latn": "qaa_Latn"}
+    table = override('languages.fallback={nij_Latn = "ind_Latn", qab_Latn = "qaa_Latn"}')
+    one_by_one = override("languages.fallback.nij_Latn=ind_Latn", "languages.fallback.qab_Latn=qaa_Latn")
+    assert table.languages.fallback == one_by_one.languages.fallback == expected
 
 
 def test_packs_that_can_hold_no_document_or_no_micro_batch(override):

@@ -19,6 +19,7 @@ from mtllm_engine.config import Config
 from mtllm_engine.data.batch import collate
 from mtllm_engine.data.stream import agree, build_stream
 from mtllm_engine.engine import ZeroEngine, import_deepspeed, shard
+from mtllm_engine.model import activations
 from mtllm_engine.model.mtllm import Stack
 from mtllm_engine.model.pretrained import build_stack, build_tokenizer
 from mtllm_engine.world import World, connect
@@ -275,7 +276,9 @@ def num_pinned_weights(loss: torch.Tensor, stack: Stack, full: list[torch.Tensor
 
 
 def saved_tensors(root) -> list[torch.Tensor]:
-    """Everything the graph keeps for backward."""
+    """Everything the graph keeps for backward; what it would compute again is not kept."""
+    unpack = activations._unpack
+    activations._unpack = lambda saved: saved if isinstance(saved, torch.Tensor) else torch.empty(0)
     tensors, seen, todo = [], set(), [root]
     while todo:
         node = todo.pop()
@@ -286,6 +289,7 @@ def saved_tensors(root) -> list[torch.Tensor]:
         saved += [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
         tensors += [item for item in saved if isinstance(item, torch.Tensor)]
         todo += [following for following, _ in node.next_functions]
+    activations._unpack = unpack
     return tensors
 
 

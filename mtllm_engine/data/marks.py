@@ -1,8 +1,10 @@
 """What an example says about its text: its label, and the characters that matter."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 Range = tuple[int, int]  # characters [start, end) of a text
 NAMES = ("label", "spans", "answers", "cut")
@@ -16,6 +18,10 @@ class Marks:
     spans: tuple[Range, ...] = ()  # what is pooled, in order and disjoint; empty: the whole text
     answers: tuple[Range, ...] = ()  # the accepted answers, where a task asks for a piece of the text
     cut: Range | None = None  # what may be shortened where the text is too long; None: the text's end, if no spans
+
+    @property
+    def has_ranges(self) -> bool:
+        return bool(self.spans or self.answers or self.cut)
 
     def check(self, text: str) -> None:
         """Raises ValueError, with the reason, unless every range lies in the text and the spans are in order."""
@@ -33,6 +39,57 @@ class Marks:
 
 
 NONE = Marks()
+
+
+class Removed(NamedTuple):
+    """The characters [start, end) that were taken out of a text to make it fit."""
+
+    start: int
+    end: int
+
+    def without(self, text: str) -> str:
+        return text[: self.start] + text[self.end :]
+
+    def touches(self, span: Range) -> bool:
+        return span[0] < self.end and self.start < span[1]
+
+    def restored(self, offsets_S2: np.ndarray) -> np.ndarray:
+        """Ranges of what is left, as ranges of the text."""
+        starts_S, ends_S = offsets_S2.T
+        missing = self.end - self.start
+        return np.stack(
+            [starts_S + missing * (starts_S >= self.start), ends_S + missing * (ends_S > self.start)], axis=1
+        )
+
+
+def token_range(span: Range, text: str, offsets_S2: np.ndarray) -> Range | None:
+    """The tokens that overlap a range of characters; None if there is none.
+
+    White space at the range's ends does not count: the token of the next word may have it (`▁b`, `Ġb`).
+    """
+    start, end = span
+    start, end = end - len(text[start:end].lstrip()), start + len(text[start:end].rstrip())
+    hits = np.flatnonzero((offsets_S2[:, 0] < end) & (offsets_S2[:, 1] > start))
+    return (int(hits[0]), int(hits[-1]) + 1) if len(hits) else None
+
+
+def token_spans(spans: Sequence[Range], text: str, offsets_S2: np.ndarray, reader: str) -> np.ndarray:
+    """`token_range` of each span, int32 (P, 2).
+
+    Raises:
+        ValueError: A span has no token of its own, and so nothing to pool.
+    """
+    found: list[Range] = []
+    for span in spans:
+        tokens = token_range(span, text, offsets_S2)
+        if tokens is None:
+            raise ValueError(f"the {reader} has no token for the span {text[slice(*span)]!r}")
+        if found and tokens[0] < found[-1][1]:
+            raise ValueError(
+                f"one token of the {reader} is in the span {text[slice(*span)]!r} and in the one before it"
+            )
+        found.append(tokens)
+    return np.array(found, np.int32).reshape(-1, 2)
 
 
 def parse_marks(values: Mapping[str, Any]) -> Marks:

@@ -23,6 +23,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from mtllm_engine.data import marks
+from mtllm_engine.data.marks import Marks
+
 FORMAT = "mtllm-shards/1"
 _OPEN_SHARDS = 128  # per corpus, one descriptor and one mapped index each: more than a rank has lanes
 _SKIPPED = re.compile(r"__[^/]*__($|/)")  # member names that WebDataset passes over
@@ -55,7 +58,8 @@ class Manifest:
     """What a corpus folder holds.
 
     `fields["text"]` names the member with the text by its extension (`txt`), for a JSON member followed by the dotted
-    path of the text in it (`json.text`, `meta.json.body.text`).
+    path of the text in it (`json.text`, `meta.json.body.text`). Fields named like those of `Marks` (`label`, `spans`,
+    `answers`, `cut`) make each sample an example; they lie in the same JSON member as the text.
     """
 
     language: str
@@ -88,7 +92,9 @@ class Manifest:
             raise ValueError(f"{path} has format {version!r}, not {FORMAT!r}; run `mtllm shards import` again")
         try:
             kinds = {"language": str, "licence": str, "fields": dict, "shards": list}
-            parsed = _typed(content, kinds) | {"fields": _typed(content["fields"], {"text": str})}
+            parsed = _typed(content, kinds)
+            names = ("text", *(name for name in marks.NAMES if name in parsed["fields"]))
+            parsed["fields"] = _typed(parsed["fields"], dict.fromkeys(names, str))
             shards = tuple(Shard(**_typed(shard, Shard.__annotations__)) for shard in parsed.pop("shards"))
         except TypeError as error:
             raise ValueError(f"{path}: {error}; restore it or run `mtllm shards import` again") from None
@@ -133,19 +139,23 @@ class Corpus:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.manifest = Manifest.load(path)
-        self._field = _parse_field(self.manifest.fields["text"])
+        self._layout = _parse_layout(self.manifest.fields, self.path)
         self._open: OrderedDict[int, tuple[BinaryIO, np.ndarray]] = OrderedDict()
         self._damaged: dict[int, str] = {}
 
     def read(self, shard: int, index: int) -> Sample:
         """Raises DamagedShard (the whole shard is unusable, also on every later call) or BadDocument."""
+        return self.read_example(shard, index)[0]
+
+    def read_example(self, shard: int, index: int) -> tuple[Sample, Marks]:
+        """A sample and what it says about its text: nothing, in a corpus of plain documents. Raises as `read`."""
         assert index >= 0
         path = self.path / self.manifest.shards[shard].name
         if shard in self._damaged:
             raise DamagedShard(self._damaged[shard])
         try:
             file, table = self._opened(shard, path)
-            return _read_sample(file, path, table[index], self._field)
+            return _read_sample(file, path, table[index], self._layout)
         except DamagedShard as error:
             fix = "restore it, run `mtllm shards import` again, or set data.on_error=skip"
             self._damaged[shard] = f"{error}; {fix}"
@@ -157,7 +167,7 @@ class Corpus:
 
     def _opened(self, shard: int, path: Path) -> tuple[BinaryIO, np.ndarray]:
         if shard not in self._open:
-            table = _load_index(path, self.manifest.shards[shard], self._field.extension)
+            table = _load_index(path, self.manifest.shards[shard], self._layout.text.extension)
             with _damage_named(path):
                 self._open[shard] = path.open("rb", buffering=0), table
             if len(self._open) > _OPEN_SHARDS:
@@ -179,17 +189,33 @@ def _parse_field(field: str) -> _Field:
     return _Field(".".join(parts[:end]).lower(), tuple(parts[end:]))
 
 
-def _read_sample(file: BinaryIO, path: Path, row: np.void, field: _Field) -> Sample:
+class _Layout(NamedTuple):
+    text: _Field
+    marks: dict[str, tuple[str, ...]]  # path of each in the text's JSON member
+
+
+def _parse_layout(fields: dict[str, str], folder: Path) -> _Layout:
+    parsed = {name: _parse_field(field) for name, field in fields.items()}
+    text = parsed.pop("text")
+    for name, (extension, json_path) in parsed.items():
+        if text.json_path is None or json_path is None or extension != text.extension:
+            told = f"fields.{name}={fields[name]!r} is not in the same JSON member as fields.text={fields['text']!r}"
+            raise ValueError(f"{folder / 'manifest.json'}: {told}; write both as json.PATH")
+    return _Layout(text, {name: field.json_path for name, field in parsed.items()})
+
+
+def _read_sample(file: BinaryIO, path: Path, row: np.void, layout: _Layout) -> tuple[Sample, Marks]:
     raw_key, offset, size = row.item()
     key = raw_key.decode("utf-8", "surrogateescape")
     try:
         if offset < 0:
-            raise BadDocument(f"no member {field.extension!r}")
+            raise BadDocument(f"no member {layout.text.extension!r}")
         with _damage_named(path):
             raw = os.pread(file.fileno(), size, offset)
         if len(raw) < size:
             raise DamagedShard(f"shard {path} was cut while it was read")
-        return Sample(key, usable_text(raw, field.json_path))
+        text = usable_text(raw, layout.text.json_path)
+        return Sample(key, text), _usable_marks(raw, layout.marks, text) if layout.marks else marks.NONE
     except BadDocument as error:
         raise BadDocument(f"shard {path}, key {key}: {error}") from None
 
@@ -207,20 +233,35 @@ def usable_text(raw: bytes, json_path: tuple[str, ...] | None) -> str:
     return text
 
 
+def _usable_marks(raw: bytes, paths: dict[str, tuple[str, ...]], text: str) -> Marks:
+    document = json.loads(raw)  # the text in it was usable
+    try:
+        found = marks.parse_marks({name: _value_at(document, path) for name, path in paths.items()})
+        found.check(text)
+    except ValueError as error:
+        raise BadDocument(str(error)) from None
+    return found
+
+
 def _text_in_json(document: str, json_path: tuple[str, ...]) -> str:
     try:
         value = json.loads(document)
     except (ValueError, RecursionError):
         raise BadDocument("not JSON") from None
     name = ".".join(json_path)
-    for part in json_path:
-        if not isinstance(value, dict) or part not in value:
-            raise BadDocument(f"no field {name!r}")
-        value = value[part]
+    value = _value_at(value, json_path)
     if not isinstance(value, str):
         raise BadDocument(f"field {name!r} is not text")
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
         raise BadDocument(f"field {name!r} has half a surrogate pair")  # JSON can spell it, UTF-8 cannot
+    return value
+
+
+def _value_at(value: Any, json_path: tuple[str, ...]) -> Any:
+    for part in json_path:
+        if not isinstance(value, dict) or part not in value:
+            raise BadDocument(f"no field {'.'.join(json_path)!r}")
+        value = value[part]
     return value
 
 
@@ -399,18 +440,18 @@ def verify(folder: Path | str, progress: bool = True) -> list[str]:
     problems = [f"shard {folder / name} is not in the manifest" for name in sorted(unlisted)]
     for shard in tqdm(manifest.shards, unit="shard", disable=None if progress else True):
         try:
-            problems += _bad_documents(folder / shard.name, shard, _parse_field(manifest.fields["text"]))
+            problems += _bad_documents(folder / shard.name, shard, _parse_layout(manifest.fields, folder))
         except DamagedShard as error:
             problems.append(str(error))
     return problems
 
 
-def _bad_documents(path: Path, shard: Shard, field: _Field) -> list[str]:
-    table, problems = _checked_index(path, shard, field.extension), []
+def _bad_documents(path: Path, shard: Shard, layout: _Layout) -> list[str]:
+    table, problems = _checked_index(path, shard, layout.text.extension), []
     with path.open("rb", buffering=0) as file:
         for row in table:
             try:
-                _read_sample(file, path, row, field)
+                _read_sample(file, path, row, layout)
             except BadDocument as error:
                 problems.append(str(error))
     return problems
@@ -421,7 +462,7 @@ def show(folder: Path | str, samples: int = 3) -> str:
     with contextlib.closing(Corpus(folder)) as corpus:
         manifest = corpus.manifest
         rows = [(name, getattr(manifest, name)) for name in ("language", "licence", "samples", "fingerprint")]
-        rows += [("text", manifest.fields["text"]), ("shards", len(manifest.shards))]
+        rows += [*manifest.fields.items(), ("shards", len(manifest.shards))]
         rows += [(shard.name, f"{shard.samples} samples, {shard.bytes} bytes") for shard in manifest.shards[:10]]
         places = ((number, row) for number, shard in enumerate(manifest.shards) for row in range(shard.samples))
         rows += [_shown(corpus, *place) for place in itertools.islice(places, samples)]

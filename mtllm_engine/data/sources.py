@@ -3,18 +3,19 @@
 import contextlib
 import gzip
 import itertools
+import json
 import os
 import shutil
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from mtllm_engine.data.shards import BadDocument, Manifest, Sample, Shard, sha256_of, usable_text
+from mtllm_engine.data.shards import BadDocument, Manifest, Shard, sha256_of, usable_text
 
 INPUT_SUFFIXES = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz", ".parquet")
 _SMALL_INPUT_BYTES = 1 << 20
@@ -53,8 +54,7 @@ def pack(
     out, paths = Path(out), _input_files(inputs)
     if shards < 1:
         raise ValueError(f"cannot make {shards} shards; use --shards 1 or more")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is already there and not empty; remove it or name another --out")
+    _check_unused(out)
     num_bytes = sum(path.stat().st_size for path in paths)
     skipped: Counter[str] = Counter()
     bar = tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None if progress else True)
@@ -64,6 +64,41 @@ def pack(
         manifest = Manifest(language=language, licence=licence, fields={"text": "txt"}, shards=tuple(packed))
         manifest.save(draft)
     return PackReport(path=out, manifest=manifest, skipped=dict(skipped))
+
+
+def pack_json(
+    members: Iterable[tuple[str, Mapping[str, Any]]],
+    out: Path | str,
+    *,
+    fields: dict[str, str],
+    language: str,
+    licence: str = "unknown",
+) -> Manifest:
+    """Makes a corpus of one shard from (key, object) pairs: a `.json` member each.
+
+    Args:
+        members: the keys are distinct, without dots and slashes.
+        fields: the manifest's, such as {"text": "json.text"}.
+
+    Raises:
+        ValueError: `out` is in use, or there is nothing to write.
+        OSError: a file could not be written. After any error nothing is left behind.
+    """
+    out = Path(out)
+    _check_unused(out)
+    samples = ((key, "json", json.dumps(value, ensure_ascii=False).encode()) for key, value in members)
+    with _appearing(out) as draft:
+        shard = _write_shard(draft / "000000.tar", samples)
+        if not shard.samples:
+            raise ValueError(f"there is nothing to write into {out}")
+        manifest = Manifest(language=language, licence=licence, fields=fields, shards=(shard,))
+        manifest.save(draft)
+    return manifest
+
+
+def _check_unused(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is already there and not empty; remove it or name another --out")
 
 
 def _input_files(inputs: Iterable[Path | str]) -> list[Path]:
@@ -181,18 +216,19 @@ def _assign(texts: Iterator[tuple[str, float]], num_bytes: int, shards: int) -> 
 def _write_shards(folder: Path, assigned: Iterator[tuple[int, str]]) -> list[Shard]:
     numbered = ((shard, f"{number:010d}", text) for number, (shard, text) in enumerate(assigned))
     return [
-        _write_shard(folder / f"{shard:06d}.tar", (Sample(key, text) for _, key, text in samples))
+        _write_shard(folder / f"{shard:06d}.tar", ((key, "txt", text.encode()) for _, key, text in samples))
         for shard, samples in itertools.groupby(numbered, key=lambda entry: entry[0])
     ]
 
 
-def _write_shard(path: Path, samples: Iterator[Sample]) -> Shard:
+def _write_shard(path: Path, samples: Iterator[tuple[str, str, bytes]]) -> Shard:
+    """Args: samples: key, extension and content of the only member of each."""
     from webdataset import TarWriter  # imports torch
 
     count = 0
     with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:  # equal input, equal bytes
-        for key, text in samples:
-            tar.write({"__key__": key, "txt": text.encode()})
+        for key, extension, content in samples:
+            tar.write({"__key__": key, extension: content})
             count += 1
         tar.close()
         file.flush()

@@ -18,6 +18,7 @@ import numpy as np
 
 from mtllm_engine.config import DataConfig
 from mtllm_engine.data.batch import Document, Pack, Totals, join
+from mtllm_engine.data.marks import Marks
 from mtllm_engine.data.shards import BadDocument, Corpus, DamagedShard
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.world import World
@@ -148,13 +149,28 @@ class Lane:
 
     def _tokenised(self, place: int, shard: int, index: int) -> Document:
         corpus = self.mixture.corpora[place]
-        key, text = corpus.read(shard, index)
+        (key, text), marks = corpus.read_example(shard, index)
         try:
-            student_ids_S, teacher_ids_T = self.mixture.tokenizer(text, corpus.manifest.language)
+            tokens = self._tokens(text, corpus.manifest.language, marks)
         except ValueError as error:
             raise BadDocument(f"shard {corpus.path / corpus.manifest.shards[shard].name}, key {key}: {error}") from None
         seed = int.from_bytes(hashlib.blake2b(f"{place}/{shard}/{key}".encode(), digest_size=4).digest(), "little")
-        return Document(key=key, seed=seed, student_ids_S=student_ids_S, teacher_ids_T=teacher_ids_T)
+        return Document(key=key, seed=seed, label=marks.label, **tokens)
+
+    def _tokens(self, text: str, language: str, marks: Marks) -> dict[str, np.ndarray]:
+        """The fields of a document that the tokenizer gives: of most no more than the ids, which is the faster way."""
+        if not marks.has_ranges:
+            student_ids_S, teacher_ids_T = self.mixture.tokenizer(text, language)
+            return {"student_ids_S": student_ids_S, "teacher_ids_T": teacher_ids_T}
+        student, teacher = self.mixture.tokenizer.example(text, language, marks)
+        return {
+            "student_ids_S": student.ids_S,
+            "teacher_ids_T": teacher.ids_S,
+            "student_spans_P2": student.spans_P2,
+            "teacher_spans_P2": teacher.spans_P2,
+            "student_answers_A2": student.answers_A2,
+            "teacher_answers_A2": teacher.answers_A2,
+        }
 
 
 class Stream:

@@ -12,9 +12,11 @@ from tokenizers import Encoding, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mtllm_engine.data.languages import check_language, nllb_token
+from mtllm_engine.data.marks import Marks, Range, Removed, token_range, token_spans
 
 GRAPHEME = regex.compile(r"\X(?=.)", regex.DOTALL)  # not the last one looked at, which may go on
 WORD_END = re.compile(r"(?<=\S)(?=\s)")
+READERS = ("encoder", "LLM")  # student's and teacher's, in messages
 LONGEST_WORD = 1024  # characters looked at beyond what fits, for the next end of a word
 
 
@@ -38,12 +40,35 @@ class Side:
         tokens = encoding.ids[: limit - self.num_special]
         return np.array([*self.prefix, *tokens, *self.suffix], dtype=np.int32)
 
+    def offsets(self, encoding: Encoding, limit: int, removed: Removed) -> np.ndarray:
+        """The whole text's characters [start, end) of each of the `ids`, int32 (S, 2); [0, 0) for special tokens."""
+        body = np.array(encoding.offsets[: limit - self.num_special], np.int32).reshape(-1, 2)
+        return np.pad(removed.restored(body), ((len(self.prefix), len(self.suffix)), (0, 0))).astype(np.int32)
+
     def fits(self, encoding: Encoding, limit: int) -> bool:
         return len(encoding.ids) + self.num_special <= limit
+
+    def reach_within(self, encoding: Encoding, limit: int, span: Range) -> int:
+        """How many characters of a span may stay, by its tokens' number alone, for the whole to fit `limit`."""
+        surplus = len(encoding.ids) + self.num_special - limit
+        starts = [start for start, end in encoding.offsets if start < span[1] and end > span[0]]
+        if surplus <= 0:
+            return span[1] - span[0]
+        return max(0, starts[-surplus] - span[0]) if surplus <= len(starts) else 0
 
     def reach(self, encoding: Encoding, limit: int, length: int) -> int:
         """How many of a text's `length` characters come before the first token that does not fit `limit`."""
         return length if self.fits(encoding, limit) else encoding.offsets[limit - self.num_special][0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What one side reads of an example, special tokens included; spans and answers are tokens [start, end)."""
+
+    ids_S: np.ndarray  # int32
+    offsets_S2: np.ndarray  # int32: characters [start, end) of the text, cut or not; [0, 0) for special tokens
+    spans_P2: np.ndarray  # int32: the examples' spans, in order and disjoint; the whole text, if it has none
+    answers_A2: np.ndarray  # int32: the answers that were not cut away, the same ones on both sides
 
 
 class PairTokenizer:
@@ -94,11 +119,50 @@ class PairTokenizer:
     def __call__(self, text: str, language: str) -> tuple[np.ndarray, np.ndarray]:
         """Student ids (S,) and teacher ids (T,), int32."""
         sides = (self.student(language), self.teacher)
+        encodings = self._encode(text, sides)
+        student_ids, teacher_ids = (side.ids(encoding, self.max_length) for side, encoding in zip(sides, encodings))
+        return student_ids, teacher_ids
+
+    def example(self, text: str, language: str, marks: Marks) -> tuple[Reading, Reading]:
+        """Student's and teacher's reading of an example: its ids, and its characters' ranges as tokens.
+
+        A token belongs to a range if it overlaps it, white space at the range's ends aside; special tokens belong to
+        none. Where the text is too long, `marks.cut` is shortened from its end, at the end of a word or else of a
+        grapheme, until it fits; a text with no ranges is cut as a document is.
+
+        Raises:
+            ValueError: A range is not in the text, the text is too long whatever may be shortened, or nothing of a span
+                is left to pool.
+        """
+        marks.check(text)
+        sides = (self.student(language), self.teacher)
+        fitted = self._fit(text, sides, marks)
+        offsets = [side.offsets(encoding, self.max_length, removed) for side, (encoding, removed) in zip(sides, fitted)]
+        answers = _kept_answers(marks.answers, text, offsets, [removed for _, removed in fitted])
+        readings = []
+        for name, side, (encoding, _), offsets_S2, answers_A2 in zip(READERS, sides, fitted, offsets, answers):
+            ids_S = side.ids(encoding, self.max_length)
+            whole = np.array([[0, len(ids_S)]], np.int32)
+            spans_P2 = token_spans(marks.spans, text, offsets_S2, name) if marks.spans else whole
+            readings.append(Reading(ids_S=ids_S, offsets_S2=offsets_S2, spans_P2=spans_P2, answers_A2=answers_A2))
+        student, teacher = readings
+        return student, teacher
+
+    def _fit(self, text: str, sides: Sequence[Side], marks: Marks) -> list[tuple[Encoding, Removed]]:
+        """Each side's encoding, and what was taken out of the text for it: the same for both, if aligned."""
+        if not marks.has_ranges:
+            return [(encoding, Removed(len(text), len(text))) for encoding in self._encode(text, sides)]
+        if self.truncation == "independent":
+            alone = [self._encode_shortened(text, [side], marks.cut) for side in sides]
+            return [(encodings[0], removed) for encodings, removed in alone]
+        encodings, removed = self._encode_shortened(text, sides, marks.cut)
+        return [(encoding, removed) for encoding in encodings]
+
+    def _encode(self, text: str, sides: Sequence[Side]) -> list[Encoding]:
         encodings, reach = self._encode_head(text, sides)
         if self.truncation == "aligned" and not self._all_fit(sides, encodings):
             encodings = self._encode_cut(text, sides, reach)
-        student_ids, teacher_ids = (side.ids(encoding, self.max_length) for side, encoding in zip(sides, encodings))
-        return student_ids, teacher_ids
+        return encodings
 
     def _encode_head(self, text: str, sides: Sequence[Side]) -> tuple[list[Encoding], int]:
         """Both encodings of a prefix with more text than fits, and their reach: a book costs no more than a page."""
@@ -119,8 +183,37 @@ class PairTokenizer:
                 return encodings
         raise ValueError(f"the first character of the text needs more than data.max_length={self.max_length} tokens")
 
+    def _encode_shortened(self, text: str, sides: Sequence[Side], cut: Range | None) -> tuple[list[Encoding], Removed]:
+        """Encodings of a text of which nothing but `cut` may be shortened, and what that took out of it."""
+        encodings = [side.encode(text) for side in sides]
+        if self._all_fit(sides, encodings):
+            return encodings, Removed(len(text), len(text))
+        start, end = cut or (0, 0)
+        shortest = [side.encode(Removed(start, end).without(text)) for side in sides]
+        if not self._all_fit(sides, shortest):
+            what = "without what may be shortened of it" if cut else "and may not be cut"
+            raise ValueError(f"the text needs more than data.max_length={self.max_length} tokens {what}")
+        read = zip(sides, encodings)
+        reaches = [side.reach_within(encoding, self.max_length, (start, end)) for side, encoding in read]
+        for kept in _cuts(text[start:end], min(reaches)):
+            removed = Removed(start + kept, end)
+            encodings = [side.encode(removed.without(text)) for side in sides]
+            if self._all_fit(sides, encodings):
+                return encodings, removed
+        return shortest, Removed(start, end)
+
     def _all_fit(self, sides: Sequence[Side], encodings: Sequence[Encoding]) -> bool:
         return all(side.fits(encoding, self.max_length) for side, encoding in zip(sides, encodings))
+
+
+def _kept_answers(
+    answers: Sequence[Range], text: str, offsets: Sequence[np.ndarray], removed: Sequence[Removed]
+) -> list[np.ndarray]:
+    """The tokens of the answers that both sides still read whole: int32 (A, 2) for each side."""
+    whole = [answer for answer in answers if not any(cut.touches(answer) for cut in removed)]
+    found = [[token_range(answer, text, offsets_S2) for offsets_S2 in offsets] for answer in whole]
+    kept = [pair for pair in found if None not in pair]
+    return [np.array([pair[side] for pair in kept], np.int32).reshape(-1, 2) for side in range(len(offsets))]
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:

@@ -28,7 +28,7 @@ def rebuilt(tensor: torch.Tensor, recipe: Recipe, module: nn.Module) -> Iterator
     def pack(saved: torch.Tensor) -> torch.Tensor | Recipe:
         return recipes.get(_place(saved), saved)
 
-    with saved_tensors_hooks(pack, _unpack):
+    with saved_tensors_hooks(pack, lambda saved: _unpack(saved)):
         yield
 
 

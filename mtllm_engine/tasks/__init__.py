@@ -7,16 +7,22 @@ whatever special tokens their tokenizers would put between two.
 
 import difflib
 import importlib
+import itertools
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mtllm_engine.data import marks, sources
 from mtllm_engine.data.marks import Marks, Range
+from mtllm_engine.data.rows import Absent, Row
+from mtllm_engine.data.shards import Manifest
 
 SPLITS = ("train", "validation", "test")
 SEPARATOR = "\n"  # between the parts of a text
+CODE = re.compile(r"(?<![A-Za-z])[a-z]{3}_[A-Z][a-z]{3}(?![A-Za-z])")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +41,67 @@ class Example(Marks):
 class Dataset:
     """One published set, in one or more layouts.
 
-    `read(folder, split, language)` yields the examples of a split in the files' order; `folder` is the set's root as
-    published. It raises Absent where there is no such split or language, else ValueError with file, line and column.
+    `reader(folder, split, code)` yields the examples of a split in the files' order, by the benchmark's own code; it
+    raises Absent where there is no such split or language, else ValueError with file, row and column.
     """
 
     name: str
-    languages: Mapping[str, str]  # the benchmark's code (or a name of a layout) -> ours
-    read: Callable[[Path, str, str], Iterator[Example]]
+    languages: Mapping[str, str]  # the benchmark's code (or a layout's name) -> ours
+    reader: Callable[[Path, str, str], Iterator[Example]]
     licence: str
+
+    def read(self, folder: Path | str, split: str, language: str) -> Iterator[Example]:
+        """The examples of a split in one of our languages, from the set's folder as published.
+
+        A language that `languages` does not list is looked for by our own code.
+
+        Raises:
+            Absent: The folder has no such split or language.
+            ValueError: A file is malformed; the message names file, row and column.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"{self.name}: unknown split {split!r}; the splits are {', '.join(SPLITS)}")
+        reason = Absent(f"{folder}: {self.name} has no {split} examples in {language}")
+        for code in [code for code, ours in self.languages.items() if ours == language] or [language]:
+            examples = self.reader(Path(folder), split, code)
+            try:
+                return self._unique(next(examples), examples)
+            except StopIteration:
+                continue
+            except Absent as error:
+                reason = error
+        raise reason
+
+    def present(self, folder: Path | str, split: str) -> list[str]:
+        """Our codes of the languages that a folder has examples in: those listed, and any code in a file's name.
+
+        Raises:
+            ValueError: The start of a file is malformed.
+        """
+        named = {code for path in Path(folder).rglob("*") for code in CODE.findall(path.name)}
+        return [code for code in sorted({*self.languages.values(), *named}) if self._has(folder, split, code)]
+
+    def _has(self, folder: Path | str, split: str, language: str) -> bool:
+        try:
+            self.read(folder, split, language)
+        except Absent:
+            return False
+        return True
+
+    def _unique(self, first: Example, rest: Iterator[Example]) -> Iterator[Example]:
+        keys: set[str] = set()
+        for example in itertools.chain([first], rest):
+            if example.key in keys:
+                raise ValueError(f"{self.name}: two examples have the key {example.key!r}")
+            keys.add(example.key)
+            yield example
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
     name: str
     head: Literal["classification", "choice", "span"]
-    labels: tuple[str, ...]  # the classes' names, in order; () for choice and span
+    labels: tuple[str, ...] = ()  # the classes' names, in order; () for choice and span
     metric: Literal["accuracy", "macro_f1", "exact_match_f1"]
     datasets: Mapping[str, Dataset]  # by name
     train: tuple[str, str]  # dataset and split of the English training set
@@ -83,3 +135,24 @@ def join(first: str, second: str) -> tuple[str, Range]:
     the documents that the stack was distilled on.
     """
     return f"{first}{SEPARATOR}{second}", (0, len(first))
+
+
+def pairs(rows: Iterable[Row], first: str, second: str, label: str, names: Sequence[str]) -> Iterator[Example]:
+    """Classified pairs of sentences in the columns of these names, numbered from 0 in the order of the rows."""
+    for number, row in enumerate(rows):
+        text, cut = join(row.text(first), row.text(second))
+        yield Example(key=str(number), text=text, label=row.label(label, names), cut=cut)
+
+
+def pack(examples: Iterable[Example], out: Path | str, *, language: str, licence: str) -> Manifest:
+    """Writes examples as a corpus, in their order: a WebDataset sample each, under the example's key.
+
+    Args:
+        language: What the encoder is given: `languages.resolve_language` says that of a benchmark's language.
+
+    Raises:
+        ValueError: `out` is in use, or there are no examples.
+    """
+    fields = {name: f"json.{name}" for name in ("text", *marks.NAMES)}
+    members = ((example.key, {name: getattr(example, name) for name in fields}) for example in examples)
+    return sources.pack_json(members, out, fields=fields, language=language, licence=licence)

@@ -1,0 +1,75 @@
+"""XQuAD: the answer to a question, as a piece of the passage; SQuAD 1.1 to train on.
+
+The text is the question, a newline, and the passage. The passage is the example's one span, and what may be shortened.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mtllm_engine.data.languages import flores_code
+from mtllm_engine.data.rows import Row, find, numbered, read_json
+from mtllm_engine.tasks import SEPARATOR, Dataset, Example, Task
+
+SQUAD_FILES = {"train": "train-v1.1.json", "validation": "dev-v1.1.json"}
+
+
+def _read_xquad(folder: Path, split: str, code: str) -> Iterator[Example]:
+    for path in find(folder, f"xquad.{code}.json") if split == "test" else ():
+        yield from _questions(path)
+
+
+def _read_squad(folder: Path, split: str, code: str) -> Iterator[Example]:
+    for path in find(folder, SQUAD_FILES[split]) if code == "en" and split in SQUAD_FILES else ():
+        yield from _questions(path)
+
+
+def _questions(path: Path) -> Iterator[Example]:
+    """SQuAD 1.1: data[].paragraphs[].qas[].answers[]."""
+    content = read_json(path)
+    root = Row(str(path), content if isinstance(content, dict) else {})
+    for article in _children(root, "data", "article"):
+        for paragraph in _children(article, "paragraphs", "paragraph"):
+            for question in _children(paragraph, "qas", "question"):
+                yield _example(question, paragraph.text("context"))
+
+
+def _children(parent: Row, column: str, name: str) -> Iterator[Row]:
+    items: Any = parent.value(column)
+    if not isinstance(items, list):
+        raise parent.wrong(column, "a list")
+    return numbered(parent.place, items, name)
+
+
+def _example(row: Row, passage: str) -> Example:
+    text = f"{row.text('question')}{SEPARATOR}{passage}"
+    start = len(text) - len(passage)
+    answers = dict.fromkeys(_answer(answer, text, start) for answer in _children(row, "answers", "answer"))
+    span = (start, len(text))
+    return Example(key=row.text("id"), text=text, spans=(span,), answers=tuple(answers), cut=span)
+
+
+def _answer(row: Row, text: str, start: int) -> tuple[int, int]:
+    answer = row.text("text")
+    first = start + row.number("answer_start", 0, len(text))
+    if not text.startswith(answer, first):
+        raise row.wrong("answer_start", f"where the passage has {answer[:40]!r}")
+    return first, first + len(answer)
+
+
+CODES = "ar de el en es hi ro ru th tr vi zh"
+XQUAD = Dataset(
+    name="xquad",
+    languages={code: flores_code(code) for code in CODES.split()},
+    reader=_read_xquad,
+    licence="CC-BY-SA-4.0",
+)
+SQUAD = Dataset(name="squad", languages={"en": "eng_Latn"}, reader=_read_squad, licence="CC-BY-SA-4.0")
+task = Task(
+    name="xquad",
+    head="span",
+    metric="exact_match_f1",
+    datasets={"xquad": XQUAD, "squad": SQUAD},
+    train=("squad", "train"),
+    validation=("squad", "validation"),
+)
