@@ -100,6 +100,23 @@ def identity(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(flat | models | {"data.train": corpora}))
 
 
+def teacher_identity(config: Config) -> dict[str, Any]:
+    """What the teacher's states depend on besides the text: model, adapters, and how texts become tokens."""
+    flat = flatten(config)
+    keys = ("model.causal", "model.dtype", "data.max_length", "data.truncation")
+    tokenizers = [sha256_of(path) for side in ("encoder", "decoder") for path in _tokenizer_files(config, side)]
+    models = {
+        "model.decoder": _fingerprint(config.model.decoder),
+        "model.teacher": _run_fingerprint(config.model.teacher),
+    }
+    return {key: flat[key] for key in keys} | models | {"tokenizers": " ".join(tokenizers)}
+
+
+def _tokenizer_files(config: Config, side: str) -> list[Path]:
+    folder = resolve(getattr(config.model, side))
+    return sorted(path for pattern in ("tokenizer.json", "*.model") for path in folder.glob(pattern))
+
+
 @functools.cache
 def _fingerprint(model: str) -> str:
     """Of the model that the run began with: what a hub id means may change, and must not be fetched in mid-run."""

@@ -22,13 +22,14 @@ from mtllm_engine import config as configs
 from mtllm_engine.config import Config
 from mtllm_engine.data.batch import collate
 from mtllm_engine.data.shards import Manifest
-from mtllm_engine.data.stream import Step, agree, build_stream, hash64
+from mtllm_engine.data.stream import Step, Stream, agree, build_stream, hash64
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.engine import PlainEngine, ZeroEngine, build_engine, learning_rate, shard
 from mtllm_engine.metrics import Metrics, Record, environment, print_table
 from mtllm_engine.model.mtllm import Stack
 from mtllm_engine.model.pretrained import build_stack, build_tokenizer
 from mtllm_engine.report import write_report
+from mtllm_engine.tasks import ENGLISH, Task, load_task, pack_split
 from mtllm_engine.world import Agreed, World, connect
 
 
@@ -41,7 +42,7 @@ def train(config: Config, world: World) -> None:
     config = world.on_main(lambda: prepare(config))
     stack, weights = world.together(lambda: build_stack(config))
     tokenizer = world.together(lambda: build_tokenizer(config, stack))
-    stream = world.together(lambda: build_stream(config.data, tokenizer, world, seed=config.run.seed))
+    stream = world.together(lambda: open_stream(config, tokenizer, world))
     engine = build_engine(config, shard(stack, weights, config, world), world)
     start = checkpoint.restore(config, world, engine, stream)
     world.on_main(lambda: _describe(config, world, stack, start))
@@ -74,11 +75,34 @@ def prepare(config: Config) -> Config:
     Raises:
         ValueError: A file of the task is missing or malformed.
     """
+    if config.task.train:
+        task, corpus = load_task(config.task.name), Path(config.run.dir) / "corpus"
+        data = replace(config.data, train=(str(_pack(task, config.task.train, "train", corpus)),))
+        if config.task.validation:
+            data = replace(data, validation=str(_pack(task, config.task.validation, "validation", corpus)))
+        config = replace(config, data=data, task=replace(config.task, train="", validation=""))
     if config.optim.epochs:
         samples = sum(Manifest.load(path).samples for path in config.data.train)
         steps = math.ceil(config.optim.epochs * samples / (config.data.lanes * config.data.pack_documents))
         config = replace(config, optim=replace(config.optim, steps=steps, epochs=0.0))
     return config
+
+
+def _pack(task: Task, source: str, split: str, corpus: Path) -> Path:
+    return pack_split(task, source, split, ENGLISH, corpus / split)
+
+
+def open_stream(config: Config, tokenizer: PairTokenizer, world: World, *, epochs: int | None = None) -> Stream:
+    """`build_stream` as the configuration's objective needs it."""
+    return build_stream(
+        config.data,
+        tokenizer,
+        world,
+        seed=config.run.seed,
+        epochs=epochs,
+        aligns=config.objective.token_weight > 0,
+        maker=checkpoint.teacher_identity(config) if config.data.targets else None,
+    )
 
 
 def train_step(
@@ -89,7 +113,7 @@ def train_step(
     seed = step_seed(config.run.seed, step)
     loss, sums = torch.zeros((), device=world.device), 0
     for documents in work.micro_batches:
-        batch = collate(documents, step_seed=seed, device=world.device)
+        batch = collate(documents, step_seed=seed, device=world.device, idle=work.idle)
         share = engine(batch, work.totals)
         engine.backward(share.loss)
         loss, sums = loss + share.loss.detach(), sums + share.moments
@@ -114,12 +138,12 @@ def validate(
     if not config.data.validation:
         return None
     metrics.flush()
-    stream = build_stream(config.data, tokenizer, world, seed=config.run.seed, epochs=1)
+    stream = open_stream(config, tokenizer, world, epochs=1)
     sums, documents_read = 0, 0
     with engine.evaluating():
         while (work := agree(stream, world, config.memory.max_tokens)).totals.documents:
             for documents in work.micro_batches:
-                batch = collate(documents, step_seed=0, device=world.device)
+                batch = collate(documents, step_seed=0, device=world.device, idle=work.idle)
                 sums = sums + engine(batch, work.totals).moments
             documents_read += work.totals.documents
     stream.close()
@@ -176,7 +200,8 @@ def _describe(config: Config, world: World, stack: Stack, start: int) -> None:
     print_table(
         {
             "run": f"{folder}" + (f" (continued after step {start})" if start else ""),
-            "encoder": f"{config.model.encoder} (frozen)",
+            "learns": _learns(config),
+            "encoder": f"{config.model.encoder} (frozen)" if stack.reads_stack else "none",
             "decoder": f"{config.model.decoder} ({'causal' if config.model.causal else 'bidirectional'})",
             "parameters": f"{sizes[True]:,} trained in fp32, {sizes[False]:,} frozen in {config.model.dtype}",
             "device": f"{world.size} x {environment(world)['device']}, ZeRO stage {config.zero.stage}",
@@ -185,6 +210,16 @@ def _describe(config: Config, world: World, stack: Stack, start: int) -> None:
             "kernels": "; ".join(f"{label}: {', '.join(names)}" for label, names in ops.items()),
         }
     )
+
+
+def _learns(config: Config) -> str:
+    """What the run does, in words."""
+    learner = "the stack" if config.objective.reader == "stack" else "the LLM"
+    if config.objective.kind == "finetune":
+        return f"{learner}, {config.task.name} in English"
+    teacher = f"the LLM of {config.model.teacher}" if config.model.teacher else "the bare LLM"
+    source = f", its states stored as {config.data.targets}" if config.data.targets else ""
+    return f"{learner} from {teacher}{source}"
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ class Document:
     seed: int
     student_ids_S: np.ndarray  # int32
     teacher_ids_T: np.ndarray  # int32
+    row: tuple[int, int, int] = (0, 0, 0)  # where it lies: corpus, shard, number in the shard
     label: int = -1  # index of the class or of the right span; -1: not given
     student_spans_P2: np.ndarray = field(default_factory=lambda: NO_SPANS)  # int32, in order and disjoint, none empty
     teacher_spans_P2: np.ndarray = field(default_factory=lambda: NO_SPANS)

@@ -92,6 +92,34 @@ def token_spans(spans: Sequence[Range], text: str, offsets_S2: np.ndarray, reade
     return np.array(found, np.int32).reshape(-1, 2)
 
 
+def partners(text: str, student_offsets_S2: np.ndarray, teacher_offsets_T2: np.ndarray) -> np.ndarray:
+    """Each student token's partner among the teacher's tokens, or -1, int32 (S,).
+
+    Partners are tokens of the same characters, white space at their ends aside, where both tokenizers made one token of
+    them: the pieces of one character (byte fallback) have none. Source: the authors' second recipe of arXiv 2406.12739.
+    """
+    (student, student_places), (teacher, teacher_places) = (
+        _distinct_cores(text, offsets_S2) for offsets_S2 in (student_offsets_S2, teacher_offsets_T2)
+    )
+    _, among_student, among_teacher = np.intersect1d(student, teacher, assume_unique=True, return_indices=True)
+    aligned_S = np.full(len(student_offsets_S2), -1, np.int32)
+    aligned_S[student_places[among_student]] = teacher_places[among_teacher]
+    return aligned_S
+
+
+def _distinct_cores(text: str, offsets_S2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ranges that are one token's alone, without white space at their ends, as numbers; and that token's place."""
+    is_space = np.array([character.isspace() for character in text] + [False])
+    places = np.arange(len(is_space))
+    following = np.minimum.accumulate(np.where(is_space, len(text), places)[::-1])[::-1]  # the next that is no space
+    preceding = np.maximum.accumulate(np.where(is_space, -1, places))
+    starts_S, ends_S = offsets_S2.astype(np.int64).T
+    cores_S = following[starts_S] * len(is_space) + preceding[np.maximum(ends_S - 1, 0)] + 1
+    is_text_S = (ends_S > starts_S) & (cores_S % len(is_space) > cores_S // len(is_space))
+    cores, first, counts = np.unique(cores_S[is_text_S], return_index=True, return_counts=True)
+    return cores[counts == 1], np.flatnonzero(is_text_S)[first[counts == 1]]
+
+
 def parse_marks(values: Mapping[str, Any]) -> Marks:
     """Marks from what JSON made of them, by name; a name that is not there keeps its default.
 

@@ -9,17 +9,18 @@ import functools
 import hashlib
 import queue
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mtllm_engine.config import DataConfig
-from mtllm_engine.data.batch import Document, Pack, Totals, join
-from mtllm_engine.data.marks import Marks
+from mtllm_engine.data.batch import IDLE, Document, Pack, Totals, join
+from mtllm_engine.data.marks import Marks, partners
 from mtllm_engine.data.shards import BadDocument, Corpus, DamagedShard
+from mtllm_engine.data.targets import Targets
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.world import World
 
@@ -61,6 +62,8 @@ class Mixture:
     lanes: int
     seed: int
     epochs: int | None  # None: endless
+    aligns: bool = False  # documents say which of their tokens are partners
+    targets: tuple[Targets, ...] = ()  # stored states of the teacher, by corpus
     orders: tuple[Order, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -155,11 +158,13 @@ class Lane:
         except ValueError as error:
             raise BadDocument(f"shard {corpus.path / corpus.manifest.shards[shard].name}, key {key}: {error}") from None
         seed = int.from_bytes(hashlib.blake2b(f"{place}/{shard}/{key}".encode(), digest_size=4).digest(), "little")
-        return Document(key=key, seed=seed, label=marks.label, **tokens)
+        targets_PD = self.mixture.targets[place].read(shard, index) if self.mixture.targets else None
+        row = (place, shard, index)
+        return Document(key=key, seed=seed, row=row, label=marks.label, targets_PD=targets_PD, **tokens)
 
     def _tokens(self, text: str, language: str, marks: Marks) -> dict[str, np.ndarray]:
         """The fields of a document that the tokenizer gives: of most no more than the ids, which is the faster way."""
-        if not marks.has_ranges:
+        if not (marks.has_ranges or self.mixture.aligns):
             student_ids_S, teacher_ids_T = self.mixture.tokenizer(text, language)
             return {"student_ids_S": student_ids_S, "teacher_ids_T": teacher_ids_T}
         student, teacher = self.mixture.tokenizer.example(text, language, marks)
@@ -170,6 +175,7 @@ class Lane:
             "teacher_spans_P2": teacher.spans_P2,
             "student_answers_A2": student.answers_A2,
             "teacher_answers_A2": teacher.answers_A2,
+            "aligned_S": partners(text, student.offsets_S2, teacher.offsets_S2) if self.mixture.aligns else None,
         }
 
 
@@ -202,6 +208,13 @@ class Stream:
     def state(self) -> dict[int, dict[str, Any]]:
         """Lane number -> state, for the lanes of this rank."""
         return dict(self._states)
+
+    @property
+    def idle(self) -> Document:
+        """What a rank without documents runs: a token of weight 0, with all that a document of this stream has."""
+        aligned_S = np.array([-1], np.int32) if self.mixture.aligns else None
+        targets = self.mixture.targets
+        return replace(IDLE, aligned_S=aligned_S, targets_PD=targets[0].zeros() if targets else None)
 
     @property
     def skipped(self) -> int:
@@ -266,9 +279,20 @@ class _Reader:
 
 
 def build_stream(
-    config: DataConfig, tokenizer: PairTokenizer, world: World, *, seed: int, epochs: int | None = None
+    config: DataConfig,
+    tokenizer: PairTokenizer,
+    world: World,
+    *,
+    seed: int,
+    epochs: int | None = None,
+    aligns: bool = False,
+    maker: Mapping[str, Any] | None = None,
 ) -> Stream:
     """The endless training stream, or with `epochs` the finite one over `data.validation`.
+
+    Args:
+        aligns: Documents say which of their tokens are partners.
+        maker: What the stored states `data.targets` must have been made with.
 
     Raises:
         ValueError: A corpus is missing, its language is unknown, or it has fewer documents than there are lanes.
@@ -290,6 +314,8 @@ def build_stream(
         lanes=config.lanes,
         seed=seed,
         epochs=epochs,
+        aligns=aligns,
+        targets=tuple(Targets(Path(path), config.targets, maker or {}) for path in paths) if config.targets else (),
     )
     return Stream(mixture, world, config.prefetch)
 
@@ -298,7 +324,8 @@ def build_stream(
 class Step:
     """What this rank runs in a step, and what all ranks run together."""
 
-    micro_batches: list[list[Document]]  # equally many on every rank; the last may be empty (idle)
+    micro_batches: list[list[Document]]  # equally many on every rank; the last may be empty, and `idle` takes its place
+    idle: Document
     totals: Totals  # over all ranks, as the rest
     student_tokens: int
     teacher_tokens: int
@@ -332,6 +359,7 @@ def agree(stream: Stream, world: World, max_tokens: int, *, stop: bool = False) 
     micro_batches += [[] for _ in range(max(num_micro) - len(micro_batches))]
     return Step(
         micro_batches=micro_batches,
+        idle=stream.idle,
         totals=Totals(sum(num_documents), sum(num_spans), sum(num_aligned)),
         student_tokens=sum(num_student),
         teacher_tokens=sum(num_teacher),

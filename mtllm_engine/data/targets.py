@@ -48,12 +48,19 @@ class Targets:
 
     def read(self, shard: int, index: int) -> np.ndarray:
         """fp32 (P, D). Raises BadDocument: the sample had none, because it could not be used then."""
-        if shard not in self._open:
-            self._open[shard] = np.load(self.folder / f"{self._names[shard]}.npy", mmap_mode="r")
-        states_PD = self._open[shard][index].astype(np.float32)
+        states_PD = self._shard(shard)[index].astype(np.float32)
         if np.isnan(states_PD).any():
             raise BadDocument(f"{self.folder}: number {index} of {self._names[shard]} has no stored states")
         return states_PD
+
+    def zeros(self) -> np.ndarray:
+        """fp32 (1, D): a state of no meaning."""
+        return np.zeros((1, self._shard(0).shape[2]), np.float32)
+
+    def _shard(self, shard: int) -> np.ndarray:
+        if shard not in self._open:
+            self._open[shard] = np.load(self.folder / f"{self._names[shard]}.npy", mmap_mode="r")
+        return self._open[shard]
 
 
 class Writer:

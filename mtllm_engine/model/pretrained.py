@@ -258,10 +258,10 @@ def build_tokenizer(config: Config, stack: Stack) -> PairTokenizer:
         max_length=config.data.max_length,
         truncation=config.data.truncation,
     )
-    for key, largest, embedding in (
-        ("model.encoder", tokenizer.largest_student_id, stack.encoder.embedding),
-        ("model.decoder", tokenizer.largest_teacher_id, stack.decoder.embedding),
-    ):
+    sides = [("model.decoder", tokenizer.largest_teacher_id, stack.decoder.embedding)]
+    if stack.reads_stack:
+        sides.append(("model.encoder", tokenizer.largest_student_id, stack.encoder.embedding))
+    for key, largest, embedding in sides:
         if largest >= embedding.num_embeddings:
             raise ValueError(
                 f"{key}: the tokenizer has ids up to {largest}, the model {embedding.num_embeddings} embeddings"

@@ -20,6 +20,7 @@ from mtllm_engine.data.marks import Marks, Range
 from mtllm_engine.data.rows import Absent, Row
 from mtllm_engine.data.shards import Manifest
 
+ENGLISH = "eng_Latn"
 SPLITS = ("train", "validation", "test")
 SEPARATOR = "\n"  # between the parts of a text
 CODE = re.compile(r"(?<![A-Za-z])[a-z]{3}_[A-Z][a-z]{3}(?![A-Za-z])")
@@ -156,3 +157,23 @@ def pack(examples: Iterable[Example], out: Path | str, *, language: str, licence
     fields = {name: f"json.{name}" for name in ("text", *marks.NAMES)}
     members = ((example.key, {name: getattr(example, name) for name in fields}) for example in examples)
     return sources.pack_json(members, out, fields=fields, language=language, licence=licence)
+
+
+def pack_split(task: Task, source: str, split: str, language: str, out: Path) -> Path:
+    """Packs a split of `DATASET:FOLDER` in one of our languages; a corpus that is there is left as it is.
+
+    Raises:
+        ValueError: The data set is none of the task's, or a file is missing or malformed.
+    """
+    if not (out / "manifest.json").is_file():
+        dataset, folder = find_dataset(task, source)
+        pack(dataset.read(folder, split, language), out, language=language, licence=dataset.licence)
+    return out
+
+
+def find_dataset(task: Task, source: str) -> tuple[Dataset, Path]:
+    """The data set and the folder that `DATASET:FOLDER` names. Raises: ValueError: It is none of the task's."""
+    name, colon, folder = source.partition(":")
+    if not colon or name not in task.datasets:
+        raise ValueError(f"{source!r}: write DATASET:FOLDER; data sets of {task.name} are {', '.join(task.datasets)}")
+    return task.datasets[name], Path(folder).expanduser()
