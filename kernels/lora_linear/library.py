@@ -64,7 +64,7 @@ class _LoraLinear(torch.autograd.Function):
             gradients.append((dlow_SR.T @ _drop(x_SD, keep_SD)).to(lora_A_RD.dtype))
             gradients.append((dy_Sf.T @ low_SR).to(lora_B_fR.dtype) * ctx.scale)
             if dx_SD is not None:
-                dx_SD += _drop(dlow_SR @ lora_A_RD.to(dy_Sf.dtype), keep_SD)
+                _add_product(dx_SD, dlow_SR, lora_A_RD.to(dy_Sf.dtype), keep_SD)
         return dx_SD, None, None, None, None, None, *gradients
 
 
@@ -75,3 +75,13 @@ def _kept(x_SD: torch.Tensor, dropout: Dropout | None, adapter: int) -> torch.Te
 def _drop(x_SD: torch.Tensor, keep_SD: torch.Tensor | None) -> torch.Tensor:
     """What is kept, not yet scaled by 1 / (1 - p): the low-rank side of a product has fewer values to scale."""
     return x_SD if keep_SD is None else x_SD * keep_SD
+
+
+def _add_product(
+    dx_SD: torch.Tensor, dlow_SR: torch.Tensor, lora_A_RD: torch.Tensor, keep_SD: torch.Tensor | None
+) -> None:
+    """Adds what is kept of dlow A, without a dropout in the product's own sums."""
+    if keep_SD is None:
+        dx_SD.addmm_(dlow_SR, lora_A_RD)
+    else:
+        dx_SD.addcmul_(dlow_SR @ lora_A_RD, keep_SD)

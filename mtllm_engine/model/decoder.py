@@ -68,8 +68,14 @@ class DecoderLayer(nn.Module):
         self.down = linear(inner, ("down_proj",), (width,), config.mlp_bias)
 
     def forward(self, *hidden: torch.Tensor, streams: Sequence[Stream]) -> tuple[torch.Tensor, ...]:
-        """One state (S, D) per stream in, one out. States are positional: module hooks see only such tensors."""
-        return tuple(self._run(hidden_SD, stream) for hidden_SD, stream in zip(hidden, streams, strict=True))
+        """One state (S, D) per stream in, one out. States are positional: module hooks see only such tensors.
+
+        Streams without a gradient run first: what they need for a moment then does not add to what the layer keeps.
+        """
+        outputs = list(hidden)
+        for place in sorted(range(len(streams)), key=lambda place: streams[place].grad):
+            outputs[place] = self._run(hidden[place], streams[place])
+        return tuple(outputs)
 
     def _run(self, hidden_SD: torch.Tensor, stream: Stream) -> torch.Tensor:
         if not (stream.grad and torch.is_grad_enabled()):
