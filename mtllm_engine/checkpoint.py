@@ -18,8 +18,16 @@ from mtllm_engine.engine import MOMENTS, PlainEngine, TrainedState, ZeroEngine
 from mtllm_engine.model.pretrained import fingerprint, peft_name, resolve
 from mtllm_engine.world import World
 
-IDENTITY = ("model.causal", "model.dtype", "model.projection_bias", "lora.", "run.seed", "data.weights", "data.lanes")
-IDENTITY += ("data.pack_documents", "data.pack_tokens", "data.max_length", "data.truncation", "data.on_error")
+IDENTITY = ("model.causal", "model.dtype", "model.base", "model.projection_bias", "lora.", "run.seed")
+IDENTITY += (
+    "data.weights",
+    "data.lanes",
+    "data.pack_documents",
+    "data.pack_tokens",
+    "data.max_length",
+    "data.truncation",
+    "data.on_error",
+)
 
 
 def save(config: Config, world: World, engine: PlainEngine | ZeroEngine, stream: Stream, step: int) -> Path:

@@ -51,6 +51,7 @@ BY_TYPE = {bool: st.booleans(), str: st.text(), int: st.integers(1, 1 << 40), fl
 BY_KEY = {  # where the type alone allows more
     "run.dir": NAME,
     "run.seed": st.integers(0, 2**63 - 1),
+    "model.base": st.just("full"),  # the others want zero.stage=0
     "lora.dropout": SHARE,
     "lora.targets": st.lists(st.sampled_from(LORA_TARGETS), unique=True),
     "data.train": st.lists(NAME, min_size=2, max_size=2),

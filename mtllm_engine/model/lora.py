@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mtllm_engine.config import LORA_TARGETS, LoraConfig
-from mtllm_engine.kernels.lora_linear import Dropout, lora_linear
+from mtllm_engine.kernels.lora_linear import Dropout, Quantised, lora_linear, quantise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,19 @@ class LoraLinear(nn.Module):
         self.members = members
         self.scale = lora.alpha / lora.rank
         self.dropout = lora.dropout
-        self.weight = nn.Parameter(torch.empty(sum(members.widths), in_width, dtype=dtype))
+        self.weight: nn.Parameter | Quantised = nn.Parameter(torch.empty(sum(members.widths), in_width, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(sum(members.widths), dtype=dtype)) if bias else None
         adapted = list(members.adapted(lora.targets))
         self.starts = {name: start for name, start, _ in adapted}
         self.linears = tuple(layer * len(LORA_TARGETS) + LORA_TARGETS.index(name) for name, _, _ in adapted)
         self.student = nn.ModuleDict({name: Adapter(in_width, width, lora.rank) for name, _, width in adapted})
+
+    @torch.no_grad()
+    def quantise(self, kind: str) -> None:
+        """Holds the weight, once it is filled, as "fp8" or "nf4"; it is no parameter any more."""
+        weight_FD = self.weight
+        del self.weight
+        self.weight = quantise(weight_FD, kind)
 
     def forward(self, x_SD: torch.Tensor, *, adapted: bool, seeds_S: torch.Tensor) -> torch.Tensor:
         """Args: adapted: with the student's adapters. seeds_S: dropout's number for each token (int32)."""
@@ -63,6 +70,12 @@ class LoraLinear(nn.Module):
         active = self.training and self.dropout > 0
         dropout = Dropout(p=self.dropout, seeds_S=seeds_S, linears=self.linears) if active else None
         return lora_linear(x_SD, self.weight, self.bias, adapters, self.scale, dropout)
+
+
+def quantised_weights(module: nn.Module) -> list[Quantised]:
+    """What of a module's frozen weights is no parameter."""
+    linears = (item for item in module.modules() if isinstance(item, LoraLinear))
+    return [linear.weight for linear in linears if isinstance(linear.weight, Quantised)]
 
 
 def initial_adapter(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
