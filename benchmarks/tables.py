@@ -16,6 +16,9 @@ def show(rows: Sequence[Row], out: Path | None) -> int:
     first = rows[0]
     print(f"{first['world_size']} x {first['device']}, ZeRO stage {first['zero_stage']}, {first['dtype']}", end=", ")
     print(f"weights {first['weights']}, commit {first['commit']}")
+    if first["base"] != "full":
+        told = f"ours holds the LLM's linears in {first['base']}, baselines in full"
+        print(f"{told}: losses and gradient norms may be {first['tolerance']:.0%} apart, and errors say how far")
     print(f"a product of large random matrices reaches {first['gemm_tflops']:.4g} TFLOP/s here")
     if "all_gather_gbytes_per_s" in first:
         print(f"an all-gather of a layer reaches {first['all_gather_gbytes_per_s']:.4g} GB/s")
