@@ -21,6 +21,7 @@ from mtllm_engine.plan import ASSUMED, memory, saved_bytes, total
 from tiny import build_config, build_decoder, build_encoder, build_world
 
 PRESETS = sorted((Path(__file__).parent.parent / "configs" / "presets").glob("*.toml"))
+README = (Path(__file__).parent.parent / "README.md").read_text()
 NAME = re.compile(r"(llama3_\w+)_(\d+)x(\d+)gb")
 ESTIMATE = re.compile(r"# memory of a GPU.*\n(?:#  .*\n)+")
 
@@ -45,6 +46,8 @@ def test_a_preset_fits_its_gpu_and_says_how(path: Path):
     assert text.startswith("# planned: not measured on such a device\n")
     assert ESTIMATE.search(text).group() == lines, "run python tests/test_plan.py"
     assert total_gb < size_gb
+    (told,) = (line for line in README.splitlines() if f"`{path.name}`" in line)
+    assert f"| {total_gb:.0f} GB |" in told
     config = load(path)
     share = -(-config.data.lanes // int(NAME.fullmatch(path.stem)[2])) * config.data.pack_tokens
     assert config.memory.max_tokens <= share  # more would be room for tokens that no step has
