@@ -39,7 +39,8 @@ setup(
         "flash": ["flash-attn"],
         "triton": ["triton"],
         "benchmarks": ["liger-kernel", "peft"],  # what ours is measured beside
-        "dev": ["pytest", "hypothesis", "ruff", "peft", "triton"],
+        "quantised": ["bitsandbytes>=0.46"],  # model.base = "nf4"
+        "dev": ["pytest", "hypothesis", "ruff", "peft", "triton", "bitsandbytes>=0.46"],
         "quickstart": ["sentencepiece"],
     },
     entry_points={"console_scripts": ["mtllm = mtllm_engine.cli:main"]},

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mtllm_engine.data.batch import Document, Pack
+from mtllm_engine.data.batch import IDLE, Document, Pack
 from mtllm_engine.data.stream import Step, agree
 from mtllm_engine.world import World
 
@@ -77,6 +77,7 @@ class _Ready:
     """A stream of one step that is there already."""
 
     skipped = 0
+    idle = IDLE
 
     def __init__(self, packs: list[Pack]) -> None:
         self.next_step = lambda: packs

@@ -35,8 +35,8 @@ class Stage:
     limit_s: float
 
 
-def stages(out: Path, *, tiny: bool) -> list[Stage]:
-    """Correctness first, then the whole step, then each kernel."""
+def stages(out: Path, *, tiny: bool, fp8: bool) -> list[Stage]:
+    """Correctness first, then the whole step, also on an fp8 base, then each kernel."""
     config, shape = ROOT / "configs" / "nllb600m_llama3_8b.toml", "llama3_8b+nllb600m"
     only, step_options, kernel_options = [], ["--lengths", "350,40"], ["--device", "cuda"]
     if tiny:
@@ -45,11 +45,13 @@ def stages(out: Path, *, tiny: bool) -> list[Stage]:
         step_options += ["model.dtype=float32"]
         kernel_options = ["--op", "swiglu"]
     test = ("-m", "pytest", "tests/test_kernels.py", "-q", "--maxfail=20", "-p", "no:cacheprovider", *only)
-    step = ("-m", "benchmarks.step", str(config), "--random-weights", shape, "--baseline", "all", *step_options)
+    step = ("-m", "benchmarks.step", str(config), "--random-weights", shape, *step_options)
+    step_fp8 = (*step, "--baseline", "recipe" if tiny else "stack", "model.base=fp8")
     kernels = ("-m", "benchmarks.kernels", *kernel_options)
     return [
         Stage(name="tests", command=test, limit_s=180),
-        Stage(name="step", command=(*step, "--out", str(out / "step.jsonl")), limit_s=300),
+        Stage(name="step", command=(*step, "--baseline", "all", "--out", str(out / "step.jsonl")), limit_s=300),
+        *[Stage(name="step-fp8", command=(*step_fp8, "--out", str(out / "step-fp8.jsonl")), limit_s=150)] * fp8,
         Stage(name="kernels", command=(*kernels, "--out", str(out / "kernels.jsonl")), limit_s=300),
     ]
 
@@ -87,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ends_s = time.perf_counter() + arguments.limit
     world = World(rank=0, size=1, local_rank=0, device=torch.device(device_type()))
     summary = {"environment": environment(world), "stages": []}
-    for stage in stages(out, tiny=arguments.tiny):
+    fp8 = device_type() == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
+    for stage in stages(out, tiny=arguments.tiny, fp8=fp8):
         print(f"{stage.name} ...", flush=True)
         summary["stages"].append(run(stage, out, max(1.0, ends_s - time.perf_counter())))
         (out / "summary.json").write_text(json.dumps(summary, indent=1))

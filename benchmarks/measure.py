@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from mtllm_engine.data.stream import Step
+from mtllm_engine.model.lora import quantised_weights
 from mtllm_engine.world import World
 
 PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989}  # dense bf16, as the vendor gives it
@@ -138,7 +139,7 @@ def trace(variant: Variant, work: Step, world: World, file: Path | None = None) 
 
 def kept_bytes(variant: Variant) -> int:
     """What lives between steps on this rank: weights, and AdamW's two moments of what is trained."""
-    total = 0
+    total = sum(weight.num_bytes for weight in quantised_weights(variant.module))
     for parameter in variant.module.parameters():
         held = getattr(parameter, "ds_tensor", parameter)
         total += held.numel() * (held.element_size() + 8 * parameter.requires_grad)

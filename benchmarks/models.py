@@ -13,6 +13,7 @@ from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
 from mtllm_engine.config import Config
 from mtllm_engine.engine import MOMENTS, TrainedState, shard
+from mtllm_engine.model.lora import quantised_weights
 from mtllm_engine.model.mtllm import Stack
 from mtllm_engine.model.pretrained import Checkpoint, Weights, build_stack, resolve
 from mtllm_engine.world import World
@@ -69,6 +70,7 @@ class Models:
         """N of the work: the LLM's matrices without embeddings."""
         frozen = (item for item in self.stack.decoder.layers.parameters() if not item.requires_grad)
         shapes = [getattr(parameter, "ds_shape", parameter.shape) for parameter in frozen]
+        shapes += [weight.shape for weight in quantised_weights(self.stack)]
         return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
 
 
@@ -97,20 +99,21 @@ def build_models(config: Config, shape: str, world: World) -> Models:
 def frozen_tensors(models: Models, side: str) -> dict[str, Callable[[], torch.Tensor]]:
     """What fills transformers' module of a side ("encoder", "decoder"), by its parameters' names.
 
-    In one process these are views of our own weights: nothing is stored twice. Under ZeRO-3 they are read again.
+    In one process these are views of our own weights: nothing is stored twice. Under ZeRO-3, and where ours are
+    quantised, they are read again.
     """
-    sources = models.weights.sources
+    sources, ours = models.weights.sources, dict(models.stack.named_parameters())
     checkpoint = sources[f"{side}.embedding.weight"].checkpoint
     readers: dict[str, Callable[[], torch.Tensor]] = {}
-    for name, parameter in models.stack.named_parameters():
-        if parameter.requires_grad or sources[name].checkpoint is not checkpoint:
+    for name in models.weights.shapes:
+        if name in models.weights.trained or sources[name].checkpoint is not checkpoint:
             continue
-        row = 0
+        parameter, row = ours.get(name), 0
         for full_name in sources[name].names:
             short = "embed_tokens.weight" if name.endswith("embedding.weight") else _short(full_name)
             shape = checkpoint.shape(full_name)
-            if hasattr(parameter, "ds_tensor"):
-                readers[short] = functools.partial(_read, checkpoint, full_name, parameter)
+            if parameter is None or hasattr(parameter, "ds_tensor"):
+                readers[short] = functools.partial(_read, checkpoint, full_name, ours[f"{side}.embedding.weight"])
             else:
                 readers[short] = functools.partial(parameter.data.__getitem__, slice(row, row + shape[0]))
             row += shape[0]

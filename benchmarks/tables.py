@@ -16,6 +16,9 @@ def show(rows: Sequence[Row], out: Path | None) -> int:
     first = rows[0]
     print(f"{first['world_size']} x {first['device']}, ZeRO stage {first['zero_stage']}, {first['dtype']}", end=", ")
     print(f"weights {first['weights']}, commit {first['commit']}")
+    if first["base"] != "full":
+        told = f"ours holds the LLM's linears in {first['base']}, baselines in full"
+        print(f"{told}: losses and gradient norms may be {first['tolerance']:.0%} apart, and errors say how far")
     print(f"a product of large random matrices reaches {first['gemm_tflops']:.4g} TFLOP/s here")
     if "all_gather_gbytes_per_s" in first:
         print(f"an all-gather of a layer reaches {first['all_gather_gbytes_per_s']:.4g} GB/s")
@@ -23,9 +26,9 @@ def show(rows: Sequence[Row], out: Path | None) -> int:
         group = [row for row in rows if (row["lengths"], row["data"]) == key]
         tokens = f"{group[0]['documents']} documents, {group[0]['pair_tokens']:.0f} pairs"
         print(f"\nlengths {key[0]}, data {key[1]}: {tokens} in the first timed step")
-        print(_table([_figures(row, group[0]) for row in group]))
+        print(table([_figures(row, group[0]) for row in group]))
         if "split_s" in group[0]:
-            print(f"\nmilliseconds, measured apart\n{_table([_parts(row) for row in group])}")
+            print(f"\nmilliseconds, measured apart\n{table([_parts(row) for row in group])}")
     if out is not None:
         draw(rows, out.with_suffix(".png"))
     return 0
@@ -57,7 +60,7 @@ def _parts(row: Row) -> dict[str, str]:
     return {"variant": row["variant"]} | {name: f"{1000 * taken_s:.1f}" for name, taken_s in row["split_s"].items()}
 
 
-def _table(rows: Sequence[dict[str, str]]) -> str:
+def table(rows: Sequence[dict[str, str]]) -> str:
     """Columns of the first row; names to the left, numbers to the right."""
     lines = [list(rows[0]), *([row[name] for name in rows[0]] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -110,7 +113,7 @@ def show_linear(rows: Sequence[Row], out: Path | None) -> int:
         ]
         worst[text] = max(abs(cost / middle - 1) for cost in of_size)
         told = "linear" if worst[text] <= LINEAR else "not linear"
-        print(f"\nlengths {text}\n{_table(lines)}\ncost per token within {worst[text]:.0%} of its median: {told}")
+        print(f"\nlengths {text}\n{table(lines)}\ncost per token within {worst[text]:.0%} of its median: {told}")
     if out is not None:
         draw_linear(sizes, costs, rows[0], out.with_suffix(".png"))
     return int(max(worst.values()) > LINEAR)
@@ -151,7 +154,7 @@ def show_scaling(files: Sequence[Path]) -> int:
     for key in dict.fromkeys((row["variant"], row["lengths"], row["data"]) for row in rows):
         group = [row for row in rows if (row["variant"], row["lengths"], row["data"]) == key]
         print(f"\n{key[0]}, lengths {key[1]}, data {key[2]}")
-        print(_table([_scaled(row, group[0]) for row in group]))
+        print(table([_scaled(row, group[0]) for row in group]))
     return 0
 
 

@@ -21,8 +21,8 @@ from mtllm_engine.engine import MOMENTS, PlainEngine, TrainedState, ZeroEngine
 from mtllm_engine.model.pretrained import RUN_FILES, fingerprint, resolve, saved_name
 from mtllm_engine.world import World
 
-IDENTITY = ("model.causal", "model.dtype", "model.projection_bias", "lora.", "run.seed", "objective.", "task.name")
-IDENTITY += ("data.weights", "data.lanes", "data.targets", "data.pack_documents", "data.pack_tokens")
+IDENTITY = ("model.causal", "model.dtype", "model.base", "model.projection_bias", "lora.", "run.seed", "objective.")
+IDENTITY += ("task.name", "data.weights", "data.lanes", "data.targets", "data.pack_documents", "data.pack_tokens")
 IDENTITY += ("data.max_length", "data.truncation", "data.on_error")
 
 
@@ -103,7 +103,7 @@ def identity(config: Config) -> dict[str, Any]:
 def teacher_identity(config: Config) -> dict[str, Any]:
     """What the teacher's states depend on besides the text: model, adapters, and how texts become tokens."""
     flat = flatten(config)
-    keys = ("model.causal", "model.dtype", "data.max_length", "data.truncation")
+    keys = ("model.causal", "model.dtype", "model.base", "data.max_length", "data.truncation")
     tokenizers = [sha256_of(path) for side in ("encoder", "decoder") for path in _tokenizer_files(config, side)]
     models = {
         "model.decoder": _fingerprint(config.model.decoder),

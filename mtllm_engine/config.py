@@ -25,6 +25,7 @@ class ModelConfig:
     decoder: str
     causal: bool = False  # False: LLM2Vec's bidirectional attention
     dtype: typing.Literal["bfloat16", "float32"] = "bfloat16"  # of the frozen base; what is trained stays fp32
+    base: typing.Literal["full", "fp8", "nf4"] = "full"  # the LLM's linears: in dtype; fp8 for speed; nf4 for memory
     projection_bias: bool = True
     projection_init: typing.Literal["embedding", "linear"] = "embedding"  # outputs as large as embeddings; nn.Linear's
     attention: typing.Literal["auto", "torch", "flash_attn", "reference"] = "auto"
@@ -316,6 +317,10 @@ def _check(config: Config) -> None:
         (lora.rank >= 1, "lora.rank must be at least 1"),
         (lora.alpha > 0, "lora.alpha must be above 0"),
         (0 <= lora.dropout < 1, "lora.dropout must be in [0, 1)"),
+        (
+            config.model.base == "full" or config.zero.stage == 0,
+            f"model.base={config.model.base!r} is not sharded: set zero.stage=0 (one GPU), or model.base='full'",
+        ),
         (config.checkpoint.every >= 1, "checkpoint.every must be at least 1"),
         (config.checkpoint.keep >= 1, "checkpoint.keep must be at least 1"),
         (config.run.log_every >= 1, "run.log_every must be at least 1"),

@@ -15,8 +15,10 @@ from torch import nn
 
 from mtllm_engine.config import Config, OptimConfig
 from mtllm_engine.data.batch import Batch, Totals
+from mtllm_engine.kernels.lora_linear import check_available
 from mtllm_engine.model.decoder import DecoderLayer
 from mtllm_engine.model.encoder import EncoderLayer
+from mtllm_engine.model.lora import LoraLinear
 from mtllm_engine.model.mtllm import Stack
 from mtllm_engine.model.pretrained import Weights
 from mtllm_engine.objective import Share
@@ -43,7 +45,14 @@ def import_deepspeed():
 
 
 def shard(stack: Stack, weights: Weights, config: Config, world: World) -> Stack:
-    """Fills a stack built on the meta device, leaf by leaf; under ZeRO-3 each rank reads and keeps only its slices."""
+    """Fills a stack built on the meta device, leaf by leaf; under ZeRO-3 each rank reads and keeps only its slices.
+
+    A quantised base is made full one layer at a time.
+
+    Raises:
+        ValueError: `model.base` asks for what this machine does not have.
+    """
+    check_available(config.model.base, world.device, getattr(torch, config.model.dtype))
     stack.decoder.frequencies_k = stack.decoder.frequencies_k.to(world.device)
     names = {id(module): name for name, module in stack.named_modules()}
     for leaf in stack.leaves:
@@ -52,6 +61,8 @@ def shard(stack: Stack, weights: Weights, config: Config, world: World) -> Stack
             _partition(leaf, deepspeed_config(config, world, stack))
         for name, parameter in leaf.named_parameters():
             _fill(parameter, f"{names[id(leaf)]}.{name}", weights, world)
+        if config.model.base != "full":
+            _quantise(leaf, config.model.base)
     return stack
 
 
@@ -240,6 +251,12 @@ def _materialise(leaf: nn.Module, device: torch.device) -> None:
 
 def _partition(leaf: nn.Module, config: Mapping[str, Any]) -> None:
     import_deepspeed().zero.Init(module=leaf, config_dict_or_path=dict(config), mem_efficient_linear=False)
+
+
+def _quantise(leaf: nn.Module, kind: str) -> None:
+    for module in leaf.modules():
+        if isinstance(module, LoraLinear):
+            module.quantise(kind)
 
 
 @torch.no_grad()

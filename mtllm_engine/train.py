@@ -26,6 +26,7 @@ from mtllm_engine.data.stream import Step, Stream, agree, build_stream, hash64
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.engine import PlainEngine, ZeroEngine, build_engine, learning_rate, shard
 from mtllm_engine.metrics import Metrics, Record, environment, print_table
+from mtllm_engine.model.lora import quantised_weights
 from mtllm_engine.model.mtllm import Stack
 from mtllm_engine.model.pretrained import build_stack, build_tokenizer
 from mtllm_engine.report import write_report
@@ -192,6 +193,10 @@ def _describe(config: Config, world: World, stack: Stack, start: int) -> None:
     sizes = {True: 0, False: 0}
     for parameter in stack.parameters():
         sizes[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
+    quantised = quantised_weights(stack)
+    weights = f"{sizes[True]:,} trained in fp32, {sizes[False]:,} frozen in {config.model.dtype}"
+    if quantised:
+        weights += f", {sum(each.shape.numel() for each in quantised):,} in {config.model.base}"
     data = config.data
     pack = f"{data.pack_documents} documents" if data.pack_documents else f"up to {data.pack_tokens} tokens"
     ops: dict[str, list[str]] = {}
@@ -203,7 +208,7 @@ def _describe(config: Config, world: World, stack: Stack, start: int) -> None:
             "learns": _learns(config),
             "encoder": f"{config.model.encoder} (frozen)" if stack.reads_stack else "none",
             "decoder": f"{config.model.decoder} ({'causal' if config.model.causal else 'bidirectional'})",
-            "parameters": f"{sizes[True]:,} trained in fp32, {sizes[False]:,} frozen in {config.model.dtype}",
+            "parameters": weights,
             "device": f"{world.size} x {environment(world)['device']}, ZeRO stage {config.zero.stage}",
             "step": f"{data.lanes} packs of {pack}, micro-batches of up to {config.memory.max_tokens} tokens",
             "corpora": ", ".join(data.train),

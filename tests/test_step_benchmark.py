@@ -17,7 +17,19 @@ from mtllm_engine.engine import build_engine
 from tiny import build_config, build_decoder, build_encoder, build_world, pack_lines, texts
 
 FIELDS = {"variant", "data", "lengths", "device", "driver", "torch", "triton", "commit", "world_size", "zero_stage"}
-FIELDS |= {"dtype", "weights", "gemm_tflops", "gemm_share", "mfu", "pairs_per_s", "documents_per_s", "step_s", "error"}
+FIELDS |= {
+    "dtype",
+    "base",
+    "tolerance",
+    "weights",
+    "gemm_tflops",
+    "gemm_share",
+    "mfu",
+    "pairs_per_s",
+    "documents_per_s",
+    "step_s",
+    "error",
+}
 INSIDE = {"split_s", "kernels", "step_bytes", "peak_bytes"}
 PARTS = {"encoder", "teacher", "student", "backward", "optimizer", "rest", "collectives"}
 
@@ -133,6 +145,27 @@ def test_the_padding_free_stack_agrees_where_its_kernels_are_stood_in_for(folder
     ):
         check(variant.name, 0, variant.run(work))
     assert len(work.micro_batches) > 1 and check.worst["stack"] < 1e-5
+
+
+def test_a_quantised_base_beside_full_baselines(folder: Path, capsys):
+    status, rows = bench(
+        folder, "--baseline", "recipe", "--lengths", "20", "--random-weights", "tiny+tiny", "model.base=fp8"
+    )
+    assert status == 0 and [row["variant"] for row in rows] == ["ours", "recipe", "recipe sorted"]
+    assert all(row["base"] == "fp8" and 1e-4 < row["error"] < row["tolerance"] == 0.1 for row in rows)
+    told = "ours holds the LLM's linears in fp8, baselines in full: losses and gradient norms may be 10% apart"
+    assert told in capsys.readouterr().out
+
+
+def test_baselines_are_compared_as_before_when_ours_is_quantised():
+    check = step.Check("float32", build_world(), "fp8")
+    one, other, far = ((torch.tensor(value), torch.tensor(1.0)) for value in (1.0, 1.01, 1.2))
+    check("ours", 0, one)
+    check("recipe", 0, other)
+    check("recipe", 1, one)
+    for step_number, result in ((0, far), (1, other)):
+        with pytest.raises(ValueError, match="apart, above 1e-0[14]: no figures"):
+            check("recipe sorted", step_number, result)
 
 
 def test_drawn_lengths():

@@ -10,9 +10,10 @@ import torch
 from mtllm_engine.kernels.contract import Cost, Implementation, Kernel, randn
 
 from .dropout import Dropout
+from .quantised import Quantised, check_available, quantise
 from .reference import lora_linear as reference
 
-__all__ = ["Dropout", "lora_linear"]
+__all__ = ["Dropout", "Quantised", "check_available", "lora_linear", "quantise"]
 
 
 def inputs(

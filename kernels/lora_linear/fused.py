@@ -3,7 +3,6 @@
 import torch
 from mtllm_engine.kernels.contract import DTYPES, check, check_shape
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from .dropout import Dropout
 from .gemm import matmul
@@ -17,13 +16,14 @@ from .low_rank import (
     output_gradients,
     pack,
 )
+from .quantised import Quantised, input_gradient, product, split
 
 Adapters = tuple[tuple[int, torch.Tensor, torch.Tensor], ...]
 
 
 def lora_linear(
     x_SD: torch.Tensor,
-    weight_FD: torch.Tensor,
+    weight_FD: torch.Tensor | Quantised,
     bias_F: torch.Tensor | None,
     adapters: Adapters = (),
     scale: float = 1.0,
@@ -36,7 +36,7 @@ def lora_linear(
 
     Args:
         x_SD: fp32, bf16 or fp16, contiguous.
-        weight_FD: Like x. Frozen; never gets a gradient.
+        weight_FD: Like x, or quantised. Frozen; never gets a gradient.
         bias_F: Like x. Frozen.
         adapters: At most MAX_ADAPTERS of (start, lora_A (R, D), lora_B (f, R)), contiguous, all of one rank R up to
             MAX_RANK; rounded to x's dtype where used, gradients are sums in fp32.
@@ -66,20 +66,23 @@ def lora_linear_gemm(
 def _apply(
     own_gemm: bool,
     x_SD: torch.Tensor,
-    weight_FD: torch.Tensor,
+    weight_FD: torch.Tensor | Quantised,
     bias_F: torch.Tensor | None,
     adapters: Adapters,
     scale: float,
     dropout: Dropout | None,
 ) -> torch.Tensor:
-    check(x_SD, x_SD=x_SD, weight_FD=weight_FD, bias_F=bias_F)
+    check(x_SD, x_SD=x_SD, bias_F=bias_F)
     check_shape((None, None), DTYPES, x_SD=x_SD)
-    check_shape((None, x_SD.shape[1]), (x_SD.dtype,), weight_FD=weight_FD)
+    if not isinstance(weight_FD, Quantised):
+        check(x_SD, weight_FD=weight_FD)
+        check_shape((None, x_SD.shape[1]), (x_SD.dtype,), weight_FD=weight_FD)
     check_shape(weight_FD.shape[:1], (x_SD.dtype,), bias_F=bias_F)
-    group = _check_adapters(x_SD, len(weight_FD), adapters)
+    group = _check_adapters(x_SD, weight_FD.shape[0], adapters)
     if adapters and dropout is not None:
         _check_dropout(x_SD, dropout, len(adapters))
     matrices = [matrix for _, *pair in adapters for matrix in pair]
+    own_gemm = own_gemm and not isinstance(weight_FD, Quantised)
     return _LoraLinear.apply(own_gemm, x_SD, weight_FD, bias_F, group, scale, dropout, *matrices)
 
 
@@ -118,18 +121,19 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, own_gemm, x_SD, weight_FD, bias_F, group, scale, dropout, *matrices):
         low_SQ = lora_B_FQ = None
+        ctx.out_width = weight_FD.shape[0]
         if group is not None:
-            lora_A_QD, lora_B_FQ = pack(group, len(weight_FD), scale, matrices, x_SD.dtype)
+            lora_A_QD, lora_B_FQ = pack(group, ctx.out_width, scale, matrices, x_SD.dtype)
             low_SQ = low_activations(group, x_SD, lora_A_QD, dropout)
-        ctx.save_for_backward(
-            None if group is None else x_SD, low_SQ, weight_FD if ctx.needs_input_grad[1] else None, *matrices
-        )
+        ctx.quantised, saved_FD = split(weight_FD, needed=ctx.needs_input_grad[1])
+        ctx.save_for_backward(None if group is None else x_SD, low_SQ, saved_FD, *matrices)
         ctx.own_gemm, ctx.group, ctx.scale, ctx.dropout = own_gemm, group, scale, dropout
-        ctx.out_width = len(weight_FD)
         if own_gemm:
             return matmul(x_SD, weight_FD, bias_F, low_SQ, lora_B_FQ)
         if group is None:
-            return functional.linear(x_SD, weight_FD, bias_F)
+            return product(x_SD, weight_FD, bias_F)
+        if ctx.quantised is not None:
+            return matmul(low_SQ, lora_B_FQ, bias_F, added_SF=weight_FD.product(x_SD))
         return matmul(low_SQ, lora_B_FQ, bias_F).addmm_(x_SD, weight_FD.T)
 
     @staticmethod
@@ -137,8 +141,9 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx, dy_SF):
         dy_SF = dy_SF.contiguous()
         x_SD, low_SQ, weight_FD, *matrices = ctx.saved_tensors
+        weight_FD = weight_FD if ctx.quantised is None else ctx.quantised
         if ctx.group is None:
-            dx_SD = matmul(dy_SF, weight_FD, transposed=True) if ctx.own_gemm else dy_SF @ weight_FD
+            dx_SD = matmul(dy_SF, weight_FD, transposed=True) if ctx.own_gemm else input_gradient(dy_SF, weight_FD)
             return None, dx_SD, None, None, None, None, None
         lora_A_QD, lora_B_FQ = pack(ctx.group, ctx.out_width, ctx.scale, matrices, dy_SF.dtype)
         dlow_SQ, dBs = output_gradients(ctx.group, dy_SF, low_SQ, lora_B_FQ, ctx.scale)
@@ -158,4 +163,6 @@ def _input_gradient(ctx, dy_SF, weight_FD, dlow_SQ, lora_A_QD):
         dx_SD = masked_update(ctx.group, dlow_SQ, lora_A_QD, ctx.dropout)
     if ctx.own_gemm:
         return matmul(dy_SF, weight_FD, added_SF=dx_SD, transposed=True)
+    if ctx.quantised is not None:
+        return dx_SD.add_(weight_FD.input_gradient(dy_SF))
     return dx_SD.addmm_(dy_SF, weight_FD)

@@ -6,14 +6,14 @@ ZeRO-3 may release after the layer and gather again for backward, and dropout ma
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from .dropout import Dropout, kept
+from .quantised import Quantised, input_gradient, product, split
 
 
 def lora_linear(
     x_SD: torch.Tensor,
-    weight_FD: torch.Tensor,
+    weight_FD: torch.Tensor | Quantised,
     bias_F: torch.Tensor | None,
     adapters: tuple[tuple[int, torch.Tensor, torch.Tensor], ...] = (),
     scale: float = 1.0,
@@ -37,15 +37,15 @@ def lora_linear(
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_SD, weight_FD, bias_F, starts, scale, dropout, *matrices):
-        y_SF = functional.linear(x_SD, weight_FD, bias_F)
+        y_SF = product(x_SD, weight_FD, bias_F)
         lows = []
         for i, (start, lora_A_RD, lora_B_fR) in enumerate(zip(starts, matrices[::2], matrices[1::2])):
             low_SR = _drop(x_SD, _kept(x_SD, dropout, i)) @ lora_A_RD.to(x_SD.dtype).T
             low_SR *= 1.0 if dropout is None else dropout.keep_scale
             y_SF[:, start : start + len(lora_B_fR)].addmm_(low_SR, lora_B_fR.to(x_SD.dtype).T, alpha=scale)
             lows.append(low_SR)
-        weight_FD = weight_FD if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(x_SD if matrices else None, weight_FD, *matrices, *lows)
+        ctx.quantised, saved_FD = split(weight_FD, needed=ctx.needs_input_grad[0])
+        ctx.save_for_backward(x_SD if matrices else None, saved_FD, *matrices, *lows)
         ctx.starts, ctx.scale, ctx.dropout = starts, scale, dropout
         return y_SF
 
@@ -53,8 +53,9 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy_SF):
         x_SD, weight_FD, *rest = ctx.saved_tensors
+        weight_FD = weight_FD if ctx.quantised is None else ctx.quantised
         num, keep_scale = len(ctx.starts), 1.0 if ctx.dropout is None else ctx.dropout.keep_scale
-        dx_SD = None if weight_FD is None else dy_SF @ weight_FD
+        dx_SD = None if weight_FD is None else input_gradient(dy_SF, weight_FD)
         gradients = []
         for i, start in enumerate(ctx.starts):
             lora_A_RD, lora_B_fR, low_SR = rest[2 * i], rest[2 * i + 1], rest[2 * num + i]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mtllm_engine.config import LORA_TARGETS, LoraConfig
-from mtllm_engine.kernels.lora_linear import Dropout, lora_linear
+from mtllm_engine.kernels.lora_linear import Dropout, Quantised, lora_linear, quantise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +71,17 @@ class LoraLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.members = members
-        self.weight = nn.Parameter(torch.empty(sum(members.widths), in_width, dtype=dtype))
+        self.weight: nn.Parameter | Quantised = nn.Parameter(torch.empty(sum(members.widths), in_width, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(sum(members.widths), dtype=dtype)) if bias else None
         for name, lora in sets.items():
             self.add_module(name, AdapterSet(in_width, members, lora, layer=layer))
+
+    @torch.no_grad()
+    def quantise(self, kind: str) -> None:
+        """Holds the weight, once it is filled, as "fp8" or "nf4"; it is no parameter any more."""
+        weight_FD = self.weight
+        del self.weight
+        self.weight = quantise(weight_FD, kind)
 
     def forward(self, x_SD: torch.Tensor, *, adapters: str | None, seeds_S: torch.Tensor) -> torch.Tensor:
         """Args: adapters: the set that runs; None: the bare linear. seeds_S: dropout's number of each token (int32)."""
@@ -82,6 +89,12 @@ class LoraLinear(nn.Module):
             return lora_linear(x_SD, self.weight, self.bias)
         chosen: AdapterSet = getattr(self, adapters)
         return lora_linear(x_SD, self.weight, self.bias, chosen.matrices(), chosen.scale, chosen.drop(seeds_S))
+
+
+def quantised_weights(module: nn.Module) -> list[Quantised]:
+    """What of a module's frozen weights is no parameter."""
+    linears = (item for item in module.modules() if isinstance(item, LoraLinear))
+    return [linear.weight for linear in linears if isinstance(linear.weight, Quantised)]
 
 
 def initial_adapter(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:

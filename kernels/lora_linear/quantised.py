@@ -1,0 +1,183 @@
+"""Frozen weights in 8 or 4 bits. A linear needs two products of its weight: x W^T in forward, dy W in backward.
+
+A quantised weight stands in the weight's place in `lora_linear`, and is nobody's parameter: it is made once, from the
+full weight, and never changes. Both products are of the same quantised W, so dy W is the gradient of what was computed.
+"""
+
+import importlib
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+FP8 = torch.float8_e4m3fn
+FP8_CAPABILITY = (8, 9)  # the first NVIDIA GPUs that multiply fp8: Ada, then Hopper
+FP8_MULTIPLE = 16  # widths that `_scaled_mm` takes on CUDA
+BLOCK = 64  # NF4's weights that share a scale, itself 8 bits; 256 of those share an fp32 one
+BYTES = {"fp8": 2.0, "nf4": 0.5 + 1 / BLOCK + 4 / (256 * BLOCK)}  # of a weight, scales of rows left out
+
+
+class Quantised(ABC):
+    """A frozen weight (F, D), as a linear uses it; inputs and results in the dtype that the weight had."""
+
+    shape: torch.Size
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Held for as long as the weight lives."""
+
+    @abstractmethod
+    def product(self, x_SD: torch.Tensor) -> torch.Tensor:
+        """x W^T."""
+
+    @abstractmethod
+    def input_gradient(self, dy_SF: torch.Tensor) -> torch.Tensor:
+        """dy W."""
+
+
+def product(x_SD: torch.Tensor, weight_FD: torch.Tensor | Quantised, bias_F: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b, of a weight held in either way."""
+    if not isinstance(weight_FD, Quantised):
+        return functional.linear(x_SD, weight_FD, bias_F)
+    y_SF = weight_FD.product(x_SD)
+    return y_SF if bias_F is None else y_SF.add_(bias_F)
+
+
+def input_gradient(dy_SF: torch.Tensor, weight_FD: torch.Tensor | Quantised) -> torch.Tensor:
+    """dy W, of a weight held in either way."""
+    return weight_FD.input_gradient(dy_SF) if isinstance(weight_FD, Quantised) else dy_SF @ weight_FD
+
+
+def split(weight_FD: torch.Tensor | Quantised, *, needed: bool) -> tuple[Quantised | None, torch.Tensor | None]:
+    """What autograd keeps for dy W: a quantised weight as it is, for nobody releases it, or a tensor to be saved."""
+    if not needed:
+        return None, None
+    return (weight_FD, None) if isinstance(weight_FD, Quantised) else (None, weight_FD)
+
+
+def quantise(weight_FD: torch.Tensor, kind: str) -> Quantised:
+    """Args: kind: "fp8" (two copies of a byte a weight, for speed) or "nf4" (about half a byte, for memory)."""
+    return Fp8.quantise(weight_FD) if kind == "fp8" else Nf4.quantise(weight_FD)
+
+
+def check_available(kind: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises: ValueError: This machine cannot hold frozen weights in such a form; the message says what it lacks."""
+    if kind == "nf4":
+        _bitsandbytes()
+    if kind == "fp8" and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < FP8_CAPABILITY:
+            told = f"model.base='fp8': {torch.cuda.get_device_name(device)} (sm_{capability[0]}{capability[1]})"
+            raise ValueError(f"{told} has no fp8 units; set model.base='full', or 'nf4' to save memory")
+        if dtype != torch.bfloat16:
+            raise ValueError("model.base='fp8' multiplies into bfloat16 on a GPU; set model.dtype='bfloat16'")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fp8(Quantised):
+    """W = scale_F Q, Q in e4m3, and Q once more, transposed: `_scaled_mm` sums over the last axis of both operands.
+
+    Activations are quantised where they are used, a scale for each token. In y_sf = sum_d x_sd W_fd the weight's scale
+    depends on f, which remains: it is applied to the sum. In dx_sd = sum_f dy_sf W_fd the sum runs over f, so that the
+    scale must go in before it: dy scale_F is quantised, and multiplied by the bare Q.
+    """
+
+    shape: torch.Size
+    weight_FD: torch.Tensor
+    transposed_DF: torch.Tensor
+    scale_F: torch.Tensor  # fp32
+
+    @classmethod
+    def quantise(cls, weight_FD: torch.Tensor) -> "Fp8":
+        """Raises: ValueError: A width is none that fp8 products take."""
+        if any(width % FP8_MULTIPLE for width in weight_FD.shape):
+            told = f"a linear of {weight_FD.shape[0]} x {weight_FD.shape[1]} weights"
+            raise ValueError(f"model.base='fp8': {told}, not multiples of {FP8_MULTIPLE}; set model.base='full'")
+        quantised_FD, scale_F = quantise_rows(weight_FD)
+        return cls(
+            shape=weight_FD.shape, weight_FD=quantised_FD, transposed_DF=quantised_FD.T.contiguous(), scale_F=scale_F
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight_FD.nbytes + self.transposed_DF.nbytes + self.scale_F.nbytes
+
+    def product(self, x_SD: torch.Tensor) -> torch.Tensor:
+        return _scaled_product(x_SD, self.weight_FD, self.scale_F)
+
+    def input_gradient(self, dy_SF: torch.Tensor) -> torch.Tensor:
+        scaled_SF = dy_SF * self.scale_F.to(dy_SF.dtype)
+        return _scaled_product(scaled_SF, self.transposed_DF, self.scale_F.new_ones(self.shape[1]))
+
+
+def quantise_rows(x_SD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(e4m3 (S, D), fp32 scale (S,)): x is about scale times the former. For fp32 and bf16.
+
+    Scales are powers of two, the least that bring a row below e4m3's 448: to scale is exact, whatever the dtype, and
+    the one rounding is that to e4m3. A row of zeros, such as an idle rank's gradients, stays one.
+    """
+    largest_S = torch.linalg.vector_norm(x_SD, torch.inf, dim=1).float().clamp_(min=2.0**-100)
+    # 448 = 1.75 * 2^8: a mantissa above 1.75 needs the next power. Its bits are the exponent's of x * 2 / 1.75.
+    above_S = (largest_S * (8 / 7)).view(torch.int32).bitwise_and_(0x7F800000).view(torch.float32)
+    scale_S = above_S * 2.0**-8
+    return (x_SD * scale_S.reciprocal().to(x_SD.dtype)[:, None]).to(FP8), scale_S
+
+
+def _scaled_product(x_SK: torch.Tensor, weight_FK: torch.Tensor, scale_F: torch.Tensor) -> torch.Tensor:
+    """x (scale weight)^T."""
+    quantised_SK, scale_S = quantise_rows(x_SK)
+    return torch._scaled_mm(
+        quantised_SK,
+        weight_FK.T,
+        scale_a=scale_S[:, None],
+        scale_b=scale_F[None, :],
+        out_dtype=x_SK.dtype,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Nf4(Quantised):
+    """bitsandbytes' NF4 with scales of 8 bits; made full for the length of a product, in forward and in backward.
+
+    Source: arXiv 2305.14314.
+    """
+
+    shape: torch.Size
+    codes: torch.Tensor  # uint8, two weights each
+    state: Any  # bitsandbytes.functional.QuantState: scales of blocks, and scales of those
+
+    @classmethod
+    def quantise(cls, weight_FD: torch.Tensor) -> "Nf4":
+        # Flat: bitsandbytes' CPU kernel (0.50.2) takes the scales of wrong blocks where D is no multiple of BLOCK.
+        codes, state = _bitsandbytes().functional.quantize_4bit(
+            weight_FD.detach().reshape(-1), blocksize=BLOCK, quant_type="nf4", compress_statistics=True
+        )
+        return cls(shape=weight_FD.shape, codes=codes, state=state)
+
+    @property
+    def num_bytes(self) -> int:
+        scales = self.state.state2
+        return sum(tensor.nbytes for tensor in (self.codes, self.state.absmax, scales.absmax, scales.code))
+
+    def product(self, x_SD: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x_SD, self.full())
+
+    def input_gradient(self, dy_SF: torch.Tensor) -> torch.Tensor:
+        return dy_SF @ self.full()
+
+    def full(self) -> torch.Tensor:
+        """(F, D), in the dtype that the weight had."""
+        return _bitsandbytes().functional.dequantize_4bit(self.codes, self.state).view(self.shape)
+
+
+def _bitsandbytes():
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a CPU kernel that it would like to fetch
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        told = f"model.base='nf4' needs bitsandbytes ({error})"
+        raise ValueError(f"{told}; pip install 'mtllm-engine[quantised]', or set model.base='full'") from error

@@ -1,0 +1,142 @@
+"""The memory estimate: what it counts is what a stack holds and a layer saves; every preset fits the GPU it is for.
+
+`python tests/test_plan.py` writes the presets' estimates anew.
+"""
+
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mtllm_engine.kernels.contract import Kernel
+
+from benchmarks.models import DECODERS, ENCODERS
+from mtllm_engine.config import LoraConfig, load
+from mtllm_engine.engine import shard
+from mtllm_engine.model.decoder import DecoderLayer, Stream
+from mtllm_engine.model.pretrained import build_stack
+from mtllm_engine.plan import ASSUMED, memory, saved_bytes, total
+from tiny import build_config, build_decoder, build_encoder, build_world
+
+PRESETS = sorted((Path(__file__).parent.parent / "configs" / "presets").glob("*.toml"))
+README = (Path(__file__).parent.parent / "README.md").read_text()
+NAME = re.compile(r"(llama3_\w+)_(\d+)x(\d+)gb")
+ESTIMATE = re.compile(r"# memory of a GPU.*\n(?:#  .*\n)+")
+
+
+def estimate(path: Path) -> tuple[str, float, int]:
+    """The lines that a preset carries, its total and its GPU's size in GB."""
+    decoder, world_size, size = NAME.fullmatch(path.stem).groups()
+    rows = memory(load(path), ENCODERS["nllb600m"], DECODERS[decoder], int(world_size))
+    lines = [f"#   {row.name:<22}{row.bytes / 1e9:7.2f}  {row.how}\n" for row in rows]
+    lines.append(f"#   {'total':<22}{total(rows) / 1e9:7.2f}  of {size}; logits: none\n")
+    return (
+        "# memory of a GPU, GB, as mtllm_engine/plan.py estimates it:\n" + "".join(lines),
+        total(rows) / 1e9,
+        int(size),
+    )
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_fits_its_gpu_and_says_how(path: Path):
+    lines, total_gb, size_gb = estimate(path)
+    text = path.read_text()
+    assert text.startswith("# planned: not measured on such a device\n")
+    assert ESTIMATE.search(text).group() == lines, "run python tests/test_plan.py"
+    assert total_gb < size_gb
+    (told,) = (line for line in README.splitlines() if f"`{path.name}`" in line)
+    assert f"| {total_gb:.0f} GB |" in told
+    config = load(path)
+    share = -(-config.data.lanes // int(NAME.fullmatch(path.stem)[2])) * config.data.pack_tokens
+    assert config.memory.max_tokens <= share  # more would be room for tokens that no step has
+
+
+def test_presets_are_there():
+    assert len(PRESETS) == 6
+
+
+class Attention(torch.autograd.Function):
+    """Keeps what FlashAttention keeps: q, k, v, what comes out, and the softmax's sums."""
+
+    @staticmethod
+    def forward(ctx, q_SHK, k_SGK, v_SGK):
+        context_SHK = q_SHK.contiguous() + 1
+        ctx.save_for_backward(q_SHK, k_SGK, v_SGK, context_SHK, q_SHK.new_empty(q_SHK.shape[:2], dtype=torch.float32))
+        return context_SHK
+
+    @staticmethod
+    def backward(ctx, dcontext_SHK):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("rank", "dropout"), [(4, 0.1), (20, 0.0)])
+def test_a_layer_saves_what_the_estimate_says(monkeypatch, rank: int, dropout: float):
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("counted in Triton's interpreter")
+    monkeypatch.setattr(Kernel, "__call__", lambda kernel, *given, **named: kernel._choice("cuda")[1](*given, **named))
+    tokens, lora = 24, LoraConfig(rank=rank, dropout=dropout)
+    config = DECODERS["tiny"]
+    attention = lambda q, k, v, **packing: Attention.apply(q, k, v)  # noqa: E731
+    options = {"layer": 0, "causal": False, "recompute": False}
+    layer = DecoderLayer(config, lora, torch.float32, attention, **options)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(".student." in name)
+    angles_Sk = torch.zeros(tokens, config.head_dim // 2)
+    packed = SimpleNamespace(seeds_S=torch.zeros(tokens, dtype=torch.int32), cu_seqlens=None, lengths=(tokens,))
+    stream = Stream(tokens=packed, cos_Sk=angles_Sk, sin_Sk=angles_Sk, adapted=True, grad=True)
+    mine = {item.untyped_storage().data_ptr() for item in layer.parameters()}
+    mine |= {angles_Sk.untyped_storage().data_ptr(), packed.seeds_S.untyped_storage().data_ptr()}  # once for all layers
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in mine:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        (out_SD,) = layer(torch.randn(tokens, config.hidden_size, requires_grad=True), streams=[stream])
+    assert out_SD.requires_grad
+    assert sum(storage.nbytes() for storage in saved.values()) == tokens * saved_bytes(config, lora, torch.float32)
+
+
+@pytest.mark.parametrize("base", ["full", "fp8", "nf4"])
+def test_weights_are_counted_as_a_stack_holds_them(tmp_path: Path, base: str):
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    build_encoder(tmp_path / "encoder")
+    build_decoder(tmp_path / "decoder", width=128)
+    config = build_config(tmp_path, model={"base": base}, zero={"stage": 0})
+    stack, weights = build_stack(config)
+    shard(stack, weights, config, build_world())
+    trained = sum(item.numel() for item in stack.parameters() if item.requires_grad)
+    frozen = sum(item.nbytes for item in stack.parameters() if not item.requires_grad)
+    linears = [
+        linear.weight for layer in stack.decoder.layers for linear in layer.children() if hasattr(linear, "members")
+    ]
+    encoder, decoder = models(tmp_path)
+    rows = {row.name: row.bytes for row in memory(config, encoder, decoder, 1)}
+    assert rows["trained"] == 16 * trained and rows["assumed"] == ASSUMED
+    if base == "full":
+        assert rows["LLM's linears"] + rows["other frozen weights"] == frozen
+    else:
+        assert rows["other frozen weights"] == frozen
+        tables = 1024 * len(linears) + 4 * sum(weight.shape[0] for weight in linears)
+        assert 0 <= sum(weight.num_bytes for weight in linears) - rows["LLM's linears"] <= tables
+
+
+def models(folder: Path):
+    from transformers import LlamaConfig, M2M100Config
+
+    return M2M100Config.from_pretrained(folder / "encoder"), LlamaConfig.from_pretrained(folder / "decoder")
+
+
+if __name__ == "__main__":
+    for preset in PRESETS:
+        preset.write_text(ESTIMATE.sub(lambda _, preset=preset: estimate(preset)[0], preset.read_text()))
+        print(preset, f"{estimate(preset)[1]:.1f} GB", file=sys.stderr)
