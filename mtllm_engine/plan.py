@@ -43,15 +43,18 @@ def total(rows: Sequence[Row]) -> int:
     return sum(row.bytes for row in rows)
 
 
-def saved_bytes(decoder: LlamaConfig, lora: LoraConfig, dtype: torch.dtype) -> int:
+def saved_bytes(decoder: LlamaConfig, lora: LoraConfig, dtype: torch.dtype, activations: str) -> int:
     """What autograd keeps of one student token in one decoder layer, every linear adapted, by the CUDA implementations.
 
-    The layer's input, two normed states and the state between attention and MLP; q and the attention's output; k and v;
-    gate, up and their product; adapters' low-rank activations; the softmax's fp32 sums.
+    The layer's input; unless all is recomputed, also the state between attention and MLP, q and the attention's output,
+    k and v, adapters' low-rank activations and the softmax's fp32 sums; with "save", gate and up too.
     """
+    if activations == "recompute":
+        return decoder.hidden_size * dtype.itemsize
     heads_width = decoder.num_attention_heads * decoder.head_dim
     kv_width = decoder.num_key_value_heads * decoder.head_dim
-    wide = 4 * decoder.hidden_size + 2 * heads_width + 2 * kv_width + 3 * decoder.intermediate_size
+    wide = 2 * decoder.hidden_size + 2 * heads_width + 2 * kv_width
+    wide += 2 * decoder.intermediate_size if activations == "save" else 0
     padded_rank = max(16, 1 << (lora.rank - 1).bit_length())
     return (wide + len(lora.targets) * padded_rank) * dtype.itemsize + 4 * decoder.num_attention_heads
 
@@ -95,12 +98,12 @@ def _states(config: Config, encoder: M2M100Config, decoder: LlamaConfig) -> list
     """What grows with memory.max_tokens. In a layer's backward its gradients are live beside what was saved."""
     dtype, tokens, layers = getattr(torch, config.model.dtype), config.memory.max_tokens, decoder.num_hidden_layers
     width, inner = decoder.hidden_size, decoder.intermediate_size
-    layer, states = saved_bytes(decoder, config.lora, dtype), (4 * width + 2 * encoder.d_model) * dtype.itemsize
+    layer, whole = (saved_bytes(decoder, config.lora, dtype, kind) for kind in (config.memory.activations, "save"))
+    states = (4 * width + 2 * encoder.d_model) * dtype.itemsize
     saved, how = layers * layer, f"{layers} layers x {layer / 1024:.1f} KiB"
-    if config.memory.activations == "recompute":
-        saved = layers * width * dtype.itemsize + layer
-        how = f"{layers} layers x {width * dtype.itemsize / 1024:.0f} KiB + one of {layer / 1024:.1f} KiB"
-    working = (3 * inner + 4 * width) * dtype.itemsize
+    if layer < whole:  # backward makes what is missing of one layer at a time
+        saved, how = saved + whole - layer, f"{how} + {(whole - layer) / 1024:.1f} KiB"
+    working = (4 * inner + 4 * width) * dtype.itemsize
     if config.model.base == "fp8":
         working += 2 * inner * (2 * dtype.itemsize + 1)  # the widest gradient, scaled twice and rounded
     return [

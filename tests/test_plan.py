@@ -1,6 +1,6 @@
 """The memory estimate: what it counts is what a stack holds and a layer saves; every preset fits the GPU it is for.
 
-`python tests/test_plan.py` writes the presets' estimates anew.
+`PYTHONPATH=.:tests python tests/test_plan.py` writes the presets' estimates anew.
 """
 
 import re
@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mtllm_engine.kernels.contract import Kernel
+from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.models import DECODERS, ENCODERS
 from mtllm_engine.config import LoraConfig, load
 from mtllm_engine.engine import shard
+from mtllm_engine.model import activations as layer_activations
 from mtllm_engine.model.decoder import DecoderLayer, Stream
 from mtllm_engine.model.pretrained import build_stack
 from mtllm_engine.plan import ASSUMED, memory, saved_bytes, total
@@ -71,8 +73,10 @@ class Attention(torch.autograd.Function):
         raise NotImplementedError
 
 
-@pytest.mark.parametrize(("rank", "dropout"), [(4, 0.1), (20, 0.0)])
-def test_a_layer_saves_what_the_estimate_says(monkeypatch, rank: int, dropout: float):
+@pytest.mark.parametrize(
+    ("rank", "dropout", "activations"), [(4, 0.1, "save"), (20, 0.0, "save"), (4, 0.1, "selective")]
+)
+def test_a_layer_saves_what_the_estimate_says(monkeypatch, rank: int, dropout: float, activations: str):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("counted in Triton's interpreter")
@@ -80,15 +84,15 @@ def test_a_layer_saves_what_the_estimate_says(monkeypatch, rank: int, dropout: f
     tokens, lora = 24, LoraConfig(rank=rank, dropout=dropout)
     config = DECODERS["tiny"]
     attention = lambda q, k, v, **packing: Attention.apply(q, k, v)  # noqa: E731
-    options = {"layer": 0, "causal": False, "recompute": False}
-    layer = DecoderLayer(config, lora, torch.float32, attention, **options)
+    options = {"layer": 0, "causal": False, "activations": activations}
+    layer = DecoderLayer(config, {"student": lora}, torch.float32, attention, **options)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(".student." in name)
     angles_Sk = torch.zeros(tokens, config.head_dim // 2)
     packed = SimpleNamespace(seeds_S=torch.zeros(tokens, dtype=torch.int32), cu_seqlens=None, lengths=(tokens,))
-    stream = Stream(tokens=packed, cos_Sk=angles_Sk, sin_Sk=angles_Sk, adapted=True, grad=True)
+    stream = Stream(tokens=packed, cos_Sk=angles_Sk, sin_Sk=angles_Sk, adapters="student", grad=True)
     mine = {item.untyped_storage().data_ptr() for item in layer.parameters()}
     mine |= {angles_Sk.untyped_storage().data_ptr(), packed.seeds_S.untyped_storage().data_ptr()}  # once for all layers
     saved: dict[int, torch.UntypedStorage] = {}
@@ -99,10 +103,19 @@ def test_a_layer_saves_what_the_estimate_says(monkeypatch, rank: int, dropout: f
             saved[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    class Seen(saved_tensors_hooks):
+        """What a hook of the layer's own leaves to be kept."""
+
+        def __init__(self, pack, unpack) -> None:
+            super().__init__(lambda x: keep(kept) if isinstance(kept := pack(x), torch.Tensor) else kept, unpack)
+
+    monkeypatch.setattr(layer_activations, "saved_tensors_hooks", Seen)
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
         (out_SD,) = layer(torch.randn(tokens, config.hidden_size, requires_grad=True), streams=[stream])
     assert out_SD.requires_grad
-    assert sum(storage.nbytes() for storage in saved.values()) == tokens * saved_bytes(config, lora, torch.float32)
+    assert sum(storage.nbytes() for storage in saved.values()) == tokens * saved_bytes(
+        config, lora, torch.float32, activations
+    )
 
 
 @pytest.mark.parametrize("base", ["full", "fp8", "nf4"])

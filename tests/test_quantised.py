@@ -185,7 +185,7 @@ def step(folder: Path, base: str, *, dense: bool = False):
     stream.close()
     loss = 0.0
     for documents in work.micro_batches:
-        share = engine(collate(documents, step_seed=1, device=world.device), work.spans)
+        share = engine(collate(documents, step_seed=1, device=world.device), work.totals)
         engine.backward(share.loss)
         loss += share.loss.item()
     trained = {name: item for name, item in stack.named_parameters() if item.requires_grad}

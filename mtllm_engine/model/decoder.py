@@ -98,9 +98,9 @@ class DecoderLayer(nn.Module):
     def _feed_forward(self, normed_SD: torch.Tensor, normed: Recipe, call: dict, rebuilt: Callable) -> torch.Tensor:
         with rebuilt(normed_SD, normed, self.gate_up):
             gate_up_SF = self.gate_up(normed_SD, **call)
-        again = Shared(lambda: self.gate_up(normed(), **call))
-        gate_up = again if self.activations == "selective" else gate_up_SF.detach
-        with rebuilt(gate_up_SF, gate_up, self.gate_up):
+        selective = self.activations == "selective"
+        gate_up = Shared(lambda: self.gate_up(normed(), **call)) if selective else gate_up_SF.detach
+        with (rebuilt if selective else kept)(gate_up_SF, gate_up, self.gate_up):
             inner_SF = swiglu(gate_up_SF)
         with rebuilt(inner_SF, lambda: swiglu(gate_up()), self.down):
             return self.down(inner_SF, **call)
