@@ -338,6 +338,19 @@ def test_attention_backends_agree():
         torch.testing.assert_close(select(backend, "cpu")(q_SHK, **dict(rest)), attention.reference(**arguments))
 
 
+def test_attention_on_a_cpu_keeps_its_output_once():
+    """Beside q, k and v: however many runs of equal documents there are, and with one number a token and head."""
+    case = {"lengths": (3, 5, 5, 2), "heads": 4, "kv_heads": 2, "width": 8, "causal": False}
+    arguments = attention.inputs(torch.Generator().manual_seed(0), torch.float32, **case)
+    kept: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) and x, lambda x: x
+    ):
+        out_SHK = attention.implementations["torch SDPA"].function(**arguments)
+    tensors = [out_SHK, *(arguments[name] for name in ("q_SHK", "k_SGK", "v_SGK"))]
+    assert sum(kept.values()) == sum(x.nbytes for x in tensors) + out_SHK.nbytes // 8
+
+
 @pytest.mark.parametrize(
     ("backend", "device", "message"),
     [

@@ -360,6 +360,16 @@ def test_fresh_adapters_change_nothing(checkpoints: Path):
             assert 0.9 < parameter.abs().max() * parameter.shape[1] ** 0.5 <= 1
 
 
+def test_streams_without_gradients_run_first(checkpoints: Path):
+    """What they need for a moment then does not add to what the layer keeps."""
+    stack = build(configure(checkpoints / "grouped"))
+    order: list[bool] = []
+    for layer in stack.decoder.layers:
+        layer.gate_up.register_forward_hook(lambda *_: order.append(torch.is_grad_enabled()))
+    stack(pack(documents_of(EXTREMES, stack)), len(EXTREMES))
+    assert order == [False, True] * len(stack.decoder.layers)
+
+
 DROPOUT = 0.5
 
 
