@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import torch
 import triton
 from mtllm_engine.kernels.contract import Kernel, named_tensors
+from mtllm_engine.kernels.lora_linear.rows import quantise_rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
@@ -67,8 +68,18 @@ def main(arch: int) -> None:
         for label, implementation in kernel.implementations.items():
             if implementation.source == "triton":
                 report_errors(op, label, kernel, implementation.function)
+        if op == "lora_linear":
+            quantise_a_row_of_each_kind()
         for compiled in launched.values():
             print(json.dumps(asdict(measure(op, arch, compiled))), flush=True)
+
+
+def quantise_a_row_of_each_kind() -> None:
+    """What only a quantised weight launches: inputs, and gradients with a scale for each column."""
+    for width in (4096, 28672):
+        x_SD = torch.empty(16384, width, dtype=torch.bfloat16, device="meta")
+        quantise_rows(x_SD)
+        quantise_rows(x_SD, torch.empty(width, device="meta"))
 
 
 def without_generator(factory: Callable) -> Callable:

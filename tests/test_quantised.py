@@ -77,6 +77,34 @@ def test_rows_are_scaled_by_powers_of_two_and_rounded_once(tokens: int, width: i
     assert ((largest_S == 0) | ((largest_S > 223) & (largest_S <= 448))).all()
 
 
+@settings(max_examples=12)
+@given(st.integers(1, 4), st.integers(1, 5000), st.sampled_from(list(EPS)), st.booleans(), st.integers(0, 10**6))
+def test_triton_rounds_rows_to_the_same_bits(tokens: int, width: int, dtype: torch.dtype, scaled: bool, seed: int):
+    triton_rows = pytest.importorskip("mtllm_engine.kernels.lora_linear.rows").quantise_rows
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x_SD = randn(tokens, width, seed=seed, dtype=dtype).to(device)
+    x_SD *= 2.0 ** torch.randint(-20, 1, x_SD.shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    x_SD[0, seed % width] = (0.0, float("nan"), 1e30)[seed % 3]
+    column_D = 2.0 ** torch.randint(-9, 9, (width,)).float().to(device) if scaled else None
+    (ours_SD, ours_S), (theirs_SD, theirs_S) = triton_rows(x_SD, column_D), quantise_rows(x_SD, column_D)
+    finite_S = x_SD.isfinite().all(1)
+    assert torch.equal(ours_SD.view(torch.uint8)[finite_S], theirs_SD.view(torch.uint8)[finite_S])
+    assert torch.equal(ours_S[finite_S], theirs_S[finite_S])
+    assert ((ours_SD.float() * ours_S[:, None]).isnan().any(1) == ~finite_S).all()
+
+
+def test_triton_rounds_as_the_format_says():
+    triton_rows = pytest.importorskip("mtllm_engine.kernels.lora_linear.rows").quantise_rows
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    between = torch.cat([codes, (codes[1:] + codes[:-1]) / 2, codes * 1.0001, codes * 0.9999]).clamp_(max=447)
+    between = torch.cat([between, -between])[None].to(device)
+    ours_SD, scale_S = triton_rows(between)
+    assert scale_S.item() == 1 and torch.equal(
+        ours_SD.view(torch.uint8), between.to(torch.float8_e4m3fn).view(torch.uint8)
+    )
+
+
 @pytest.mark.parametrize("mantissa", [1.0, 1.7499999, 1.75, 1.7500001, 1.9999999])
 def test_the_largest_value_of_a_row_stays_finite(mantissa: float):
     quantised_SD, scale_S = quantise_rows(torch.tensor([[mantissa * 2.0**power] for power in (-90, 0, 60)]))

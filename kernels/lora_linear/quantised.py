@@ -4,9 +4,12 @@ A quantised weight stands in the weight's place in `lora_linear`, and is nobody'
 full weight, and never changes. Both products are of the same quantised W, so dy W is the gradient of what was computed.
 """
 
+import contextlib
+import functools
 import importlib
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,16 +113,17 @@ class Fp8(Quantised):
         return _scaled_product(x_SD, self.weight_FD, self.scale_F)
 
     def input_gradient(self, dy_SF: torch.Tensor) -> torch.Tensor:
-        scaled_SF = dy_SF * self.scale_F.to(dy_SF.dtype)
-        return _scaled_product(scaled_SF, self.transposed_DF, self.scale_F.new_ones(self.shape[1]))
+        return _scaled_product(dy_SF, self.transposed_DF, self.scale_F.new_ones(self.shape[1]), self.scale_F)
 
 
-def quantise_rows(x_SD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(e4m3 (S, D), fp32 scale (S,)): x is about scale times the former. For fp32 and bf16.
+def quantise_rows(x_SD: torch.Tensor, column_D: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(e4m3 (S, D), fp32 scale (S,)): x column is about scale times the former. For fp32 and bf16.
 
     Scales are powers of two, the least that bring a row below e4m3's 448: to scale is exact, whatever the dtype, and
     the one rounding is that to e4m3. A row of zeros, such as an idle rank's gradients, stays one.
     """
+    if column_D is not None:
+        x_SD = x_SD * column_D.to(x_SD.dtype)
     largest_S = torch.linalg.vector_norm(x_SD, torch.inf, dim=1).float().clamp_(min=2.0**-100)
     # 448 = 1.75 * 2^8: a mantissa above 1.75 needs the next power. Its bits are the exponent's of x * 2 / 1.75.
     above_S = (largest_S * (8 / 7)).view(torch.int32).bitwise_and_(0x7F800000).view(torch.float32)
@@ -127,9 +131,20 @@ def quantise_rows(x_SD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x_SD * scale_S.reciprocal().to(x_SD.dtype)[:, None]).to(FP8), scale_S
 
 
-def _scaled_product(x_SK: torch.Tensor, weight_FK: torch.Tensor, scale_F: torch.Tensor) -> torch.Tensor:
-    """x (scale weight)^T."""
-    quantised_SK, scale_S = quantise_rows(x_SK)
+@functools.cache
+def _row_quantiser(device: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Triton's where `lora_linear` runs Triton: without one the run header says so."""
+    if device == "cuda":
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(f"{__package__}.rows").quantise_rows
+    return quantise_rows
+
+
+def _scaled_product(
+    x_SK: torch.Tensor, weight_FK: torch.Tensor, scale_F: torch.Tensor, column_K: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(x column) (scale weight)^T."""
+    quantised_SK, scale_S = _row_quantiser(x_SK.device.type)(x_SK, column_K)
     return torch._scaled_mm(
         quantised_SK,
         weight_FK.T,
