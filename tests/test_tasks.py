@@ -17,6 +17,7 @@ from mtllm_engine.tasks import SPLITS, Example, load_task, pack, task_names
 from mtllm_engine.tasks.belebele import compose
 
 BOM = "\ufeff"
+SQUAD = '{"data": [{"paragraphs": [{"context": "a", "qas": [{"id": "1", "question": "b", "answers": []}]}]}]}'
 NEEDED = {  # task -> data sets, number of languages
     "belebele": {"belebele": 122, "belebele_training": 1},
     "nli": {"mnli": 1, "xnli": 15, "americasnli": 10, "kardesnlu": 5, "indicxnli": 11},
@@ -186,6 +187,23 @@ def test_americasnli(tmp_path):
     for layout in ("git", "one", "hub", "config"):
         assert inferences(read("americasnli", tmp_path / layout, "validation", "grn_Latn")) == expected
     assert dataset("americasnli").present(tmp_path / "one", "validation") == ["grn_Latn", "shp_Latn"]
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "content"),
+    [
+        ("nusax", "english/test.csv", "id,text,label\n1,a,neutral\n"),
+        ("sib200", "eng_Latn/test.tsv", "index_id\tcategory\ttext\n1\ttravel\ta\n"),
+        ("xnli", "xnli.test.tsv", "language\tgold_label\tsentence1\tsentence2\nen\tneutral\ta\tb\n"),
+        ("taxi1500", "eng_data/eng_test.tsv", "43001001\tFaith\ta\n"),
+        ("xquad", "xquad.en.json", SQUAD),
+    ],
+)
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path, name, path, content):
+    write(tmp_path / path, content)
+    expected = read(name, tmp_path)
+    write(tmp_path / path, BOM + content)
+    assert read(name, tmp_path) == expected != []
 
 
 @pytest.mark.parametrize("header", ["Unnamed: 0", BOM])
