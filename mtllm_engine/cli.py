@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from mtllm_engine.config import load
 from mtllm_engine.data import shards, sources
-from mtllm_engine.data.languages import check_language
+from mtllm_engine.data.languages import NAMES, SCRIPTS, check_language, nllb_token
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +39,7 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_shards(commands)
+    _add_languages(commands)
     return parser
 
 
@@ -94,6 +95,27 @@ def _add_shards(commands: argparse._SubParsersAction) -> None:
         action = actions.add_parser(name, help=summary)
         action.add_argument("folder", type=Path, metavar="DIR")
         action.set_defaults(run=run)
+
+
+def _add_languages(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("languages", help="list FLORES-200's languages, and which an encoder has")
+    parser.add_argument("--encoder", metavar="DIR", help="folder or hub id of an MT encoder's tokenizer")
+    parser.set_defaults(run=_languages)
+
+
+def _languages(arguments: argparse.Namespace) -> int:
+    """One line each: code, name, script; with an encoder whether it has the language, and its others at the end."""
+    from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer  # imports transformers
+
+    tokens = language_tokens(load_tokenizer(arguments.encoder)) if arguments.encoder else None
+    for code, name in NAMES.items():
+        row = [code, f"{name:<24}", SCRIPTS[code[4:]]]
+        if tokens is not None:
+            row.insert(1, "yes" if nllb_token(code) in tokens else "no ")
+        print("  ".join(row))
+    for token in sorted((tokens or set()) - {nllb_token(code) for code in NAMES}):
+        print(f"{token}  yes  not in FLORES-200")
+    return 0
 
 
 def _pack(arguments: argparse.Namespace) -> int:

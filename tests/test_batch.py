@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -126,3 +127,41 @@ def test_dropout_seeds_are_even_in_every_bit():
     seeds = collate(many, step_seed=7, device=CPU).student.seeds_S.numpy().view(np.uint32)
     shares = ((seeds[:, None] >> np.arange(32, dtype=np.uint32)) & 1).mean(axis=0)
     assert np.abs(shares - 0.5).max() < 5 * 0.5 / len(seeds) ** 0.5
+
+
+@st.composite
+def spanned(draw, length):
+    """Spans of a document: in order, disjoint, none empty; any number of them, at least one."""
+    edges = sorted(draw(st.lists(st.integers(0, length), min_size=2, max_size=8, unique=True)))
+    gaps = draw(st.booleans())
+    pairs = list(zip(edges[::2], edges[1::2])) if gaps else list(itertools.pairwise(edges))
+    return np.array(pairs, np.int32)
+
+
+@given(documents=documents(), data=st.data())
+def test_spans_are_pooled_where_they_lie_in_the_pack(documents, data):
+    """Span p of a document is text and weight of its own on both sides; without spans it is the whole document."""
+    assume(documents)
+    expected, marked = ([], []), []
+    for number, document in enumerate(documents):
+        lengths = (len(document.student_ids_S), len(document.teacher_ids_T))
+        spans = [data.draw(spanned(length)) for length in lengths] if number % 2 else [None, None]
+        count = min(map(len, spans)) if number % 2 else 1
+        spans = [found[:count] if number % 2 else np.array([[0, length]]) for found, length in zip(spans, lengths)]
+        names = {"student_spans_P2": spans[0], "teacher_spans_P2": spans[1]} if number % 2 else {}
+        marked.append(dataclasses.replace(document, label=number, **names) if number % 2 else document)
+        for side in range(2):
+            start = num_tokens(documents[:number])[side]
+            expected[side].extend((spans[side] + start).tolist())
+    batch = collate(marked, step_seed=0, device=CPU)
+    assert batch.student_spans.bounds_P2.tolist() == expected[0]
+    assert batch.teacher_spans.bounds_P2.tolist() == expected[1]
+    assert batch.weight_P.tolist() == [1.0] * len(expected[0]) and sum(batch.span_counts) == len(expected[0])
+    assert batch.span_counts == tuple(len(document.student_spans_P2) for document in marked)
+    assert batch.labels_N.tolist() == [number if number % 2 else -1 for number in range(len(documents))]
+    assert batch.labels_N.dtype == torch.int64
+
+
+def test_idle_micro_batch_has_no_label():
+    batch = collate([], step_seed=0, device=CPU)
+    assert batch.labels_N.tolist() == [-1] and batch.span_counts == (1,)

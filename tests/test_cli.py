@@ -3,10 +3,11 @@ import runpy
 import sys
 
 import pytest
+from transformers import AutoTokenizer
 
 from mtllm_engine import cli, train
 from mtllm_engine.config import dumps
-from tiny import build_config
+from tiny import build_config, build_encoder
 
 
 class Launched(Exception):
@@ -146,3 +147,23 @@ def test_modules_run_as_programs(module, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", [module])
     assert status_of(lambda name: runpy.run_module(name, run_name="__main__"), module) == 2
     assert "".join(capfd.readouterr()).count("\n") == 1
+
+
+def test_languages_are_listed(capsys):
+    assert cli.main(["languages"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 204
+    assert next(line.split("  ") for line in lines if line.startswith("ory_Orya"))[:2] == ["ory_Orya", "Odia"]
+    assert next(line for line in lines if line.startswith("taq_Tfng")).split() == ["taq_Tfng", "Tamasheq", "Tifinagh"]
+
+
+def test_languages_of_an_encoder(folder, capsys):
+    build_encoder(folder / "encoder")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "encoder")
+    tokenizer.add_tokens(["qaa_Latn"], special_tokens=True)
+    tokenizer.save_pretrained(folder / "encoder")
+    capsys.readouterr()
+    assert cli.main(["languages", "--encoder", str(folder / "encoder")]) == 0
+    has = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}
+    assert {code for code, answer in has.items() if answer == "no"} == {"arb_Latn", "min_Arab"}
+    assert len(has) == 205 and has["qaa_Latn"] == has["sat_Olck"] == "yes"

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from mtllm_engine.cli import main
 from mtllm_engine.data import shards, sources
+from mtllm_engine.data.marks import Marks
 from mtllm_engine.data.shards import BadDocument, Corpus, DamagedShard, Manifest, import_shards, show, verify
 
 LANGUAGE = "eng_Latn"
@@ -601,3 +602,79 @@ def test_cli_error_is_one_line(arguments, capsys, tmp_path, monkeypatch):
 def test_command_starts_without_torch():
     code = "import sys, mtllm_engine.cli; sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+MARKED = {name: f"json.{name}" for name in ("text", "label", "spans", "answers", "cut")}
+WHOLE = {"text": "a b c", "label": 1, "spans": [[0, 1], [2, 5]], "answers": [[2, 3]], "cut": [0, 1]}
+
+
+def write_examples(folder, objects, fields=MARKED):
+    sources.pack_json(((str(n), value) for n, value in enumerate(objects)), folder, fields=fields, language=LANGUAGE)
+    return folder
+
+
+def test_marks_are_read_with_their_text(tmp_path):
+    none = WHOLE | {"label": -1, "spans": [], "answers": [], "cut": None}
+    corpus = Corpus(write_examples(tmp_path / "corpus", [WHOLE, none]))
+    assert corpus.read(0, 0) == ("0", "a b c")
+    expected = Marks(label=1, spans=((0, 1), (2, 5)), answers=((2, 3),), cut=(0, 1))
+    assert corpus.read_example(0, 0) == (("0", "a b c"), expected)
+    assert corpus.read_example(0, 1)[1] == Marks() and not corpus.read_example(0, 1)[1].has_ranges
+    assert Manifest.load(tmp_path / "corpus").fields == MARKED
+    assert "json.spans" in show(tmp_path / "corpus") and verify(tmp_path / "corpus", progress=False) == []
+    assert [json.loads(sample["json"]) for sample in plain_webdataset(tmp_path / "corpus")] == [WHOLE, none]
+
+
+def test_marks_may_lie_deeper_and_be_some_only(tmp_path):
+    fields = {"text": "json.body.text", "label": "json.gold"}
+    corpus = Corpus(write_examples(tmp_path / "corpus", [{"body": {"text": "a"}, "gold": 2, "spans": 3}], fields))
+    assert corpus.read_example(0, 0) == (("0", "a"), Marks(label=2))
+
+
+def test_plain_documents_have_no_marks(corpus_folder):
+    assert Corpus(corpus_folder).read_example(1, 0) == (("0000000004", "document 04"), Marks())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": "1"}, "label should be a whole number, -1 or above, not '1'"),
+        ({"label": -2}, "label should be a whole number, -1 or above, not -2"),
+        ({"label": True}, "label should be a whole number, -1 or above, not True"),
+        ({"spans": [[0, 1], [2]]}, r"spans should hold \[start, end\) of two whole numbers, not \[2\]"),
+        ({"spans": [[0, 1.0]]}, r"spans should hold \[start, end\) of two whole numbers"),
+        ({"spans": "no"}, r"spans should be a list of \[start, end\), not 'no'"),
+        ({"spans": None}, r"spans should be a list of \[start, end\), not None"),
+        ({"spans": [[2, 5], [0, 1]]}, "spans: one starts at 0, before the one before it ends at 5"),
+        ({"answers": [[3, 6]]}, r"answers: \[3, 6\) is not in the text's 5 characters"),
+        ({"cut": [4, 3]}, r"cut: \[4, 3\) is not in the text's 5 characters"),
+        ({"cut": 3}, r"cut should hold \[start, end\) of two whole numbers, not 3"),
+        ({"label": ...}, "no field 'label'"),
+    ],
+)
+def test_bad_marks_are_bad_documents(tmp_path, change, message):
+    changed = {name: value for name, value in (WHOLE | change).items() if value is not ...}
+    corpus = Corpus(write_examples(tmp_path / "corpus", [WHOLE, changed]))
+    assert corpus.read_example(0, 0)[1].label == 1
+    with pytest.raises(BadDocument, match=rf"^shard .*000000\.tar, key 1: {message}") as error:
+        corpus.read(0, 1)
+    assert "\n" not in str(error.value)
+    assert verify(tmp_path / "corpus", progress=False) == [str(error.value)]
+
+
+@pytest.mark.parametrize("field", ["txt", "meta.json.spans"])
+def test_marks_elsewhere_than_the_text_are_refused(tmp_path, field):
+    write_examples(tmp_path / "corpus", [WHOLE], MARKED | {"spans": field})
+    told = rf"manifest\.json: fields\.spans='{field}' is not in the same JSON member as fields\.text='json\.text'"
+    with pytest.raises(ValueError, match=told):
+        Corpus(tmp_path / "corpus")
+
+
+def test_fields_that_are_no_marks_are_left_alone(corpus_folder):
+    path = corpus_folder / "manifest.json"
+    before = Manifest.load(corpus_folder)
+    path.write_text(path.read_text().replace('"text": "txt"', '"text": "txt", "url": "json.url"'))
+    assert Manifest.load(corpus_folder) == before
+    path.write_text(path.read_text().replace('"url": "json.url"', '"label": 3'))
+    with pytest.raises(ValueError, match="label should be of type str, not 3"):
+        Corpus(corpus_folder)

@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtllm_engine.config import DataConfig
+from mtllm_engine.data.batch import NO_SPANS
 from mtllm_engine.data.languages import check_language
 from mtllm_engine.data.shards import BadDocument, DamagedShard, Manifest, import_shards
 from mtllm_engine.data.stream import agree, build_stream
+from mtllm_engine.data.tokenizers import Reading
+from mtllm_engine.tasks import Example, pack
 from tiny import build_world, pack_lines
 
 LANGUAGE = "eng_Latn"
@@ -409,3 +412,33 @@ def test_names_for_dropout_differ_and_do_not_depend_on_the_world(corpus, seed):
             names.append({int(document.student_ids_S[0]): document.seed for document in documents})
     assert names[0] == names[1] and len(set(names[0].values())) == len(names[0])
     assert all(0 <= name < 2**32 for name in names[0].values())
+
+
+class ExampleTokenizer(Tokenizer):
+    """Reads a span as as many tokens as it has characters, one after another, behind a token that belongs to none."""
+
+    def example(self, text, language, marks):
+        spans = np.array(marks.spans, np.int32) + 1
+        ids_S = np.zeros(len(text) + 1, np.int32)
+        answers = np.array(marks.answers, np.int32).reshape(-1, 2) + 1
+        reading = Reading(ids_S=ids_S, offsets_S2=NO_SPANS, spans_P2=spans, answers_A2=answers)
+        return reading, reading
+
+
+def test_examples_carry_their_marks_and_spans_are_counted(tmp_path):
+    examples = [
+        Example(key=str(number), text=f"{number:04d} choices", label=number, spans=((0, 2), (5, 12)), answers=((1, 3),))
+        for number in range(6)
+    ]
+    examples += [Example(key=str(number), text=str(number), label=number) for number in range(6, 10)]
+    pack(examples, tmp_path / "corpus", language=LANGUAGE, licence="")
+    with open_stream(tmp_path / "corpus", epochs=1, pack_documents=10, lanes=1, tokenizer=ExampleTokenizer()) as stream:
+        step = agree(stream, build_world(), max_tokens=1000)
+    (documents,) = step.micro_batches
+    assert (step.documents, step.spans) == (10, 6 * 2 + 4)
+    by_key = {document.key: document for document in documents}
+    assert {key: document.label for key, document in by_key.items()} == {str(number): number for number in range(10)}
+    assert by_key["3"].student_spans_P2.tolist() == by_key["3"].teacher_spans_P2.tolist() == [[1, 3], [6, 13]]
+    assert by_key["3"].student_answers_A2.tolist() == by_key["3"].teacher_answers_A2.tolist() == [[2, 4]]
+    assert by_key["8"].teacher_spans_P2.tolist() == [[0, len(by_key["8"].teacher_ids_T)]]
+    assert not len(by_key["8"].student_answers_A2)

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
 
 from mtllm_engine.data.languages import FLORES_200
+from mtllm_engine.data.marks import Marks
 from mtllm_engine.data.tokenizers import PairTokenizer, Side, load_tokenizer
 from tiny import WORDS, build_decoder, build_encoder
 
@@ -251,3 +252,191 @@ def test_folder_without_tokenizer_is_named_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=f"cannot load a tokenizer from {tmp_path}") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
+
+
+WORLD = (
+    "the teacher reads texts that are longer, Ünïcode too. 1 2 3 4",
+    "учитель читает текст который длиннее других слово за словом",
+    "يقرأ المعلم نصا أطول من غيره كلمة كلمة",
+    "शिक्षक एक लंबा पाठ पढ़ता है शब्द दर शब्द",
+    CHINESE,
+    THAI,
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Ours by maximal length, and Hugging Face's own two; the encoder's turns newlines into spaces, as NLLB's does."""
+    folder = tmp_path_factory.mktemp("world")
+    build_encoder(folder / "encoder", samples=9 * WORLD)
+    build_decoder(folder / "decoder", samples=9 * WORLD)
+
+    def normalised(tokenizer):
+        steps = [normalizers.NFKC(), normalizers.Replace("\u200b", ""), normalizers.Replace(Regex("[ \n]+"), " ")]
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+        return tokenizer
+
+    @cache
+    def build(max_length, truncation="aligned"):
+        pair = PairTokenizer(folder / "encoder", folder / "decoder", max_length=max_length, truncation=truncation)
+        normalised(pair.encoder)
+        return pair
+
+    nllb = normalised(AutoTokenizer.from_pretrained(folder / "encoder", src_lang=SWAHILI))
+    return build, (nllb, AutoTokenizer.from_pretrained(folder / "decoder"))
+
+
+PIECE = st.sampled_from([*(word for text in WORLD for word in [*text.split(), text[:7], text[-9:-3]]), "1", "2 2", "."])
+PIECES = st.builds(str.join, st.sampled_from([" ", "", "\n", "  "]), st.lists(PIECE, max_size=6))
+
+
+@st.composite
+def examples(draw):
+    """Passage, question and numbered choices, which may be empty, repeat and hold newlines: text and marks."""
+    passage = draw(st.lists(PIECE, max_size=30).map(" ".join) | PIECES)
+    text, spans = f"{passage}{draw(st.sampled_from([' ', chr(10)]))}{draw(PIECES)}", []
+    options = draw(st.lists(PIECES | st.sampled_from(["", " ", "\u200b", "again\n again \n"]), min_size=1, max_size=4))
+    for number, option in enumerate(options, start=1):
+        start = len(text) + 1
+        text += f"\n{number} {option}"
+        spans.append((start, len(text)))
+    return text, Marks(spans=tuple(spans), cut=(0, len(passage)), label=0)
+
+
+def kept_of_passage(text, cut, tokenizers, max_length):
+    """By trying all: how many characters of the cut remain. None: the whole text fits; -1: nothing does."""
+
+    def fits(kept):
+        return all(
+            len(tokenizer(text[: cut[0] + kept] + text[cut[1] :])["input_ids"]) <= max_length
+            for tokenizer in tokenizers
+        )
+
+    passage = text[slice(*cut)]
+    if fits(len(passage)):
+        return None
+    if not fits(0):
+        return -1
+    words = [end for end in range(1, len(passage)) if passage[end].isspace() and not passage[end - 1].isspace()]
+    best_word = max(filter(fits, words), default=0)
+    if 2 * best_word >= min(start_of_surplus(text, cut, tokenizer, max_length) for tokenizer in tokenizers):
+        return best_word
+    return max(filter(fits, (match.end() for match in regex.finditer(r"\X", passage))), default=0)
+
+
+def start_of_surplus(text, cut, tokenizer, max_length):
+    """How many of the cut's characters come before as many of its tokens as are too many."""
+    bare = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    surplus = len(bare) + tokenizer.num_special_tokens_to_add() - max_length
+    starts = [start for start, end in bare if start < cut[1] and end > cut[0]]
+    return len(text) if surplus <= 0 else max(0, starts[-surplus] - cut[0]) if surplus <= len(starts) else 0
+
+
+def overlapping(offsets, text, span):
+    """The tokens that have a character of a span which is not white space at its ends, one by one."""
+    inside = set(range(*span)) - {place for place in range(*span) if not text[span[0] : place + 1].strip()}
+    inside -= {place for place in range(*span) if not text[place : span[1]].strip()}
+    return [number for number, (start, end) in enumerate(offsets) if inside & set(range(start, end))]
+
+
+def check_reading(reading, tokenizer, text, kept, marks):
+    """A side reads what Hugging Face's tokenizer makes of what is left; a span's tokens are those of its text alone."""
+    start, end = (len(text), len(text)) if kept is None else (marks.cut[0] + kept, marks.cut[1])
+    theirs = tokenizer(text[:start] + text[end:], return_offsets_mapping=True)
+    assert reading.ids_S.tolist() == theirs["input_ids"] and reading.ids_S.dtype == np.int32
+    places = [*range(start), *range(end, len(text))]
+    there = [[places[a], places[b - 1] + 1] if a < b else None for a, b in theirs["offset_mapping"]]
+    ours = reading.offsets_S2.tolist()
+    assert [offsets for offsets, pair in zip(ours, there, strict=True) if pair] == [pair for pair in there if pair]
+    for span, (first, last) in zip(marks.spans, reading.spans_P2.tolist(), strict=True):
+        own = overlapping(ours, text, span)
+        assert (first, last) == (own[0], own[-1] + 1)
+        if "\u200b" not in text[slice(*span)]:  # the encoder drops it, but keeps spaces on both its sides apart
+            alone = tokenizer(text[slice(*span)].strip(), add_special_tokens=False).tokens()
+            assert tokenizer.convert_ids_to_tokens(reading.ids_S[first:last].tolist()) == alone[alone[0] == "▁" :]
+
+
+@given(example_=examples(), max_length=st.sampled_from([8, 16, 24, 40, 200]))
+def test_spans_are_the_choices_tokens_and_the_passage_is_shortened(world, example_, max_length):
+    build, tokenizers = world
+    (text, marks), pair = example_, build(max_length)
+    kept = kept_of_passage(text, marks.cut, tokenizers, max_length)
+    if kept == -1:
+        with pytest.raises(ValueError, match=f"more than data.max_length={max_length} tokens without what may be"):
+            pair.example(text, SWAHILI, marks)
+        return
+    for reading, tokenizer in zip(pair.example(text, SWAHILI, marks), tokenizers):
+        check_reading(reading, tokenizer, text, kept, marks)
+        assert len(reading.ids_S) <= max_length and not len(reading.answers_A2)
+
+
+@given(example_=examples(), max_length=st.sampled_from([16, 40]))
+def test_independent_shortens_each_side_alone(world, example_, max_length):
+    build, tokenizers = world
+    text, marks = example_
+    kept = [kept_of_passage(text, marks.cut, [tokenizer], max_length) for tokenizer in tokenizers]
+    assume(-1 not in kept)
+    readings = build(max_length, "independent").example(text, SWAHILI, marks)
+    for reading, tokenizer, remaining in zip(readings, tokenizers, kept):
+        check_reading(reading, tokenizer, text, remaining, marks)
+
+
+@given(words=st.lists(PIECE, min_size=1, max_size=30), max_length=st.sampled_from([24, 200]), data=st.data())
+def test_answers_are_found_unless_they_are_cut_away(world, words, max_length, data):
+    """The same ones on both sides; the passage is the one span."""
+    build, tokenizers = world
+    question, passage = "who reads\n", " ".join(words)
+    text, cut = question + passage, (len(question), len(question) + len(passage))
+    places = st.integers(cut[0], cut[1]).flatmap(lambda start: st.tuples(st.just(start), st.integers(start, cut[1])))
+    answers = tuple(data.draw(st.lists(places.filter(lambda place: text[slice(*place)].strip()), max_size=4)))
+    kept = kept_of_passage(text, cut, tokenizers, max_length)
+    end = cut[1] if kept is None else cut[0] + kept
+    assume(text[cut[0] : end].strip())
+    readings = build(max_length).example(text, SWAHILI, Marks(spans=(cut,), answers=answers, cut=cut))
+    expected = [answer for answer in answers if answer[1] <= end]
+    for reading, tokenizer in zip(readings, tokenizers):
+        assert reading.ids_S.tolist() == tokenizer(text[:end])["input_ids"]
+        offsets = reading.offsets_S2.tolist()
+        for span, found in zip((cut, *expected), [*reading.spans_P2, *reading.answers_A2], strict=True):
+            own = overlapping(offsets, text, span)
+            assert found.tolist() == [own[0], own[-1] + 1]
+
+
+@given(text=TEXT, max_length=st.sampled_from(LENGTHS), truncation=st.sampled_from(["aligned", "independent"]))
+def test_an_example_without_ranges_is_read_as_a_document(build_pair, text, max_length, truncation):
+    pair = build_pair(max_length, truncation)
+    try:
+        expected = pair(text, SWAHILI)
+    except ValueError:
+        assume(False)
+    for reading, ids in zip(pair.example(text, SWAHILI, Marks(label=3)), expected):
+        assert reading.ids_S.tolist() == ids.tolist() and reading.spans_P2.tolist() == [[0, len(ids)]]
+        assert not len(reading.answers_A2) and len(reading.offsets_S2) == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "marks", "message"),
+    [
+        ("a b", Marks(spans=((0, 4),)), r"spans: \[0, 4\) is not in the text's 3 characters"),
+        ("a b", Marks(cut=(-1, 2)), r"cut: \[-1, 2\) is not in"),
+        ("a b", Marks(answers=((2, 1),)), r"answers: \[2, 1\) is not in"),
+        ("a b", Marks(spans=((2, 3), (0, 1))), "spans: one starts at 0, before the one before it ends at 3"),
+        ("a  b", Marks(spans=((1, 3),)), "the encoder has no token for the span '  '"),
+        ("a \u200b", Marks(spans=((2, 3),)), r"the encoder has no token for the span '\\u200b'"),
+        (
+            "teacher",
+            Marks(spans=((0, 6), (6, 7))),
+            "one token of the encoder is in the span 'r' and in the one before it",
+        ),
+        (99 * "teacher ", Marks(spans=((0, 7),)), "more than data.max_length=24 tokens and may not be cut"),
+    ],
+)
+def test_spans_that_cannot_be_pooled_are_errors(world, text, marks, message):
+    with pytest.raises(ValueError, match=message) as error:
+        world[0](24).example(text, SWAHILI, marks)
+    assert "\n" not in str(error.value)
+
+
+def test_a_document_costs_no_more_for_examples_sake(build_pair, encoded):
+    build_pair(64)("a short text", SWAHILI)
+    assert encoded == [12, 12]

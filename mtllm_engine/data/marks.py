@@ -56,10 +56,8 @@ class Removed(NamedTuple):
     def restored(self, offsets_S2: np.ndarray) -> np.ndarray:
         """Ranges of what is left, as ranges of the text."""
         starts_S, ends_S = offsets_S2.T
-        missing = self.end - self.start
-        return np.stack(
-            [starts_S + missing * (starts_S >= self.start), ends_S + missing * (ends_S > self.start)], axis=1
-        )
+        is_behind_S2 = np.stack([starts_S >= self.start, ends_S > self.start], axis=1)
+        return offsets_S2 + (self.end - self.start) * is_behind_S2
 
 
 def token_range(span: Range, text: str, offsets_S2: np.ndarray) -> Range | None:
@@ -83,15 +81,14 @@ def token_spans(spans: Sequence[Range], text: str, offsets_S2: np.ndarray, reade
     for span in spans:
         tokens = token_range(span, text, offsets_S2)
         if tokens is None:
-            raise ValueError(f"the {reader} has no token for the span {text[slice(*span)]!r}")
+            raise ValueError(f"the {reader} has no token for the span {_shown(span, text)}")
         if found and tokens[0] < found[-1][1]:
-            raise ValueError(
-                f"one token of the {reader} is in the span {text[slice(*span)]!r} and in the one before it"
-            )
+            raise ValueError(f"one token of the {reader} is in the span {_shown(span, text)} and in the one before it")
         found.append(tokens)
     return np.array(found, np.int32).reshape(-1, 2)
 
 
+<<<<<<< HEAD
 def partners(text: str, student_offsets_S2: np.ndarray, teacher_offsets_T2: np.ndarray) -> np.ndarray:
     """Each student token's partner among the teacher's tokens, or -1, int32 (S,).
 
@@ -118,6 +115,10 @@ def _distinct_cores(text: str, offsets_S2: np.ndarray) -> tuple[np.ndarray, np.n
     is_text_S = (ends_S > starts_S) & (cores_S % len(is_space) > cores_S // len(is_space))
     cores, first, counts = np.unique(cores_S[is_text_S], return_index=True, return_counts=True)
     return cores[counts == 1], np.flatnonzero(is_text_S)[first[counts == 1]]
+=======
+def _shown(span: Range, text: str) -> str:
+    return repr(text[slice(*span)][:40])
+>>>>>>> tasks
 
 
 def parse_marks(values: Mapping[str, Any]) -> Marks:

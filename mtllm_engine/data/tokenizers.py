@@ -11,7 +11,7 @@ import regex
 from tokenizers import Encoding, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mtllm_engine.data.languages import check_language, nllb_token
+from mtllm_engine.data.languages import check_language, is_well_formed, nllb_token
 from mtllm_engine.data.marks import Marks, Range, Removed, token_range, token_spans
 
 GRAPHEME = regex.compile(r"\X(?=.)", regex.DOTALL)  # not the last one looked at, which may go on
@@ -92,7 +92,7 @@ class PairTokenizer:
     @property
     def languages(self) -> frozenset[str]:
         """The encoder's language tokens."""
-        return frozenset(token for token in self.encoder.get_vocab() if re.fullmatch(r"[a-z]{3}_[A-Z][a-z]{3}", token))
+        return language_tokens(self.encoder)
 
     @property
     def largest_student_id(self) -> int:
@@ -214,6 +214,11 @@ def _kept_answers(
     found = [[token_range(answer, text, offsets_S2) for offsets_S2 in offsets] for answer in whole]
     kept = [pair for pair in found if None not in pair]
     return [np.array([pair[side] for pair in kept], np.int32).reshape(-1, 2) for side in range(len(offsets))]
+
+
+def language_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
+    """The tokens of a vocabulary that have the form of a language code."""
+    return frozenset(filter(is_well_formed, tokenizer.get_vocab()))
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:

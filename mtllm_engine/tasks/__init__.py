@@ -24,6 +24,7 @@ ENGLISH = "eng_Latn"
 SPLITS = ("train", "validation", "test")
 SEPARATOR = "\n"  # between the parts of a text
 CODE = re.compile(r"(?<![A-Za-z])[a-z]{3}_[A-Z][a-z]{3}(?![A-Za-z])")
+KEY = re.compile(r"[A-Za-z0-9_-]+")  # in WebDataset a dot ends a key, and a slash makes a folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +65,9 @@ class Dataset:
             raise ValueError(f"{self.name}: unknown split {split!r}; the splits are {', '.join(SPLITS)}")
         reason = Absent(f"{folder}: {self.name} has no {split} examples in {language}")
         for code in [code for code, ours in self.languages.items() if ours == language] or [language]:
-            examples = self.reader(Path(folder), split, code)
             try:
-                return self._unique(next(examples), examples)
+                examples = self.reader(Path(folder), split, code)
+                return _distinct(self.name, itertools.chain([next(examples)], examples))
             except StopIteration:
                 continue
             except Absent as error:
@@ -88,14 +89,6 @@ class Dataset:
         except Absent:
             return False
         return True
-
-    def _unique(self, first: Example, rest: Iterator[Example]) -> Iterator[Example]:
-        keys: set[str] = set()
-        for example in itertools.chain([first], rest):
-            if example.key in keys:
-                raise ValueError(f"{self.name}: two examples have the key {example.key!r}")
-            keys.add(example.key)
-            yield example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +145,15 @@ def pack(examples: Iterable[Example], out: Path | str, *, language: str, licence
         language: What the encoder is given: `languages.resolve_language` says that of a benchmark's language.
 
     Raises:
-        ValueError: `out` is in use, or there are no examples.
+        ValueError: `out` is in use, there are no examples, two have one key, or a key is not fit for a file's name.
     """
     fields = {name: f"json.{name}" for name in ("text", *marks.NAMES)}
-    members = ((example.key, {name: getattr(example, name) for name in fields}) for example in examples)
+    distinct = _distinct(str(out), examples)
+    members = ((example.key, {name: getattr(example, name) for name in fields}) for example in distinct)
     return sources.pack_json(members, out, fields=fields, language=language, licence=licence)
 
 
+<<<<<<< HEAD
 def pack_split(task: Task, source: str, split: str, language: str, out: Path) -> Path:
     """Packs a split of `DATASET:FOLDER` in one of our languages; a corpus that is there is left as it is.
 
@@ -177,3 +172,14 @@ def find_dataset(task: Task, source: str) -> tuple[Dataset, Path]:
     if not colon or name not in task.datasets:
         raise ValueError(f"{source!r}: write DATASET:FOLDER; data sets of {task.name} are {', '.join(task.datasets)}")
     return task.datasets[name], Path(folder).expanduser()
+=======
+def _distinct(name: str, examples: Iterable[Example]) -> Iterator[Example]:
+    keys: set[str] = set()
+    for example in examples:
+        if example.key in keys:
+            raise ValueError(f"{name}: two examples have the key {example.key!r}")
+        if not KEY.fullmatch(example.key):
+            raise ValueError(f"{name}: the key {example.key!r} is not letters, digits, - and _ alone")
+        keys.add(example.key)
+        yield example
+>>>>>>> tasks
