@@ -1,8 +1,10 @@
 """Translation: what a text becomes does not depend on its company, its rank, or the run that first asked for it."""
 
+import functools
 import json
 import multiprocessing
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +32,7 @@ LEARNED = {
 }
 SHORT = list(LEARNED)
 TEXTS = [*SHORT, "", "  ", "a"]
+UNLEARNED = "fra_Latn"
 
 
 @pytest.fixture(scope="module")
@@ -55,43 +58,61 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(checkpoint: Path) -> dict[int, list[str]]:
-    """What transformers itself makes of each of SHORT alone, by the number of beams."""
+def alone(checkpoint: Path) -> Callable[..., list[str]]:
+    """What transformers itself makes of each of SHORT alone."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, src_lang=SOURCE)
     model = M2M100ForConditionalGeneration.from_pretrained(checkpoint).eval()
-    made: dict[int, list[str]] = {1: [], 2: []}
-    for num_beams, translations in made.items():
+
+    @functools.cache
+    def translations(target: str, num_beams: int, growth: float = 100.0) -> list[str]:
+        made = []
         for text in SHORT:
             ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=POSITIONS)
-            english = tokenizer.convert_tokens_to_ids("eng_Latn")
-            options = {"num_beams": num_beams, "max_new_tokens": POSITIONS - 1}
-            ids_BL = model.generate(**ids, forced_bos_token_id=english, **options)
-            translations += [text.strip() for text in tokenizer.batch_decode(ids_BL, skip_special_tokens=True)]
-    return made
+            longest = min(POSITIONS - 1, int(growth * ids["input_ids"].shape[1]))
+            forced = tokenizer.convert_tokens_to_ids(target)
+            ids_BL = model.generate(**ids, forced_bos_token_id=forced, num_beams=num_beams, max_new_tokens=longest)
+            made += [text.strip() for text in tokenizer.batch_decode(ids_BL, skip_special_tokens=True)]
+        return made
+
+    return translations
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 @pytest.mark.parametrize("max_tokens", [1, 130, 100_000])
 def test_translations_are_those_of_one_by_one(checkpoint, alone, tmp_path, num_beams, max_tokens):
-    options = {"max_tokens": max_tokens, "num_beams": num_beams}
-    made = translate(TEXTS, model=checkpoint, source=SOURCE, cache=tmp_path, world=build_world(), **options)
-    assert list(made.texts) == [*alone[num_beams], "", "  ", alone[num_beams][2]]
+    options = {"max_tokens": max_tokens, "num_beams": num_beams, "cache": tmp_path, "world": build_world()}
+    translator = Translator(checkpoint, **options)
+    made = translator(TEXTS, source=SOURCE)
+    expected = alone("eng_Latn", num_beams)
+    assert list(made.texts) == [*expected, "", "  ", expected[2]]
     assert made.texts[:5] == tuple(LEARNED.values())[:5]
     assert LEARNED[SHORT[5]].startswith(made.texts[5])
     assert (made.translated, made.cached, made.cut, made.unfinished) == (6, 0, 1, 1)
     assert made.wall_s > 0
+    assert list(translator(SHORT, source=SOURCE, target=UNLEARNED).texts) == alone(UNLEARNED, num_beams)
 
 
-@pytest.mark.parametrize("num_beams", [1, 2])
-def test_a_text_stops_at_its_own_limit_whatever_is_beside_it(checkpoint, tmp_path, monkeypatch, num_beams):
+def test_a_text_stops_at_its_own_limit_whatever_is_beside_it(checkpoint, alone, tmp_path, monkeypatch):
     monkeypatch.setattr(translation, "GROWTH", 1)
     monkeypatch.setattr(translation, "SLACK", 0)
-    options = {"cache": tmp_path, "world": build_world(), "num_beams": num_beams}
-    together = Translator(checkpoint, **options)(SHORT, source=SOURCE)
-    separate = Translator(checkpoint, max_tokens=1, **options | {"cache": tmp_path / "b"})(SHORT, source=SOURCE)
-    assert together.texts == separate.texts
-    assert together.unfinished == separate.unfinished == 2  # "a" and the longest
-    assert together.tokens == separate.tokens
+    made = Translator(checkpoint, cache=tmp_path, world=build_world())(SHORT, source=SOURCE)
+    assert list(made.texts) == alone("eng_Latn", 1, growth=1.0)
+    assert made.unfinished == 2  # "a" and the longest
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_every_beam_of_a_text_stops_at_its_limit(num_beams):
+    stops = translation._OwnLimit(torch.tensor([2, 4]))
+    for num_new, expected in ((1, [False, False]), (2, [True, False]), (3, [True, False]), (4, [True, True])):
+        stopped = stops(torch.zeros(2 * num_beams, 1 + num_new), None)
+        assert stopped.tolist() == [stop for stop in expected for _ in range(num_beams)]
+
+
+def test_what_is_beyond_the_limit_changes_nothing(checkpoint, tmp_path):
+    endings = ["tokens", "seed and text", "random"]
+    longer = [f"the longest of them goes beyond twelve {ending}" for ending in endings]
+    made = Translator(checkpoint, cache=tmp_path, world=build_world())(longer, source="deu_Latn", target=UNLEARNED)
+    assert len(set(made.texts)) == 1 and made.cut == 3
 
 
 def test_tokens_are_counted_to_the_end_token(checkpoint, tmp_path):
@@ -243,8 +264,9 @@ def test_two_ranks_translate_together_and_one_writes(checkpoint, alone, tmp_path
     finally:
         for rank in ranks:
             rank.kill()
+    expected = alone("eng_Latn", 1)
     for first, second in outcomes:
-        assert list(first.texts) == [*alone[1], "", "  ", alone[1][2]]
+        assert list(first.texts) == [*expected, "", "  ", expected[2]]
         assert (first.translated, first.cut, second.translated, second.cached) == (6, 1, 0, 6)
         assert first.tokens == outcomes[0][0].tokens > 20
     assert len(list((tmp_path / "0").iterdir())) == 1 and not (tmp_path / "1").exists()
