@@ -33,8 +33,8 @@ def weighted_macro_f1(
     classes_C = np.arange(num_classes)
     labelled_UC = labels_U[:, None] == classes_C
     predicted_UC = predictions_U[:, None] == classes_C
-    hits_XC = weights_XU @ (labelled_UC & predicted_UC).astype(float)
-    either_XC = weights_XU @ (labelled_UC.astype(float) + predicted_UC)
+    both_UC = np.concatenate([labelled_UC & predicted_UC, labelled_UC.astype(float) + predicted_UC], axis=1)
+    hits_XC, either_XC = np.split(weights_XU @ both_UC, 2, axis=1)
     return np.mean(2 * hits_XC / np.maximum(either_XC, 1), axis=1)
 
 

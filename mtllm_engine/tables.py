@@ -93,15 +93,18 @@ def plot(table: Table, path: Path) -> None:
     for axis, rows in zip(axes[0], panels):
         _plot_panel(axis, table, rows, len(panels[0]))
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 5), frameon=False)
-    figure.suptitle(f"{table.dataset}: {table.measure.replace('_', ' ')} in percent, 95 % intervals")
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
+    title = f"{table.dataset}: {table.measure.replace('_', ' ')} in percent, 95 % intervals"
+    if set(table.languages.values()) & set(MARKS):
+        title += "\n* fallback code, † encoder without the language"
+    figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 def _plot_panel(axis, table: Table, rows: Sequence[str], num_rows: int) -> None:
     """Rows from top to bottom, each with the systems one below the other."""
-    step = 0.7 / len(table.scores)
+    step = 0.6 / len(table.scores)
     for index, (system, scores) in enumerate(table.scores.items()):
         offset = (index - (len(table.scores) - 1) / 2) * step
         points = [(place + offset, scores[row]) for place, row in enumerate(rows) if row in scores]
