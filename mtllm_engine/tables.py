@@ -1,0 +1,182 @@
+"""Result tables and how they are shown: CSV, Markdown, and a picture."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+STATUSES = ("known", "fallback", "unknown")  # from best to worst: has a system's encoder the language
+COSTS = ("latency_s", "gpu_hours", "flops")
+AVERAGE, KNOWN = "average", "average, known"
+MARKS = {"fallback": "*", "unknown": "†"}
+COST_TITLES = {"latency_s": "s for 1,000 examples", "gpu_hours": "GPU-hours to make", "flops": "FLOPs to make"}
+ROW_INCHES, PANEL_ROWS, PANEL_INCHES = 0.26, 45, 5.2
+MARKERS = "osD^vPX*<>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A value from 0 to 1 (or a difference of two) with its interval, and its standard deviation over seeds if any."""
+
+    value: float
+    low: float
+    high: float
+    sd: float | None = None
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One measure on one dataset. Averages are over the languages for which every system has predictions."""
+
+    dataset: str
+    measure: str
+    languages: Mapping[str, str | None]  # with the worst status that a system reports
+    averaged: Mapping[str, Sequence[str]]  # AVERAGE and KNOWN (every system's encoder has it) -> their languages
+    scores: Mapping[str, Mapping[str, Score]]  # system -> language or average -> score
+    costs: Mapping[str, Mapping[str, float | None]]  # system -> COSTS, means over its files
+    chance: float | None  # accuracy of guessing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The paired difference ours - theirs of one measure on one dataset, on the same examples."""
+
+    dataset: str
+    measure: str
+    ours: str
+    theirs: str
+    scores: Mapping[str, Score]  # language or average -> difference
+
+
+def csv_text(tables: Sequence[Table]) -> str:
+    """A line for each dataset, measure and language or average; four columns a system, values from 0 to 1."""
+    systems = sorted({system for table in tables for system in table.scores})
+    kinds = {"": "value", " low": "low", " high": "high", " sd": "sd"}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [system + kind for system in systems for kind in kinds]
+    writer.writerow(["dataset", "measure", "language", "status", "languages", *names])
+    for table in tables:
+        for row in [*table.languages, *table.averaged]:
+            scores = [table.scores.get(system, {}).get(row) for system in systems]
+            found = [getattr(score, name, None) for score in scores for name in kinds.values()]
+            cells = ["" if value is None else f"{value:.6f}" for value in found]
+            count = len(table.averaged.get(row, [row]))
+            writer.writerow([table.dataset, table.measure, row, table.languages.get(row) or "", count, *cells])
+    return text.getvalue()
+
+
+def markdown(tables: Sequence[Table], comparisons: Sequence[Comparison], resamples: int) -> str:
+    """All tables, values in percent."""
+    note = f"Values in percent, [95 % bootstrap interval, {resamples} resamples], ± standard deviation over seeds."
+    marks = "A language marked * is given to an encoder by a fallback code; † has an encoder without it."
+    sections = [*map(_table_section, tables), *map(_comparison_section, comparisons)]
+    return "\n\n".join(["# Results", note, marks, *sections]) + "\n"
+
+
+def plot(table: Table, path: Path) -> None:
+    """Writes a picture: a dot with its interval for each system, languages from best to worst, averages on top."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = _panels([*table.averaged, *_ranked(table)])
+    height = max(2.0, ROW_INCHES * len(panels[0]) + 1.3)
+    size = (max(6.5, PANEL_INCHES * len(panels)), height)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained", sharex=True, squeeze=False)
+    for axis, rows in zip(axes[0], panels):
+        _plot_panel(axis, table, rows, len(panels[0]))
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
+    title = f"{table.dataset}: {table.measure.replace('_', ' ')} in percent, 95 % intervals"
+    if set(table.languages.values()) & set(MARKS):
+        title += "\n* fallback code, † encoder without the language"
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _plot_panel(axis, table: Table, rows: Sequence[str], num_rows: int) -> None:
+    """Rows from top to bottom, each with the systems one below the other."""
+    step = 0.6 / len(table.scores)
+    for index, (system, scores) in enumerate(table.scores.items()):
+        offset = (index - (len(table.scores) - 1) / 2) * step
+        points = [(place + offset, scores[row]) for place, row in enumerate(rows) if row in scores]
+        values = [100 * score.value for _, score in points]
+        # An interval of resampled values need not hold the value itself; matplotlib takes no negative lengths.
+        errors = [
+            [max(0.0, 100 * (score.value - score.low)) for _, score in points],
+            [max(0.0, 100 * (score.high - score.value)) for _, score in points],
+        ]
+        places = [place for place, _ in points]
+        marker = MARKERS[index % len(MARKERS)]
+        axis.errorbar(values, places, xerr=errors, fmt=marker, ms=4, lw=1, color=f"C{index}", label=system)
+    for place in range(0, len(rows), 2):
+        axis.axhspan(place - 0.5, place + 0.5, color="0.95", zorder=0)
+    if table.chance is not None:
+        axis.axvline(100 * table.chance, color="grey", ls="--", lw=1, label="guessing")
+    axis.set_yticks(range(len(rows)), [_label(table, row) for row in rows], fontsize=8)
+    for label, row in zip(axis.get_yticklabels(), rows):
+        label.set_fontweight("bold" if row in table.averaged else "normal")
+    axis.set_ylim(num_rows - 0.5, -0.5)
+    axis.grid(axis="x", alpha=0.3)
+
+
+def _panels(rows: Sequence[str]) -> list[Sequence[str]]:
+    """Rows in columns of at most PANEL_ROWS, as equally long as can be."""
+    count = -(-len(rows) // PANEL_ROWS)
+    length = -(-len(rows) // count)
+    return [rows[start : start + length] for start in range(0, len(rows), length)]
+
+
+def _ranked(table: Table) -> list[str]:
+    """Languages by the mean over their systems, the best first."""
+
+    def mean(language: str) -> float:
+        values = [scores[language].value for scores in table.scores.values() if language in scores]
+        return sum(values) / len(values)
+
+    return sorted(table.languages, key=lambda language: (-mean(language), language))
+
+
+def _label(table: Table, row: str) -> str:
+    if row in table.averaged:
+        return f"{row} ({len(table.averaged[row])})"
+    return row + MARKS.get(table.languages[row] or "", "")
+
+
+def _table_section(table: Table) -> str:
+    systems = list(table.scores)
+    lines = [_line([f"{table.dataset}, {table.measure}", *systems]), _line(["---"] + ["--:"] * len(systems))]
+    for row in [*table.languages, *table.averaged]:
+        lines.append(_line([_label(table, row), *(_cell(table.scores[system].get(row)) for system in systems)]))
+    for name in COSTS:
+        values = [table.costs[system][name] for system in systems]
+        if any(value is not None for value in values):
+            lines.append(_line([COST_TITLES[name], *("-" if value is None else f"{value:.4g}" for value in values)]))
+    return "\n".join(lines)
+
+
+def _comparison_section(comparison: Comparison) -> str:
+    title = f"{comparison.dataset}, {comparison.measure}: {comparison.ours} - {comparison.theirs}"
+    lines = [_line([title, "difference", "interval excludes 0"]), _line(["---", "--:", "---"])]
+    for row, score in comparison.scores.items():
+        lines.append(_line([row, _cell(score), "yes" if score.excludes_zero else "no"]))
+    return "\n".join(lines)
+
+
+def _cell(score: Score | None) -> str:
+    if score is None:
+        return "-"
+    spread = "" if score.sd is None else f" ± {100 * score.sd:.1f}"
+    return f"{100 * score.value:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]{spread}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
