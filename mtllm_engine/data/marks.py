@@ -88,7 +88,6 @@ def token_spans(spans: Sequence[Range], text: str, offsets_S2: np.ndarray, reade
     return np.array(found, np.int32).reshape(-1, 2)
 
 
-<<<<<<< HEAD
 def partners(text: str, student_offsets_S2: np.ndarray, teacher_offsets_T2: np.ndarray) -> np.ndarray:
     """Each student token's partner among the teacher's tokens, or -1, int32 (S,).
 
@@ -115,10 +114,10 @@ def _distinct_cores(text: str, offsets_S2: np.ndarray) -> tuple[np.ndarray, np.n
     is_text_S = (ends_S > starts_S) & (cores_S % len(is_space) > cores_S // len(is_space))
     cores, first, counts = np.unique(cores_S[is_text_S], return_index=True, return_counts=True)
     return cores[counts == 1], np.flatnonzero(is_text_S)[first[counts == 1]]
-=======
+
+
 def _shown(span: Range, text: str) -> str:
     return repr(text[slice(*span)][:40])
->>>>>>> tasks
 
 
 def parse_marks(values: Mapping[str, Any]) -> Marks:

@@ -153,7 +153,6 @@ def pack(examples: Iterable[Example], out: Path | str, *, language: str, licence
     return sources.pack_json(members, out, fields=fields, language=language, licence=licence)
 
 
-<<<<<<< HEAD
 def pack_split(task: Task, source: str, split: str, language: str, out: Path) -> Path:
     """Packs a split of `DATASET:FOLDER` in one of our languages; a corpus that is there is left as it is.
 
@@ -172,7 +171,8 @@ def find_dataset(task: Task, source: str) -> tuple[Dataset, Path]:
     if not colon or name not in task.datasets:
         raise ValueError(f"{source!r}: write DATASET:FOLDER; data sets of {task.name} are {', '.join(task.datasets)}")
     return task.datasets[name], Path(folder).expanduser()
-=======
+
+
 def _distinct(name: str, examples: Iterable[Example]) -> Iterator[Example]:
     keys: set[str] = set()
     for example in examples:
@@ -182,4 +182,3 @@ def _distinct(name: str, examples: Iterable[Example]) -> Iterator[Example]:
             raise ValueError(f"{name}: the key {example.key!r} is not letters, digits, - and _ alone")
         keys.add(example.key)
         yield example
->>>>>>> tasks
