@@ -37,35 +37,47 @@ class _Parser(argparse.ArgumentParser):
 def _build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mtllm")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_train(commands)
+    _add_launched(commands)
     _add_shards(commands)
     _add_languages(commands)
     return parser
 
 
-def _add_train(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("train", help="distil: stage 1, on one node's GPUs or on CPU ranks")
-    parser.add_argument("config", metavar="CONFIG", help="TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--gpus", type=int, metavar="N", help="ranks on this node (default: 1)", default=1)
-    parser.set_defaults(run=_train)
+def _add_launched(commands: argparse._SubParsersAction) -> None:
+    """What runs on one node's GPUs or on CPU ranks."""
+    for name, summary in (
+        ("train", "distil: stage 1, or stage 2 from a fine-tuned LLM"),
+        ("finetune", "teach the LLM (or the stack) a task in English"),
+        ("targets", "store the teacher's states beside the corpora"),
+        ("evaluate", "every system in every language, into one table"),
+    ):
+        parser = commands.add_parser(name, help=summary)
+        parser.add_argument("config", metavar="CONFIG", help="TOML file")
+        parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+        parser.add_argument("--gpus", type=int, metavar="N", help="ranks on this node (default: 1)", default=1)
+        parser.set_defaults(run=_launch, module=f"mtllm_engine.{name}")
 
 
-def _train(arguments: argparse.Namespace) -> int:
-    """Becomes `deepspeed --num_gpus N --module mtllm_engine.train ...`, with a port of its own."""
+def _launch(arguments: argparse.Namespace) -> int:
+    """Becomes `deepspeed --num_gpus N --module MODULE ...`, with a port of its own."""
     load(arguments.config, arguments.overrides)  # a mistake is told here, once, and not by every rank
     if arguments.gpus < 1:
         raise ValueError(f"--gpus must be at least 1, not {arguments.gpus}")
+    command = launcher(arguments.module, arguments.gpus)
+    sys.stdout.flush()
+    os.execv(sys.executable, [*command, arguments.config, *arguments.overrides])
+
+
+def launcher(module: str, gpus: int) -> list[str]:
+    """The command that starts a module's ranks on this node; sets what their environment needs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launcher = ["-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(arguments.gpus)]
-    launcher += ["--master_port", str(port), "--module", "mtllm_engine.train"]
     if not os.path.exists("/dev/nvidiactl"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("GOMP_SPINCOUNT", "0")  # ranks that share cores must not spin while they wait
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *launcher, arguments.config, *arguments.overrides])
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(gpus)]
+    return [*command, "--master_port", str(port), "--module", module]
 
 
 def _add_shards(commands: argparse._SubParsersAction) -> None:

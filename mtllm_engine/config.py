@@ -127,6 +127,17 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """`mtllm evaluate`: the LLM of model.teacher, alone or after translation, and the stack of model.start."""
+
+    systems: tuple[typing.Literal["llm", "translate_test", "stack"], ...] = ("llm", "translate_test", "stack")
+    languages: tuple[str, ...] = ()  # empty: all that task.test has
+    translator: str = ""  # an NLLB model, folder or hub id; "": model.encoder
+    num_beams: int = 1
+    results: str = ""  # a folder, which several seeds may share; "": `results` in run.dir
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     run: RunConfig
     model: ModelConfig
@@ -139,6 +150,7 @@ class Config:
     memory: MemoryConfig = MemoryConfig()
     zero: ZeroConfig = ZeroConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     deepspeed: dict[str, typing.Any] = field(default_factory=dict)  # merged over the derived DeepSpeed configuration
 
 
@@ -322,6 +334,8 @@ def _check(config: Config) -> None:
             f"model.base={config.model.base!r} is not sharded: set zero.stage=0 (one GPU), or model.base='full'",
         ),
         (config.checkpoint.every >= 1, "checkpoint.every must be at least 1"),
+        (config.evaluate.systems, "evaluate.systems is empty"),
+        (config.evaluate.num_beams >= 1, "evaluate.num_beams must be at least 1"),
         (config.checkpoint.keep >= 1, "checkpoint.keep must be at least 1"),
         (config.run.log_every >= 1, "run.log_every must be at least 1"),
         (config.run.validate_every >= 1, "run.validate_every must be at least 1"),

@@ -50,12 +50,19 @@ class Metrics:
 
     Args:
         measures: What an objective's moments, summed, come to: names and numbers.
+        flops: Of a student and of a teacher token.
     """
 
     def __init__(
-        self, config: Config, world: World, measures: Callable[[torch.Tensor], dict[str, float]], *, start: int
+        self,
+        config: Config,
+        world: World,
+        measures: Callable[[torch.Tensor], dict[str, float]],
+        flops: tuple[int, int],
+        *,
+        start: int,
     ) -> None:
-        self.config, self.world, self.measures, self.start = config, world, measures, start
+        self.config, self.world, self.measures, self.flops, self.start = config, world, measures, flops, start
         self.folder = Path(config.run.dir)
         self.pending: list[Record] = []
         self.flushed_s = time.perf_counter()
@@ -127,6 +134,7 @@ class Metrics:
             "pairs_per_s": pairs / step_s,
             "step_s": step_s,
             "data_wait": record.wait_s / step_s,
+            "flops": self.flops[0] * record.row["student_tokens"] + self.flops[1] * record.row["teacher_tokens"],
         }
 
     def _write(self, rows: list[dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,13 +42,14 @@ def train(config: Config, world: World) -> None:
     """
     config = world.on_main(lambda: prepare(config))
     stack, weights = world.together(lambda: build_stack(config))
+    flops = stack.flops(bool(config.data.targets))
     tokenizer = world.together(lambda: build_tokenizer(config, stack))
     stream = world.together(lambda: open_stream(config, tokenizer, world))
     engine = build_engine(config, shard(stack, weights, config, world), world)
     start = checkpoint.restore(config, world, engine, stream)
     world.on_main(lambda: _describe(config, world, stack, start))
     with (
-        Metrics(config, world, stack.objective.measures, start=start) as metrics,
+        Metrics(config, world, stack.objective.measures, flops, start=start) as metrics,
         _stop_requests(config) as stop_requested,
     ):
         if start == 0:
@@ -162,17 +163,17 @@ def step_seed(seed: int, step: int) -> int:
     return int(hash64(torch.tensor([step]).numpy(), seed)[0]) & 0xFFFFFFFF
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry of `deepspeed --module mtllm_engine.train`; DeepSpeed's launcher puts `--local_rank=N` first."""
+def run_command(function: Callable[[Config, World], None], module: str, argv: Sequence[str] | None = None) -> int:
+    """Entry of `deepspeed --module mtllm_engine.MODULE`; DeepSpeed's launcher puts `--local_rank=N` first."""
     arguments = [item for item in (sys.argv[1:] if argv is None else argv) if not item.startswith("--local_rank")]
     if not arguments or arguments[0].startswith("-"):
-        print("usage: deepspeed --num_gpus N --module mtllm_engine.train CONFIG [section.key=value ...]")
+        print(f"usage: deepspeed --num_gpus N --module mtllm_engine.{module} CONFIG [section.key=value ...]")
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     world = None
     try:
         config = configs.load(arguments[0], arguments[1:])
         world = connect()
-        train(config, world)
+        function(config, world)
     except (ValueError, OSError) as error:
         is_common = world is None or isinstance(error, Agreed)
         if not is_common or os.environ.get("RANK", "0") == "0":
@@ -182,6 +183,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     world.close()
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of `deepspeed --module mtllm_engine.train`."""
+    return run_command(train, "train", argv)
 
 
 def _describe(config: Config, world: World, stack: Stack, start: int) -> None:

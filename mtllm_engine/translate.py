@@ -11,7 +11,7 @@ import os
 import time
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from mtllm_engine.data.languages import check_language, nllb_token
 from mtllm_engine.data.tokenizers import load_tokenizer
 from mtllm_engine.model.pretrained import fingerprint, resolve
+from mtllm_engine.tasks import Example
 from mtllm_engine.world import World
 
 FORMAT = "mtllm-translations/1"
@@ -267,6 +268,52 @@ class _CacheFile:
             return json.dumps(self.settings).encode() + b"\n"
         file.seek(-1, os.SEEK_END)
         return b"" if file.read() == b"\n" else b"\n"
+
+
+def translate_examples(
+    examples: Sequence[Example], translator: Translator, *, source: str, target: str = "eng_Latn"
+) -> tuple[list[Example], int]:
+    """Examples in another language, and how many of their pieces came from the cache; ranges move with the text.
+
+    A text is translated in the pieces between its line breaks and its ranges' ends, so that a pair stays a pair and a
+    choice a choice; pieces without a letter stay as they are, and so do those whose translation would be blank.
+    """
+    pieces = [_pieces(example) for example in examples]
+    wanted = [piece.strip() for parts in pieces for piece in parts.values() if _has_letters(piece)]
+    done = translator(wanted, source=source, target=target)
+    known = dict(zip(wanted, done.texts))
+    return [_replaced(example, parts, known) for example, parts in zip(examples, pieces)], done.cached
+
+
+def _pieces(example: Example) -> dict[int, str]:
+    """A text's pieces by where they start."""
+    text = example.text
+    ranges = [*example.spans, *example.answers, *([example.cut] if example.cut else [])]
+    edges = {0, len(text), *(edge for each in ranges for edge in each)}
+    for place, character in enumerate(text):
+        if character in "\r\n":
+            edges |= {place, place + 1}
+    ordered = sorted(edges)
+    return {start: text[start:end] for start, end in zip(ordered, ordered[1:])}
+
+
+def _replaced(example: Example, pieces: Mapping[int, str], known: Mapping[str, str]) -> Example:
+    text, places = "", {}
+    for start, piece in pieces.items():
+        places[start] = len(text)
+        core = piece.strip()
+        text += piece.replace(core, known[core].strip() or core) if core in known else piece
+    places[len(example.text)] = len(text)
+    moved = {
+        name: tuple((places[start], places[end]) for start, end in getattr(example, name))
+        for name in ("spans", "answers")
+    }
+    cut = example.cut and (places[example.cut[0]], places[example.cut[1]])
+    return replace(example, text=text, cut=cut, **moved)
+
+
+def _has_letters(piece: str) -> bool:
+    return any(character.isalpha() for character in piece)
 
 
 def plan_batches(costs: Sequence[int], budget: int) -> list[list[int]]:

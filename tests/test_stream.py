@@ -435,7 +435,7 @@ def test_examples_carry_their_marks_and_spans_are_counted(tmp_path):
     with open_stream(tmp_path / "corpus", epochs=1, pack_documents=10, lanes=1, tokenizer=ExampleTokenizer()) as stream:
         step = agree(stream, build_world(), max_tokens=1000)
     (documents,) = step.micro_batches
-    assert (step.documents, step.spans) == (10, 6 * 2 + 4)
+    assert (step.totals.documents, step.totals.spans) == (10, 6 * 2 + 4)
     by_key = {document.key: document for document in documents}
     assert {key: document.label for key, document in by_key.items()} == {str(number): number for number in range(10)}
     assert by_key["3"].student_spans_P2.tolist() == by_key["3"].teacher_spans_P2.tolist() == [[1, 3], [6, 13]]

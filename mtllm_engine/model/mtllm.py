@@ -12,6 +12,7 @@ from mtllm_engine.kernels.attention import select
 from mtllm_engine.kernels.projection import projection
 from mtllm_engine.model.decoder import Decoder, Stream
 from mtllm_engine.model.encoder import Encoder
+from mtllm_engine.model.lora import LoraLinear
 from mtllm_engine.objective import Distillation, Finetuning, Head, Share
 from mtllm_engine.world import device_type
 
@@ -87,6 +88,22 @@ class Stack(nn.Module):
             inputs.append(self._text(batch, self.teacher, grad=False))
         hidden, streams = zip(*inputs)
         return self.objective(batch, totals, *self.decoder(hidden, streams))
+
+    def flops(self, stored_targets: bool) -> tuple[int, int]:
+        """Of a student's and of a teacher's token, before the stack is sharded; attention and adapters aside.
+
+        A weight costs 2 forward and 2 for the input's gradient; frozen ones have no gradient of their own.
+
+        Args:
+            stored_targets: The teacher does not run.
+        """
+        decoder = sum(each.weight.numel() for each in self.modules() if isinstance(each, LoraLinear))
+        if not self.reads_stack:
+            return 0, 4 * decoder
+        below = (item for module in (self.encoder.layers, self.projection) for item in module.parameters())
+        encoder = sum(item.numel() for item in below if item.dim() == 2)
+        teaches = isinstance(self.objective, Distillation) and not stored_targets
+        return 4 * decoder + 2 * encoder, 2 * decoder * teaches
 
     @property
     def leaves(self) -> list[nn.Module]:

@@ -189,7 +189,7 @@ def build_stack(config: Config) -> tuple[Stack, Weights]:
         run_checkpoint(folder) if folder else None for folder in (config.model.start, config.model.teacher)
     )
     with torch.device("meta"):
-        stack = Stack(config, encoder_config, decoder_config, _task_parts(config, teacher))
+        stack = Stack(config, encoder_config, decoder_config, _task_parts(config, start, teacher))
     weights = Weights(
         stack,
         Checkpoint(encoder_folder),
@@ -202,14 +202,15 @@ def build_stack(config: Config) -> tuple[Stack, Weights]:
     return stack, weights
 
 
-def _task_parts(config: Config, teacher: Checkpoint | None) -> TaskParts:
+def _task_parts(config: Config, start: Checkpoint | None, teacher: Checkpoint | None) -> TaskParts:
     """Raises: ValueError: The task is unknown, or the teacher's checkpoint is not of a fine-tuned LLM."""
     adapters = read_lora(teacher.folder) if teacher else None
     if not config.task.name or (config.objective.kind == "distil" and teacher is None):
         return TaskParts(teacher=adapters)
     task = load_task(config.task.name)
-    if teacher and not has_head(teacher):
-        raise ValueError(f"model.teacher: {teacher.folder} has no head.safetensors; it takes a run of `mtllm finetune`")
+    head_of = {"distil": teacher, "finetune": None, "evaluate": start}[config.objective.kind]
+    if head_of and not has_head(head_of):
+        raise ValueError(f"{head_of.folder} has no head.safetensors; it takes a run of `mtllm finetune`")
     per_choice = task.head == "choice"
     return TaskParts(
         outputs=task.num_choices if per_choice else len(task.labels), per_choice=per_choice, teacher=adapters

@@ -1,0 +1,213 @@
+"""Zero-shot evaluation: every system in every language, over all ranks, into one table.
+
+    deepspeed --num_gpus N --module mtllm_engine.evaluate CONFIG [section.key=value ...]
+
+The LLM of `model.teacher` reads the foreign text ("llm"), or its English translation ("translate_test"); the stack of
+`model.start` reads the foreign text through the MT encoder ("stack"). Nobody has seen a label but English ones.
+"""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from mtllm_engine import config as configs
+from mtllm_engine import results
+from mtllm_engine.config import Config
+from mtllm_engine.data.batch import collate
+from mtllm_engine.data.languages import Resolved, resolve_language
+from mtllm_engine.data.stream import agree, build_stream
+from mtllm_engine.data.tokenizers import PairTokenizer
+from mtllm_engine.engine import build_engine, shard
+from mtllm_engine.model.pretrained import build_stack, build_tokenizer, read_lora
+from mtllm_engine.results import Predictions
+from mtllm_engine.tasks import ENGLISH, Dataset, Example, Task, find_dataset, load_task, pack
+from mtllm_engine.train import run_command
+from mtllm_engine.translate import Translator, translate_examples
+from mtllm_engine.world import Agreed, World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Test:
+    """A test set in one language, and what the encoder is given for it."""
+
+    dataset: Dataset
+    folder: Path
+    language: str
+    resolved: Resolved
+
+    @property
+    def examples(self) -> Iterator[Example]:
+        return self.dataset.read(self.folder, "test", self.language)
+
+
+class Reader:
+    """The LLM, or the stack, with a task's head, loaded once for all test sets.
+
+    Args:
+        kind: "llm" or "stack": `objective.reader`.
+        checkpoint: A run's, with a head.
+    """
+
+    def __init__(self, config: Config, world: World, kind: str, checkpoint: str) -> None:
+        lora = world.together(lambda: read_lora(Path(checkpoint).expanduser()))
+        model = replace(config.model, start=checkpoint, teacher="")
+        objective = replace(config.objective, kind="evaluate", reader=kind)
+        self.config, self.world = replace(config, model=model, objective=objective, lora=lora), world
+        stack, weights = world.together(lambda: build_stack(self.config))
+        self.tokenizer = world.together(lambda: build_tokenizer(self.config, stack))
+        self.engine = build_engine(self.config, shard(stack, weights, self.config, world), world)
+
+    def __call__(self, corpus: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """Keys, labels (N,) and scores (N, C), of every document of a corpus, in its order, on every rank.
+
+        Raises:
+            ValueError: A document cannot be read, or not each was read once.
+        """
+        data = replace(self.config.data, validation=str(corpus), targets="", on_error="raise")
+        stream = self.world.together(
+            lambda: build_stream(data, self.tokenizer, self.world, seed=self.config.run.seed, epochs=1)
+        )
+        rows = []
+        with self.engine.evaluating():
+            while (work := agree(stream, self.world, self.config.memory.max_tokens)).totals.documents:
+                for documents in work.micro_batches:
+                    batch = collate(documents, step_seed=0, device=self.world.device, idle=work.idle)
+                    scores_NC = self.engine(batch, work.totals).outputs.scores_NC.float().cpu().numpy()
+                    rows += [(doc.row, doc.key, doc.label, scores_C) for doc, scores_C in zip(documents, scores_NC)]
+        stream.close()
+        rows = sorted((row for part in self.world.gather(rows) for row in part), key=lambda row: row[0])
+        shards = enumerate(stream.mixture.corpora[0].manifest.shards)
+        expected = [(0, number, index) for number, each in shards for index in range(each.samples)]
+        if [row[0] for row in rows] != expected:
+            raise Agreed(ValueError(f"{corpus}: {len(rows)} documents were scored of {len(expected)}"))
+        _, keys, labels, scores = zip(*rows)
+        return list(keys), np.array(labels), np.stack(scores)
+
+
+def evaluate(config: Config, world: World) -> None:
+    """Writes predictions and tables below `evaluate.results`; what is there of this seed is made again.
+
+    Raises:
+        ValueError: A checkpoint, a test set or a model is missing or unfit.
+    """
+    folder = results_folder(config)
+    task, tests, tokenizer = world.together(lambda: _prepare(config))
+    for kind, checkpoint in (("llm", config.model.teacher), ("stack", config.model.start)):
+        systems = [system for system in config.evaluate.systems if (system == "stack") == (kind == "stack")]
+        if not systems:
+            continue
+        spent = world.on_main(partial(cost, Path(checkpoint)))
+        reader = Reader(config, world, kind, checkpoint)
+        for system in systems:
+            translator = _translator(config, world) if system == "translate_test" else None
+            for test in tests:
+                found = _predict(config, world, task, reader, translator, test)
+                if found is not None:
+                    costs = {"gpu_hours": spent[0], "flops": spent[1]}
+                    world.on_main(partial(results.save, folder, replace(found, system=system, **costs)))
+    world.on_main(lambda: print(results.write(folder, baseline=_baseline(folder)).read_text()))
+
+
+def results_folder(config: Config) -> Path:
+    return Path(config.evaluate.results or Path(config.run.dir) / "results")
+
+
+def cost(checkpoint: Path) -> tuple[float | None, float | None]:
+    """GPU-hours and FLOPs that a checkpoint took to make, with the runs that it stands on; None: not known."""
+    run = checkpoint.expanduser().resolve().parent.parent
+    try:
+        config = configs.load(run / "config.toml")
+        ranks = json.loads((run / "environment.json").read_text())["world_size"]
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        steps = [(row["step_s"], row["flops"]) for row in rows if "loss" in row]
+    except (OSError, ValueError, KeyError):
+        return None, None
+    below = [cost(Path(folder)) for folder in (config.model.start, config.model.teacher) if folder]
+    if any(None in each for each in below):
+        return None, None
+    hours, flops = sum(each[0] for each in steps) * ranks / 3600, sum(each[1] for each in steps)
+    return hours + sum(each[0] for each in below), flops + sum(each[1] for each in below)
+
+
+def _prepare(config: Config) -> tuple[Task, list[Test], PairTokenizer]:
+    """Raises: ValueError: Something that evaluation needs is not configured, or has no test set."""
+    needed = {"llm": "model.teacher", "translate_test": "model.teacher", "stack": "model.start"}
+    for system in config.evaluate.systems:
+        key = needed[system]
+        if not getattr(config.model, key.partition(".")[2]):
+            raise ValueError(f"evaluate.systems has {system!r}, which needs {key}: a checkpoint with a head")
+    if not config.task.test:
+        raise ValueError("task.test names no test set; write DATASET:FOLDER")
+    task = load_task(config.task.name)
+    tokenizer = PairTokenizer(config.model.encoder, config.model.decoder, max_length=config.data.max_length)
+    tests = []
+    for source in config.task.test:
+        dataset, folder = find_dataset(task, source)
+        languages = config.evaluate.languages or dataset.present(folder, "test")
+        if not languages:
+            raise ValueError(f"task.test: {source} has no test examples in any language")
+        for language in languages:
+            resolved = resolve_language(language, tokenizer.languages, config.languages.fallback)
+            tests.append(Test(dataset=dataset, folder=folder, language=language, resolved=resolved))
+    return task, tests, tokenizer
+
+
+def _translator(config: Config, world: World) -> Translator:
+    cache = results_folder(config) / "translations"
+    model = config.evaluate.translator or config.model.encoder
+    return Translator(model, cache=cache, world=world, num_beams=config.evaluate.num_beams)
+
+
+def _predict(
+    config: Config, world: World, task: Task, reader: Reader, translator: Translator | None, test: Test
+) -> Predictions | None:
+    """What one reader says of a test set; None where its language has no token and the encoder is needed."""
+    needs_encoder = translator is not None or reader.config.objective.reader == "stack"
+    given = test.resolved.given
+    if needs_encoder and given is None:
+        return None
+    start_s, cached, examples = time.perf_counter(), 0, test.examples
+    if translator is not None and test.language != ENGLISH:
+        examples, cached = translate_examples(list(examples), translator, source=given)
+    # The LLM alone has no use for the encoder's token: any will do for the side that nobody reads.
+    language = given if reader.config.objective.reader == "stack" else ENGLISH
+    corpus = results_folder(config) / "corpus" / ("translated" if translator else reader.config.objective.reader)
+    corpus = corpus / test.dataset.name / test.language
+    world.on_main(lambda: _pack_anew(examples, corpus, language, test.dataset.licence))
+    keys, labels, scores_NC = reader(corpus)
+    wall_s = time.perf_counter() - start_s
+    return Predictions(
+        system="stack",
+        dataset=test.dataset.name,
+        language=test.language,
+        seed=config.run.seed,
+        metric=task.metric,
+        keys=keys,
+        labels=labels,
+        predictions=scores_NC.argmax(1),
+        num_classes=scores_NC.shape[1],
+        language_status=test.resolved.status if needs_encoder else None,
+        latency_s=None if cached else 1000 * wall_s / len(keys),  # translations from a file took no time
+    )
+
+
+def _pack_anew(examples: Iterable[Example], corpus: Path, language: str, licence: str) -> None:
+    """Nothing of an earlier evaluation is trusted: its texts may be other ones."""
+    shutil.rmtree(corpus, ignore_errors=True)
+    pack(examples, corpus, language=language, licence=licence)
+
+
+def _baseline(folder: Path) -> str | None:
+    """What the others are compared with: translate-test, if it is there."""
+    return "translate_test" if any(folder.glob("*/translate_test")) else None
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(evaluate, "evaluate"))
