@@ -172,14 +172,15 @@ class _Cell:
         self.runs = sorted(runs, key=lambda run: run.seed)
         first = self.runs[0]
         self.num_classes = first.num_classes
-        orders = [sorted(range(len(run.keys)), key=run.keys.__getitem__) for run in self.runs]
-        self.keys = [first.keys[index] for index in orders[0]]
-        self.labels = [_plain(first.labels)[index] for index in orders[0]]
-        self.predictions = []
-        for run, order in zip(self.runs, orders):
-            plain = _plain(run.labels)
-            _check_same(self, [run.keys[i] for i in order], [plain[i] for i in order], f"seed {run.seed}")
-            self.predictions.append([_plain(run.predictions)[index] for index in order])
+        self.keys, self.labels, self.predictions = sorted(first.keys), [], []
+        for run in self.runs:
+            order = sorted(range(len(run.keys)), key=run.keys.__getitem__)
+            keys, labels, answers = (
+                [column[index] for index in order] for column in (run.keys, _plain(run.labels), _plain(run.predictions))
+            )
+            self.labels = self.labels or labels
+            _check_same(self, keys, labels, f"seed {run.seed}")
+            self.predictions.append(answers)
 
     @property
     def name(self) -> str:
