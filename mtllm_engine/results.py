@@ -156,7 +156,7 @@ def write(folder: Path | str, *, baseline: str | None = None, resamples: int = 1
     tables = summarise(predictions, **options)
     others = sorted({item.system for item in predictions} - {baseline}) if baseline else []
     comparisons = [item for system in others for item in compare(predictions, system, baseline, **options)]
-    content = {"tables": [asdict(table) for table in tables], "comparisons": [asdict(item) for item in comparisons]}
+    content = {"tables": [asdict(table) for table in tables], "comparisons": [_as_dict(item) for item in comparisons]}
     _write(folder / "results.json", json.dumps(content, indent=1) + "\n")
     _write(folder / "results.csv", csv_text(tables))
     _write(folder / "results.md", markdown(tables, comparisons, resamples))
@@ -322,6 +322,11 @@ def _status(systems: Mapping[str, Mapping[str, _Cell]], language: str) -> str | 
 def _costs(runs: Sequence[Predictions]) -> dict[str, float | None]:
     found = {name: [getattr(run, name) for run in runs if getattr(run, name) is not None] for name in COSTS}
     return {name: float(np.mean(values)) if values else None for name, values in found.items()}
+
+
+def _as_dict(comparison: Comparison) -> dict[str, Any]:
+    excluding = [name for name, score in comparison.scores.items() if score.excludes_zero]
+    return asdict(comparison) | {"excludes_zero": excluding}
 
 
 def _check_same(cell: _Cell, keys: Sequence[str], labels: Sequence, other: str) -> None:
