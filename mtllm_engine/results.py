@@ -156,7 +156,7 @@ def write(folder: Path | str, *, baseline: str | None = None, resamples: int = 1
     tables = summarise(predictions, **options)
     others = sorted({item.system for item in predictions} - {baseline}) if baseline else []
     comparisons = [item for system in others for item in compare(predictions, system, baseline, **options)]
-    content = {"tables": [asdict(table) for table in tables], "comparisons": [asdict(item) for item in comparisons]}
+    content = {"tables": [asdict(table) for table in tables], "comparisons": [_as_dict(item) for item in comparisons]}
     _write(folder / "results.json", json.dumps(content, indent=1) + "\n")
     _write(folder / "results.csv", csv_text(tables))
     _write(folder / "results.md", markdown(tables, comparisons, resamples))
@@ -172,14 +172,15 @@ class _Cell:
         self.runs = sorted(runs, key=lambda run: run.seed)
         first = self.runs[0]
         self.num_classes = first.num_classes
-        orders = [sorted(range(len(run.keys)), key=run.keys.__getitem__) for run in self.runs]
-        self.keys = [first.keys[index] for index in orders[0]]
-        self.labels = [_plain(first.labels)[index] for index in orders[0]]
-        self.predictions = []
-        for run, order in zip(self.runs, orders):
-            plain = _plain(run.labels)
-            _check_same(self, [run.keys[i] for i in order], [plain[i] for i in order], f"seed {run.seed}")
-            self.predictions.append([_plain(run.predictions)[index] for index in order])
+        self.keys, self.labels, self.predictions = sorted(first.keys), [], []
+        for run in self.runs:
+            order = sorted(range(len(run.keys)), key=run.keys.__getitem__)
+            keys, labels, answers = (
+                [column[index] for index in order] for column in (run.keys, _plain(run.labels), _plain(run.predictions))
+            )
+            self.labels = self.labels or labels
+            _check_same(self, keys, labels, f"seed {run.seed}")
+            self.predictions.append(answers)
 
     @property
     def name(self) -> str:
@@ -321,6 +322,11 @@ def _status(systems: Mapping[str, Mapping[str, _Cell]], language: str) -> str | 
 def _costs(runs: Sequence[Predictions]) -> dict[str, float | None]:
     found = {name: [getattr(run, name) for run in runs if getattr(run, name) is not None] for name in COSTS}
     return {name: float(np.mean(values)) if values else None for name, values in found.items()}
+
+
+def _as_dict(comparison: Comparison) -> dict[str, Any]:
+    excluding = [name for name, score in comparison.scores.items() if score.excludes_zero]
+    return asdict(comparison) | {"excludes_zero": excluding}
 
 
 def _check_same(cell: _Cell, keys: Sequence[str], labels: Sequence, other: str) -> None:

@@ -1,4 +1,4 @@
-"""What predictions are worth: accuracy, macro-F1, exact match and token F1, and how sure that is (bootstrap).
+"""What predictions are worth: macro-F1, exact match, token F1; and how sure a value is (bootstrap).
 
 Shapes, beside the project's legend (data/batch.py): N examples, U distinct outcomes, X resamples, C classes.
 """
@@ -14,11 +14,6 @@ import numpy as np
 CONFIDENCE = 0.95
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-
-
-def accuracy(labels_N: np.ndarray, predictions_N: np.ndarray) -> float:
-    """The share of predictions that are the label."""
-    return float(np.mean(labels_N == predictions_N))
 
 
 def macro_f1(labels_N: np.ndarray, predictions_N: np.ndarray, num_classes: int) -> float:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtllm_engine import results, scores
+from mtllm_engine import results, scores, tables
 from mtllm_engine.results import Predictions
 from mtllm_engine.tables import AVERAGE, KNOWN
 
@@ -44,10 +44,10 @@ def test_accuracy_and_macro_f1_are_their_definitions(data, num_classes, n):
     item = replace(
         build(n=n), labels=np.array(labels), predictions=np.array(answers), num_classes=num_classes, metric="macro_f1"
     )
-    tables = {table.measure: table for table in results.summarise([item], resamples=2)}
-    assert tables["macro_f1"].scores["mt-llm"]["swh_Latn"].value == pytest.approx(sum(f1) / num_classes)
+    by_measure = {table.measure: table for table in results.summarise([item], resamples=2)}
+    assert by_measure["macro_f1"].scores["mt-llm"]["swh_Latn"].value == pytest.approx(sum(f1) / num_classes)
     right = sum(label == answer for label, answer in zip(labels, answers))
-    assert tables["accuracy"].scores["mt-llm"]["swh_Latn"].value == pytest.approx(right / n)
+    assert by_measure["accuracy"].scores["mt-llm"]["swh_Latn"].value == pytest.approx(right / n)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +235,14 @@ def test_a_damaged_file_is_refused(tmp_path, damage):
         results.load(tmp_path)
 
 
+@given(st.integers(1, 300))
+def test_a_picture_shows_every_row_once(num_rows):
+    rows = [str(index) for index in range(num_rows)]
+    panels = tables._panels(rows)
+    assert [row for panel in panels for row in panel] == rows
+    assert all(0 < len(panel) <= len(panels[0]) <= tables.PANEL_ROWS for panel in panels)
+
+
 def test_the_table_is_written_as_csv_json_markdown_and_picture(tmp_path: Path):
     for system, language in [("llm", "deu_Latn"), ("mt-llm", "deu_Latn"), ("mt-llm", "nij_Latn")]:
         status = "fallback" if language == "nij_Latn" else "known"
@@ -251,7 +259,10 @@ def test_the_table_is_written_as_csv_json_markdown_and_picture(tmp_path: Path):
     )
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored["tables"][0]["scores"]["mt-llm"]["nij_Latn"]["low"] == score.low
-    assert stored["comparisons"][0]["scores"].keys() == {"deu_Latn", AVERAGE, KNOWN}
+    (comparison,) = stored["comparisons"]
+    assert comparison["scores"].keys() == {"deu_Latn", AVERAGE, KNOWN}
+    differing = [name for name, score in comparison["scores"].items() if not score["low"] <= 0 <= score["high"]]
+    assert comparison["excludes_zero"] == differing
     text = path.read_text()
     cell = f"{100 * score.value:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}] ± {100 * score.sd:.1f}"
     assert f"| nij_Latn* | - | {cell} |" in text and "| s for 1,000 examples | 2 | 2 |" in text
