@@ -339,7 +339,7 @@ def test_attention_backends_agree():
 
 
 def test_attention_on_a_cpu_keeps_its_output_once():
-    """Beside q, k and v: however many runs of equal documents there are, and with one number a token and head."""
+    """The very tensor that the next linear keeps, q, k and v, and one number a token and head; however many runs."""
     case = {"lengths": (3, 5, 5, 2), "heads": 4, "kv_heads": 2, "width": 8, "causal": False}
     arguments = attention.inputs(torch.Generator().manual_seed(0), torch.float32, **case)
     kept: dict[int, int] = {}
@@ -348,6 +348,7 @@ def test_attention_on_a_cpu_keeps_its_output_once():
     ):
         out_SHK = attention.implementations["torch SDPA"].function(**arguments)
     tensors = [out_SHK, *(arguments[name] for name in ("q_SHK", "k_SGK", "v_SGK"))]
+    assert {x.data_ptr() for x in tensors} <= kept.keys()
     assert sum(kept.values()) == sum(x.nbytes for x in tensors) + out_SHK.nbytes // 8
 
 
