@@ -2,15 +2,16 @@
 
 import argparse
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from mtllm_engine import recipe
 from mtllm_engine.config import load
 from mtllm_engine.data import shards, sources
 from mtllm_engine.data.languages import NAMES, SCRIPTS, check_language, nllb_token
+from mtllm_engine.world import launcher
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +39,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mtllm")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_launched(commands)
+    _add_recipes(commands)
     _add_shards(commands)
     _add_languages(commands)
     return parser
@@ -68,16 +70,15 @@ def _launch(arguments: argparse.Namespace) -> int:
     os.execv(sys.executable, [*command, arguments.config, *arguments.overrides])
 
 
-def launcher(module: str, gpus: int) -> list[str]:
-    """The command that starts a module's ranks on this node; sets what their environment needs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    if not os.path.exists("/dev/nvidiactl"):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ.setdefault("GOMP_SPINCOUNT", "0")  # ranks that share cores must not spin while they wait
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(gpus)]
-    return [*command, "--master_port", str(port), "--module", module]
+def _add_recipes(commands: argparse._SubParsersAction) -> None:
+    run = commands.add_parser("run", help="the whole method from one file, going on where it broke")
+    run.add_argument("recipe", metavar="RECIPE", help="TOML file")
+    run.add_argument("overrides", nargs="*", metavar="section.key=value")
+    run.set_defaults(run=lambda arguments: recipe.run(recipe.load(arguments.recipe, arguments.overrides)))
+    sweep = commands.add_parser("sweep", help="a recipe at every combination of settings: quality against compute")
+    sweep.add_argument("recipe", metavar="RECIPE", help="TOML file")
+    sweep.add_argument("overrides", nargs="+", metavar="section.key=a,b")
+    sweep.set_defaults(run=lambda arguments: recipe.sweep(arguments.recipe, arguments.overrides))
 
 
 def _add_shards(commands: argparse._SubParsersAction) -> None:

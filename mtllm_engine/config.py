@@ -131,6 +131,7 @@ class EvaluateConfig:
     """`mtllm evaluate`: the LLM of model.teacher, alone or after translation, and the stack of model.start."""
 
     systems: tuple[typing.Literal["llm", "translate_test", "stack"], ...] = ("llm", "translate_test", "stack")
+    stack_name: str = "stack"  # what tables call it
     languages: tuple[str, ...] = ()  # empty: all that task.test has
     translator: str = ""  # an NLLB model, folder or hub id; "": model.encoder
     num_beams: int = 1
@@ -160,6 +161,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ValueError: A key or value is not valid; the message names the dotted key.
     """
+    return from_dict(read(path, overrides))
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, typing.Any]:
+    """A TOML file's tables with overrides applied, not yet checked.
+
+    Raises:
+        ValueError: There is no such file, or it or an override is not valid TOML.
+    """
     path = Path(path)
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -169,7 +179,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
     for override in overrides:
         _override(tree, override)
-    return from_dict(tree)
+    return tree
 
 
 def from_dict(tree: Mapping[str, typing.Any]) -> Config:
@@ -316,7 +326,7 @@ def _check(config: Config) -> None:
         (data.prefetch >= 1, "data.prefetch must be at least 1"),
         (optim.steps >= 0 and optim.epochs >= 0, "optim.steps and optim.epochs must be 0 or above"),
         (
-            min(optim.steps, optim.epochs) == 0 < max(optim.steps, optim.epochs),
+            min(optim.steps, optim.epochs) == 0 and (max(optim.steps, optim.epochs) > 0 or config.task.test),
             "optim.epochs or optim.steps must be above 0, and the other 0",
         ),
         (optim.steps or data.pack_documents, "optim.epochs needs data.pack_documents, which fixes a step's documents"),
@@ -363,7 +373,7 @@ def _task_rules(config: Config) -> list[tuple[object, str]]:
     data, task, objective, model = config.data, config.task, config.objective, config.model
     finetunes = objective.kind == "finetune"
     return [
-        (data.train or task.train, "data.train names no corpus"),
+        (data.train or task.train or task.test, "data.train names no corpus"),
         (not (data.train and task.train), "task.train and data.train are both set; leave data.train empty"),
         *(
             (task.name or not getattr(task, key), f"task.{key} needs task.name")

@@ -111,7 +111,8 @@ def evaluate(config: Config, world: World) -> None:
                 found = _predict(config, world, task, reader, translator, test)
                 if found is not None:
                     costs = {"gpu_hours": spent[0], "flops": spent[1]}
-                    world.on_main(partial(results.save, folder, replace(found, system=system, **costs)))
+                    name = config.evaluate.stack_name if system == "stack" else system
+                    world.on_main(partial(results.save, folder, replace(found, system=name, **costs)))
     world.on_main(lambda: print(results.write(folder, baseline=_baseline(folder)).read_text()))
 
 

@@ -1,8 +1,9 @@
 """Predictions in files, and what they come to: one table of every system in every language, with intervals.
 
 A system's value in a language is its mean over seeds. Its interval is the 95 % percentile bootstrap over the examples;
-seeds share the examples, so they are resampled together. An average counts every language alike; languages are
-resampled independently of each other, also where their test sets are translations of one another.
+seeds share the examples, so they are resampled together. An average counts every language alike, but
+English, which the task was learned in; languages are resampled independently of each other, also where their test sets
+are translations of one another.
 """
 
 import json
@@ -29,6 +30,7 @@ from mtllm_engine.scores import (
 from mtllm_engine.tables import AVERAGE, COSTS, KNOWN, STATUSES, Comparison, Score, Table, csv_text, markdown, plot
 
 FORMAT = "mtllm-predictions/1"
+TRAINED = "eng_Latn"  # what tasks are learned in: no average counts it
 MEASURES = {  # what is reported of a task's metric
     "accuracy": ("accuracy",),
     "macro_f1": ("macro_f1", "accuracy"),
@@ -249,7 +251,8 @@ def _metric(dataset: str, systems: Mapping[str, Mapping[str, _Cell]]) -> str:
 
 def _table(dataset: str, measure: str, systems: Mapping[str, Mapping[str, _Cell]], resamples: int, seed: int) -> Table:
     languages = {language: _status(systems, language) for language in sorted(set().union(*systems.values()))}
-    common = [language for language in languages if all(language in cells for cells in systems.values())]
+    foreign = [language for language in languages if language != TRAINED]
+    common = [language for language in foreign if all(language in cells for cells in systems.values())]
     averaged = {AVERAGE: common, KNOWN: [language for language in common if languages[language] == "known"]}
     averaged = {name: members for name, members in averaged.items() if members}
     scores, costs = {}, {}
@@ -290,9 +293,10 @@ def _differences(
         means = [np.mean(list(cell.by_seed(measure).values())) for cell in pair]
         values[language] = float(means[0] - means[1])
     systems = {"ours": ours, "theirs": theirs}
-    known = [language for language in values if _status(systems, language) == "known"]
+    foreign = [language for language in values if language != TRAINED]
+    known = [language for language in foreign if _status(systems, language) == "known"]
     scores = {language: _score({}, samples[language], values[language]) for language in values}
-    for name, members in ((AVERAGE, list(values)), (KNOWN, known)):
+    for name, members in ((AVERAGE, foreign), (KNOWN, known)):
         if members:
             average = float(np.mean([values[language] for language in members]))
             scores[name] = _score({}, np.mean([samples[item] for item in members], axis=0), average)

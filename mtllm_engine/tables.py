@@ -102,6 +102,44 @@ def plot(table: Table, path: Path) -> None:
     pyplot.close(figure)
 
 
+def plot_compute(points: Sequence[Mapping[str, object]], path: Path) -> None:
+    """Quality against what it took to make, over settings: PATH.csv, PATH.md and PATH.png.
+
+    Args:
+        points: setting, dataset, measure, system, value, low, high, and COSTS, the same keys in each.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(points[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(points)
+    columns = ["setting", "dataset", "measure", "system", "average", *(COST_TITLES[name] for name in COSTS)]
+    lines = [_line(columns), _line(["---"] * 4 + ["--:"] * 4)]
+    for point in points:
+        costs = ["" if point[name] is None else f"{point[name]:.4g}" for name in COSTS]
+        average = f"{100 * point['value']:.1f} [{100 * point['low']:.1f}, {100 * point['high']:.1f}]"
+        lines.append(_line([*(str(point[name]) for name in columns[:4]), average, *costs]))
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for number, system in enumerate(sorted({point["system"] for point in points})):
+        mine = [point for point in points if point["system"] == system]
+        costs = [point["flops"] or point["gpu_hours"] or 0 for point in mine]
+        values = [100 * point["value"] for point in mine]
+        errors = [[100 * (p["value"] - p["low"]) for p in mine], [100 * (p["high"] - p["value"]) for p in mine]]
+        axis.errorbar(costs, values, errors, fmt=MARKERS[number % len(MARKERS)], capsize=3, label=system, alpha=0.8)
+        for point, cost, value in zip(mine, costs, values):
+            axis.annotate(point["setting"], (cost, value), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    axis.set(xlabel="FLOPs to make", ylabel="average over foreign languages, percent")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+    pyplot.close(figure)
+
+
 def _plot_panel(axis, table: Table, rows: Sequence[str], num_rows: int) -> None:
     """Rows from top to bottom, each with the systems one below the other."""
     step = 0.6 / len(table.scores)

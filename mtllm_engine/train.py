@@ -83,10 +83,14 @@ def prepare(config: Config) -> Config:
         if config.task.validation:
             data = replace(data, validation=str(_pack(task, config.task.validation, "validation", corpus)))
         config = replace(config, data=data, task=replace(config.task, train="", validation=""))
+    if not config.data.train:
+        raise ValueError("data.train names no corpus, and task.train no files")
     if config.optim.epochs:
         samples = sum(Manifest.load(path).samples for path in config.data.train)
         steps = math.ceil(config.optim.epochs * samples / (config.data.lanes * config.data.pack_documents))
         config = replace(config, optim=replace(config.optim, steps=steps, epochs=0.0))
+    if not config.optim.steps:
+        raise ValueError("optim.epochs or optim.steps must be above 0")
     return config
 
 

@@ -2,6 +2,8 @@
 
 import datetime
 import os
+import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -127,3 +129,15 @@ def _share_cores(local_size: int) -> None:
     """CPU ranks split the cores between them; more threads than cores makes OpenMP wait for itself."""
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // local_size))
+
+
+def launcher(module: str, gpus: int) -> list[str]:
+    """The command that starts a module's ranks on this node; sets what their environment needs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    if not os.path.exists("/dev/nvidiactl"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")  # ranks that share cores must not spin while they wait
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(gpus)]
+    return [*command, "--master_port", str(port), "--module", module]

@@ -1,0 +1,222 @@
+"""The whole method from one file: stage 1, the task in English, stage 2, evaluation; once or over settings.
+
+A recipe is a training configuration shared by all steps, and what each step has of its own in tables named after it:
+
+    [recipe]            dir, gpus, seeds
+    [model] [lora] ...  as in any configuration; [task] and [evaluate] too
+    [stage1.data] [stage1.optim] [finetune.optim] [distil.optim] ...
+
+Stage 1 runs once; fine-tuning, distillation and evaluation run for each seed. A step that is done is not run again.
+"""
+
+import hashlib
+import itertools
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtllm_engine import config as configs
+from mtllm_engine import results
+from mtllm_engine.config import Config, dumps, from_dict
+from mtllm_engine.tables import AVERAGE, plot_compute
+from mtllm_engine.world import launcher
+
+TABLES = ("stage1", "finetune", "distil")
+KEYS = {"dir": str, "gpus": int, "seeds": list}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One launch of one module: its name is its folder's, and its configuration's beside it."""
+
+    name: str
+    module: str
+    config: Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A recipe's jobs, in the order in which they run."""
+
+    folder: Path
+    gpus: int
+    jobs: tuple[Job, ...]
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results"
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe and every configuration in it, before anything runs.
+
+    Raises:
+        ValueError: A key or value of some step is not valid; the message names step and key.
+    """
+    tree = configs.read(path, overrides)
+    own = _own_keys(tree.pop("recipe", {}), path)
+    steps = {name: tree.pop(name, {}) for name in TABLES}
+    folder = Path(own["dir"])
+    jobs = [_job(*made) for made in _trees(tree, steps, folder, own["seeds"])]
+    return Recipe(folder=folder, gpus=own["gpus"], jobs=tuple(jobs))
+
+
+def run(recipe: Recipe) -> int:
+    """Runs what is not done yet; the exit status of the first job that fails, after which the rest is left.
+
+    Raises:
+        ValueError: A job that is done had another configuration.
+    """
+    pending = [job for job in recipe.jobs if not _is_done(recipe, job)]
+    for number, job in enumerate(pending, start=1):
+        print(f"\n[{number}/{len(pending)}] {job.name}", flush=True)
+        path = recipe.folder / f"{job.name}.toml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(dumps(job.config), encoding="utf-8")
+        if status := subprocess.run([*launcher(job.module, recipe.gpus), str(path)]).returncode:
+            print(f"mtllm: error: {job.name} failed; run the same command again to go on from there", file=sys.stderr)
+            return status
+        _marker(recipe, job).write_text(_digest(job) + "\n")
+    return 0
+
+
+def sweep(path: str | Path, settings: Sequence[str]) -> int:
+    """Runs a recipe at every combination of settings `key=a,b`, and compares quality with what it took to make.
+
+    Writes sweep.csv, sweep.md and sweep.png into the recipe's folder.
+
+    Raises:
+        ValueError: As `load`; no key has several values.
+    """
+    fixed, varied = _varied(settings)
+    if not varied:
+        raise ValueError("no key has several values; write key=a,b, such as stage1.optim.steps=0,1000")
+    folder, points = load(path, fixed).folder / "sweep", []
+    for values in itertools.product(*varied.values()):
+        chosen = [f"{key}={value}" for key, value in zip(varied, values)]
+        name = ",".join(f"{key.rpartition('.')[2]}={Path(value).name}" for key, value in zip(varied, values))
+        recipe = load(path, [*fixed, *chosen, f"recipe.dir={folder / name}"])
+        print(f"\n{name}", flush=True)
+        if status := run(recipe):
+            return status
+        points += [{"setting": name, **point} for point in _points(recipe)]
+    plot_compute(points, folder.parent / "sweep")
+    print(f"\n{folder.parent / 'sweep.md'}\n\n{(folder.parent / 'sweep.md').read_text()}")
+    return 0
+
+
+def _points(recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """Each system's average over the foreign languages, and what it took to make."""
+    for table in results.summarise(results.load(recipe.results)):
+        for system, scores in table.scores.items():
+            score = scores.get(AVERAGE)
+            if score is not None:
+                row = {"dataset": table.dataset, "measure": table.measure, "system": system, "value": score.value}
+                yield row | {"low": score.low, "high": score.high, **table.costs[system]}
+
+
+def _own_keys(given: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    own = {"gpus": 1, "seeds": [0], **given}
+    for key, value in own.items():
+        if key not in KEYS:
+            raise ValueError(f"unknown key: recipe.{key}; there are {', '.join(KEYS)}")
+        if type(value) is not KEYS[key]:
+            raise ValueError(f"recipe.{key} must be of type {KEYS[key].__name__}, not {value!r}")
+    if "dir" not in own:
+        raise ValueError(f"missing key: recipe.dir in {path}")
+    if own["gpus"] < 1 or not own["seeds"] or any(type(seed) is not int for seed in own["seeds"]):
+        raise ValueError("recipe.gpus must be at least 1, recipe.seeds a list of whole numbers")
+    return own
+
+
+def _trees(
+    shared: Mapping[str, Any], steps: Mapping[str, Any], folder: Path, seeds: Sequence[int]
+) -> Iterator[tuple[str, str, dict]]:
+    """(name, module, configuration as a tree) of each job."""
+    start = ""
+    task = shared.get("task", {})
+    untasked = {name: table for name, table in shared.items() if name not in ("task", "evaluate")}
+    if steps["stage1"].get("optim", {}).get("steps", 1):
+        made = {"run": {"dir": str(folder / "stage1")}}
+        yield "stage1", "train", _merged(untasked, steps["stage1"], made)
+        start = str(folder / "stage1" / "checkpoints" / "latest")
+    english = {key: value for key, value in task.items() if key != "test"}
+    for seed in seeds:
+        names = {step: f"{step}-{seed}" for step in ("finetune", "distil", "evaluate")}
+        own = {step: {"run": {"dir": str(folder / name), "seed": seed}} for step, name in names.items()}
+        best = {step: str(folder / name / "checkpoints" / "best") for step, name in names.items()}
+        objective = {"objective": {"kind": "finetune", "reader": "llm"}, "task": english}
+        yield names["finetune"], "finetune", _merged(untasked, objective, steps["finetune"], own["finetune"])
+        made = {"model": {"start": start, "teacher": best["finetune"]}, "task": english}
+        distil = _merged(untasked, made, steps["distil"], own["distil"])
+        if distil.get("data", {}).get("targets"):
+            yield f"targets-{seed}", "targets", distil
+        yield names["distil"], "train", distil
+        made = {"model": {"start": best["distil"], "teacher": best["finetune"]}}
+        made |= {"task": {key: value for key, value in task.items() if key in ("name", "test")}}
+        made |= {
+            "evaluate": {"results": str(folder / "results")},
+        }
+        data = {"data": steps["distil"].get("data", {}), "evaluate": shared.get("evaluate", {})}
+        yield names["evaluate"], "evaluate", _merged(untasked, data, made, own["evaluate"])
+
+
+def _job(name: str, module: str, tree: dict) -> Job:
+    try:
+        return Job(name=name, module=f"mtllm_engine.{module}", config=from_dict(tree))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections joined, later trees over earlier ones."""
+    merged: dict[str, Any] = {}
+    for tree in trees:
+        for section, table in tree.items():
+            merged[section] = merged.get(section, {}) | table
+    return merged
+
+
+def _marker(recipe: Recipe, job: Job) -> Path:
+    return recipe.folder / f"{job.name}.done"
+
+
+def _digest(job: Job) -> str:
+    return hashlib.sha256(dumps(job.config).encode()).hexdigest()
+
+
+def _is_done(recipe: Recipe, job: Job) -> bool:
+    marker = _marker(recipe, job)
+    if not marker.is_file():
+        return False
+    if marker.read_text().strip() != _digest(job):
+        raise ValueError(f"{job.name} was made with other settings; remove {marker} and its folder, or set recipe.dir")
+    return True
+
+
+def _varied(settings: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Settings of one value, as they are, and keys of several values."""
+    fixed, varied = [], {}
+    for setting in settings:
+        key, _, text = setting.partition("=")
+        values = _split(text)
+        if len(values) > 1:
+            varied[key] = values
+        else:
+            fixed.append(setting)
+    return fixed, varied
+
+
+def _split(text: str) -> list[str]:
+    """At commas outside brackets: a list is one value."""
+    values, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            values.append("")
+        else:
+            values[-1] += character
+    return values
