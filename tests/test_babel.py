@@ -75,7 +75,7 @@ def test_the_task_needs_knowledge_that_only_documents_state(seed: int):
     for split, examples in splits.items():
         texts = [words(world.english.say(clause)) for clause, _ in examples]
         assert not set().union(*texts) & TOPIC_WORDS
-        assert all(len(text & names(world, split)) == 1 for text in texts)
+        assert all(len(text & names(world, split)) == 2 for text in texts)
         assert sorted(category for _, category in examples) == sorted(CATEGORIES * 30)
     for one, other in itertools.combinations(world.entities, 2):
         assert not names(world, one) & names(world, other)

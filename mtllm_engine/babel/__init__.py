@@ -61,7 +61,7 @@ def build_sized(folder: Path, size: Size, seed: int) -> dict:
         ("sib200", lambda path: _write_task(path, world, size)),
         ("llm", lambda path: _build_llm(path, world, size)),
         ("mt", lambda path: _build_mt(path, world, size)),
-        ("report.json", lambda path: path.write_text(json.dumps(_report(folder, world), indent=1))),
+        ("report.json", lambda path: path.write_text(json.dumps(_report(folder, world, min(200, size.lines)), indent=1))),
     ):
         _once(folder / name, write)
     return json.loads((folder / "report.json").read_text())
@@ -92,8 +92,8 @@ def _write_corpus(folder: Path, world: World, size: Size) -> None:
     folder.mkdir()
     held_out = max(1, size.documents // 20)
     for name, count, sentences in (
-        ("train", size.documents, (2, 4)),
-        ("validation", held_out, (2, 4)),
+        ("train", size.documents, (1, 3)),
+        ("validation", held_out, (1, 3)),
         ("long", held_out, (5, 200)),
     ):
         texts = world.documents(name, count, sentences=sentences)
@@ -138,15 +138,15 @@ def _said(world: World, language: Language) -> list[str]:
     return [language.say(clause) for clause in world.meanings[: language.pairs]]
 
 
-def _report(folder: Path, world: World) -> dict:
+def _report(folder: Path, world: World, num_lines: int) -> dict:
     """How well the models do on held-out lines."""
     started = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(folder / "mt")
     model = AutoModelForSeq2SeqLM.from_pretrained(folder / "mt").eval()
-    clauses = world.lines("devtest", 200)
+    clauses = world.lines("devtest", num_lines)
     languages = [_language_row(world, language, clauses, tokenizer, model) for language in world.languages]
     llm = LlamaForCausalLM.from_pretrained(folder / "llm").eval()
-    texts = world.documents("validation", 200)
+    texts = world.documents("validation", num_lines)
     return {
         "languages": languages,
         "models": {

@@ -3,6 +3,7 @@
 What is written are ordinary Hugging Face checkpoints.
 """
 
+import math
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -249,7 +250,7 @@ def perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, text
     """Of the texts' tokens; documents count by their batches, whose sizes are about alike."""
     loss, documents = next_token_loss(model), sorted(encode(tokenizer, texts), key=len)
     losses = [loss(*_pad(group, 0)).item() for group in _groups(documents, 4096)]
-    return 2.718281828459045 ** (sum(losses) / len(losses))
+    return math.exp(sum(losses) / len(losses))
 
 
 def _translation_loss(model: M2M100ForConditionalGeneration) -> Callable[..., torch.Tensor]:

@@ -192,7 +192,7 @@ SKETCHES = (
         prefixes=False,
         consonants="bcdflmnprstv",
         vowels="aeio",
-        pairs=1500,
+        pairs=3000,
         cognates=0.2,
         parent="qac_Latn",
         sounds={"p": "b", "t": "d", "c": "g", "a": "e", "o": "u"},
@@ -206,7 +206,7 @@ SKETCHES = (
         prefixes=False,
         consonants="fghklrwz",
         vowels="eiou",
-        pairs=500,
+        pairs=1000,
     ),
     Sketch(
         code="qaf_Latn",
@@ -217,7 +217,7 @@ SKETCHES = (
         prefixes=False,
         consonants="ptkmnsly",
         vowels="aeiou",
-        pairs=500,
+        pairs=1000,
         parent="qaa_Latn",
         sounds={"p": "f", "t": "s", "k": "h", "e": "i", "l": "r"},
     ),
@@ -250,7 +250,7 @@ class World:
         """What a test set of translation means, line by line."""
         return list(self._plain_clauses(f"lines/{split}", count))
 
-    def documents(self, split: str, count: int, *, sentences: tuple[int, int] = (2, 4)) -> list[str]:
+    def documents(self, split: str, count: int, *, sentences: tuple[int, int] = (1, 3)) -> list[str]:
         """English documents of so many sentences (at least, at most; log-uniform), each about one entity at a time."""
         rng = self._rng(f"documents/{split}")
         low, high = sentences
@@ -258,26 +258,27 @@ class World:
         return [" ".join(itertools.islice(self._story(rng), length)) for length in lengths]
 
     def task(self, split: str, count: int) -> list[tuple[Clause, str]]:
-        """Clauses that mention an entity of the split, and its category; every entity is as frequent as any other."""
+        """Clauses that mention two entities of the split and of one category, and that category; all equally often."""
         rng = self._rng(f"task/{split}")
-        entities = self.entities[split]
-        examples = [
-            (_neutral(rng, entities[number % len(entities)]), entities[number % len(entities)].category)
-            for number in range(count)
-        ]
+        examples = []
+        for number in range(count):
+            category = CATEGORIES[number % len(CATEGORIES)]
+            members = [entity for entity in self.entities[split] if entity.category == category]
+            examples.append((_meeting(rng, rng.sample(members, 2)), category))
         rng.shuffle(examples)
         return examples
 
     def _plain_clauses(self, what: str, count: int) -> Iterator[Clause]:
         rng = self._rng(what)
         for _ in range(count):
-            yield _meeting(rng, self.everyone) if rng.random() < NAMED else _medley(rng)
+            named = rng.sample(self.everyone, rng.choice((1, 2, 2, 3)))
+            yield _meeting(rng, named) if rng.random() < NAMED else _medley(rng)
 
     def _story(self, rng: random.Random) -> Iterator[str]:
         """Endless sentences: one that only mentions an entity, some that tell what it has to do with, the next one."""
         while True:
             entity = rng.choice(self.everyone)
-            yield self.english.say(_neutral(rng, entity))
+            yield self.english.say(_meeting(rng, [entity]))
             for _ in range(rng.randint(1, 3)):
                 yield self.english.say(_fact(rng, entity))
 
@@ -300,9 +301,10 @@ def build_world(seed: int, pairs: float = 1.0) -> World:
 
 
 def _entities(rng: random.Random) -> dict[str, tuple[Entity, ...]]:
+    """Twelve of each category: six to train on, two to choose by, four to test with."""
     names = rng.sample(list(itertools.product(FIRST, SECOND)), 12 * len(CATEGORIES))
     entities = [Entity(name=name, category=category) for name, category in zip(names, itertools.cycle(CATEGORIES))]
-    bounds = [6 * len(CATEGORIES), 7 * len(CATEGORIES)]
+    bounds = [6 * len(CATEGORIES), 8 * len(CATEGORIES)]
     return {
         "train": tuple(entities[: bounds[0]]),
         "dev": tuple(entities[bounds[0] : bounds[1]]),
@@ -310,26 +312,17 @@ def _entities(rng: random.Random) -> dict[str, tuple[Entity, ...]]:
     }
 
 
-def _neutral(rng: random.Random, entity: Entity) -> Clause:
-    """A clause with the entity in one of its places, and nothing that tells what it has to do with."""
-    return _about(rng, {rng.choice("SOP"): entity})
-
-
 def _meeting(rng: random.Random, entities: Sequence[Entity]) -> Clause:
-    """A clause with one to three entities of any categories."""
-    parts = rng.sample("SOP", rng.choice((1, 2, 2, 3)))
-    return _about(rng, dict(zip(parts, rng.sample(entities, len(parts)))))
-
-
-def _about(rng: random.Random, entities: Mapping[str, Entity]) -> Clause:
+    """A clause with the entities in some of its places, and nothing that tells what they have to do with."""
     things = {part: _common(rng, NOUNS, plural=part == "O") for part in "SOP"}
-    things |= {part: Thing(noun=entity.name) for part, entity in entities.items()}
+    named = dict(zip(rng.sample("SOP", len(entities)), entities))
+    things |= {part: Thing(noun=entity.name) for part, entity in named.items()}
     return Clause(
         subject=things["S"],
         verb=rng.choice(VERBS),
         object=things["O"],
         tense=rng.choice(TENSES),
-        place=(rng.choice(PLACES), things["P"]) if "P" in entities or rng.random() < 0.4 else None,
+        place=(rng.choice(PLACES), things["P"]) if "P" in named or rng.random() < 0.4 else None,
         time=rng.choice(TIMES) if rng.random() < 0.3 else "",
     )
 
