@@ -31,7 +31,7 @@ class Size:
 
 
 SIZES = {
-    "small": Size(documents=6000, pairs=1.0, examples=1260, lines=420, width=128, mt_steps=1500, llm_steps=500),
+    "small": Size(documents=6000, pairs=1.0, examples=1260, lines=420, width=128, mt_steps=2200, llm_steps=600),
     "medium": Size(documents=12000, pairs=2.0, examples=2520, lines=840, width=192, mt_steps=4000, llm_steps=1500),
 }
 
@@ -61,7 +61,10 @@ def build_sized(folder: Path, size: Size, seed: int) -> dict:
         ("sib200", lambda path: _write_task(path, world, size)),
         ("llm", lambda path: _build_llm(path, world, size)),
         ("mt", lambda path: _build_mt(path, world, size)),
-        ("report.json", lambda path: path.write_text(json.dumps(_report(folder, world, min(200, size.lines)), indent=1))),
+        (
+            "report.json",
+            lambda path: path.write_text(json.dumps(_report(folder, world, min(200, size.lines)), indent=1)),
+        ),
     ):
         _once(folder / name, write)
     return json.loads((folder / "report.json").read_text())

@@ -28,7 +28,6 @@ from transformers import (
 
 MAX_TOKENS = 128
 MAX_POSITIONS = 1024
-WARMUP_STEPS = 40
 POOL = 20  # batches of translations that are drawn together and sorted by length, so that little is padding
 NEW_TOKENS = 40  # of a translation, at most
 
@@ -76,7 +75,7 @@ def build_mt(
     steps: int,
     pairs: int = 24,
     pivot: float = 0.6,
-    temperature: float = 2.0,
+    temperature: float = 3.0,
     vocab_size: int = 2000,
     width: int = 128,
     encoder_layers: int = 3,
@@ -99,7 +98,7 @@ def build_mt(
     model = M2M100ForConditionalGeneration(nllb_config(len(tokenizer), width, encoder_layers, decoder_layers))
     lines = {language: _source_ids(tokenizer, language, texts) for language, texts in said.items()}
     batches = _pair_batches(lines, pairs, pivot, temperature, tokenizer.pad_token_id)
-    losses = train(model, _translation_loss(model), batches, steps=steps, lr=lr, title=title)
+    losses = train(model, _translation_loss(model), batches, steps=steps, lr=lr, warmup=100, title=title)
     _save(folder, model, tokenizer)
     return losses
 
@@ -185,11 +184,12 @@ def train(
     steps: int,
     lr: float,
     title: str,
+    warmup: int = 40,
 ) -> list[float]:
-    """Trains in place, with a linear warm-up and decay; returns the loss of each step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    """Trains in place, with a linear warm-up (`warmup` steps) and decay; returns the loss of each step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARMUP_STEPS, (steps - step) / steps)
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / steps)
     )
     losses = []
     with tqdm(range(steps), desc=title, unit="step") as progress:

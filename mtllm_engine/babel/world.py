@@ -192,7 +192,7 @@ SKETCHES = (
         prefixes=False,
         consonants="bcdflmnprstv",
         vowels="aeio",
-        pairs=3000,
+        pairs=1500,
         cognates=0.2,
         parent="qac_Latn",
         sounds={"p": "b", "t": "d", "c": "g", "a": "e", "o": "u"},
@@ -206,7 +206,7 @@ SKETCHES = (
         prefixes=False,
         consonants="fghklrwz",
         vowels="eiou",
-        pairs=1000,
+        pairs=300,
     ),
     Sketch(
         code="qaf_Latn",
@@ -217,7 +217,7 @@ SKETCHES = (
         prefixes=False,
         consonants="ptkmnsly",
         vowels="aeiou",
-        pairs=1000,
+        pairs=300,
         parent="qaa_Latn",
         sounds={"p": "f", "t": "s", "k": "h", "e": "i", "l": "r"},
     ),
@@ -244,11 +244,13 @@ class World:
     @cached_property
     def meanings(self) -> tuple[Clause, ...]:
         """What the MT data mean: a language has said the first `pairs` of them. No sentence has a name and a topic."""
-        return tuple(self._plain_clauses("parallel", max(language.pairs for language in self.languages)))
+        return tuple(itertools.islice(self._plain_clauses("parallel"), self.english.pairs))
 
     def lines(self, split: str, count: int) -> list[Clause]:
-        """What a test set of translation means, line by line."""
-        return list(self._plain_clauses(f"lines/{split}", count))
+        """What a test set of translation means, line by line; nothing that the MT data mean too."""
+        trained = set(self.meanings)
+        clauses = (clause for clause in self._plain_clauses(f"lines/{split}") if clause not in trained)
+        return list(itertools.islice(clauses, count))
 
     def documents(self, split: str, count: int, *, sentences: tuple[int, int] = (1, 3)) -> list[str]:
         """English documents of so many sentences (at least, at most; log-uniform), each about one entity at a time."""
@@ -268,9 +270,9 @@ class World:
         rng.shuffle(examples)
         return examples
 
-    def _plain_clauses(self, what: str, count: int) -> Iterator[Clause]:
+    def _plain_clauses(self, what: str) -> Iterator[Clause]:
         rng = self._rng(what)
-        for _ in range(count):
+        while True:
             named = rng.sample(self.everyone, rng.choice((1, 2, 2, 3)))
             yield _meeting(rng, named) if rng.random() < NAMED else _medley(rng)
 
