@@ -42,6 +42,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_recipes(commands)
     _add_shards(commands)
     _add_languages(commands)
+    _add_babel(commands)
     return parser
 
 
@@ -166,6 +167,23 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     print(shards.show(arguments.folder))
+    return 0
+
+
+def _add_babel(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("babel", help="a synthetic multilingual world with two tiny trained models")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    build = actions.add_parser("build", help="write its texts and benchmarks, train its models")
+    build.add_argument("folder", type=Path, metavar="DIR")
+    build.add_argument("--size", default="small", metavar="SIZE", help="small or medium (default: small)")
+    build.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another world (default: 0)")
+    build.set_defaults(run=_build_babel)
+
+
+def _build_babel(arguments: argparse.Namespace) -> int:
+    from mtllm_engine import babel  # imports torch, transformers and sentencepiece
+
+    print(babel.table(babel.build(arguments.folder, arguments.size, arguments.seed)))
     return 0
 
 

@@ -1,0 +1,192 @@
+"""A synthetic multilingual world: two tiny trained models and benchmark files, in the formats of the real ones."""
+
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from mtllm_engine.babel.models import build_llm, build_mt, perplexity, translate
+from mtllm_engine.babel.world import CATEGORIES, ENGLISH, Clause, Language, World, build_world
+
+NAME = re.compile(r"\b[a-z]*[A-Z]\w*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much there is of everything, and how long the models learn."""
+
+    documents: int  # of corpus/train.jsonl
+    pairs: float  # of MT training data, as a multiple of the languages' own numbers
+    examples: int  # of the task's training set
+    lines: int  # of each test set: the task's, and each of FLORES'
+    width: int
+    mt_steps: int
+    llm_steps: int
+
+
+SIZES = {
+    "small": Size(documents=6000, pairs=1.0, examples=1260, lines=420, width=128, mt_steps=2200, llm_steps=600),
+    "medium": Size(documents=12000, pairs=2.0, examples=2520, lines=840, width=192, mt_steps=4000, llm_steps=1500),
+}
+
+
+def build(folder: Path, size: str = "small", seed: int = 0) -> dict:
+    """Writes the world and trains its models; what exists is complete, because it got its name last, and is left alone.
+
+    Returns:
+        What `table` shows: how well the models do, by language.
+
+    Raises:
+        ValueError: There is no such size, or the folder holds another world.
+    """
+    if size not in SIZES:
+        raise ValueError(f"--size {size} is none of {', '.join(SIZES)}")
+    _claim(folder, {"size": size, "seed": seed})
+    disable_progress_bar()  # saving a small model needs none
+    return build_sized(folder, SIZES[size], seed)
+
+
+def build_sized(folder: Path, size: Size, seed: int) -> dict:
+    """As `build`, of any size."""
+    world = build_world(seed, size.pairs)
+    for name, write in (
+        ("corpus", lambda path: _write_corpus(path, world, size)),
+        ("flores200_dataset", lambda path: _write_flores(path, world, size)),
+        ("sib200", lambda path: _write_task(path, world, size)),
+        ("llm", lambda path: _build_llm(path, world, size)),
+        ("mt", lambda path: _build_mt(path, world, size)),
+        (
+            "report.json",
+            lambda path: path.write_text(json.dumps(_report(folder, world, min(200, size.lines)), indent=1)),
+        ),
+    ):
+        _once(folder / name, write)
+    return json.loads((folder / "report.json").read_text())
+
+
+def table(report: dict) -> str:
+    """The languages, one a line, and the LLM."""
+    rows = [list(report["languages"][0]), *(list(map(_cell, row.values())) for row in report["languages"])]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, "", *(f"{name}: {_cell(value)}" for name, value in report["models"].items())])
+
+
+def _claim(folder: Path, identity: dict) -> None:
+    """Makes the folder this world's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "babel.json"
+    _once(path, lambda draft: draft.write_text(json.dumps(identity)))
+    found = json.loads(path.read_text())
+    if found != identity:
+        raise ValueError(
+            f"{folder} holds the {found['size']} world of seed {found['seed']}; remove it or name another folder"
+        )
+
+
+def _write_corpus(folder: Path, world: World, size: Size) -> None:
+    """Stage 1's text; of `long.jsonl`, a third of the documents or more have over 512 tokens on either side."""
+    folder.mkdir()
+    held_out = max(1, size.documents // 20)
+    for name, count, sentences in (
+        ("train", size.documents, (1, 3)),
+        ("validation", held_out, (1, 3)),
+        ("long", held_out, (5, 200)),
+    ):
+        texts = world.documents(name, count, sentences=sentences)
+        lines = (json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _write_flores(folder: Path, world: World, size: Size) -> None:
+    for split in ("dev", "devtest"):
+        (folder / split).mkdir(parents=True)
+        clauses = world.lines(split, size.lines)
+        for language in world.languages:
+            lines = (language.say(clause) + "\n" for clause in clauses)
+            (folder / split / f"{language.code}.{split}").write_text("".join(lines), encoding="utf-8")
+
+
+def _write_task(folder: Path, world: World, size: Size) -> None:
+    """SIB-200's layout; only English has a training set."""
+    splits = {"train": size.examples, "dev": size.lines, "test": size.lines}
+    for split, count in splits.items():
+        examples = world.task(split, count)
+        for language in world.languages if split != "train" else (world.english,):
+            place = folder / "data" / "annotated" / language.code
+            place.mkdir(parents=True, exist_ok=True)
+            rows = [f"{n}\t{category}\t{language.say(clause)}\n" for n, (clause, category) in enumerate(examples)]
+            (place / f"{split}.tsv").write_text("".join(["index_id\tcategory\ttext\n", *rows]), encoding="utf-8")
+            (place / "labels.txt").write_text("\n".join(CATEGORIES) + "\n")
+
+
+def _build_llm(folder: Path, world: World, size: Size) -> None:
+    documents = world.documents("train", size.documents)
+    build_llm(folder, documents, steps=size.llm_steps, width=size.width, vocab_size=900, seed=world.seed)
+
+
+def _build_mt(folder: Path, world: World, size: Size) -> None:
+    said = {language.code: _said(world, language) for language in world.languages}
+    build_mt(folder, said, steps=size.mt_steps, width=size.width, seed=world.seed)
+
+
+def _said(world: World, language: Language) -> list[str]:
+    """A language's side of the MT training data."""
+    return [language.say(clause) for clause in world.meanings[: language.pairs]]
+
+
+def _report(folder: Path, world: World, num_lines: int) -> dict:
+    """How well the models do on held-out lines."""
+    started = time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "mt")
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder / "mt").eval()
+    clauses = world.lines("devtest", num_lines)
+    languages = [_language_row(world, language, clauses, tokenizer, model) for language in world.languages]
+    llm = LlamaForCausalLM.from_pretrained(folder / "llm").eval()
+    texts = world.documents("validation", num_lines)
+    return {
+        "languages": languages,
+        "models": {
+            "LLM perplexity": perplexity(llm, AutoTokenizer.from_pretrained(folder / "llm"), texts),
+            "LLM parameters": llm.num_parameters(),
+            "MT parameters": model.num_parameters(),
+            "seconds for this table": time.perf_counter() - started,
+        },
+    }
+
+
+def _language_row(world: World, language: Language, clauses: Sequence[Clause], tokenizer, model) -> dict:
+    lines = [language.say(clause) for clause in clauses]
+    tokenizer.src_lang = language.code
+    num_pieces = sum(len(tokenizer(line, add_special_tokens=False)["input_ids"]) for line in lines)
+    wanted = [world.english.say(clause) for clause in clauses]
+    got = wanted if language.code == ENGLISH else translate(model, tokenizer, lines, language.code)
+    named = [(NAME.findall(a), NAME.findall(b)) for a, b in zip(wanted, got)]
+    return {
+        "language": language.code,
+        "order": language.order,
+        "MT lines": language.pairs,
+        "pieces/word": num_pieces / sum(len(line.split()) for line in lines),
+        "English cognates": language.cognates,
+        "like": language.parent or "-",
+        "lines translated": sum(a == b for a, b in zip(wanted, got)) / len(wanted),
+        "names translated": sum(a == b for a, b in named if a) / sum(bool(a) for a, _ in named),
+    }
+
+
+def _cell(value: object) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _once(path: Path, build: Callable[[Path], object]) -> None:
+    """Builds a file or folder beside its place and moves it there once complete; does nothing if it is there."""
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+            build(Path(folder) / path.name)
+            (Path(folder) / path.name).rename(path)

@@ -1,0 +1,198 @@
+"""The synthetic world: languages differ, no fact leaks, files have their published layouts, models load."""
+
+import csv
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaForCausalLM
+
+from mtllm_engine import babel, cli
+from mtllm_engine.babel.world import CATEGORIES, CONTENT, TOPICS, World, build_world
+from mtllm_engine.model.pretrained import build_stack
+from tiny import build_config
+
+TINY = babel.Size(documents=120, pairs=0.05, examples=84, lines=42, width=32, mt_steps=3, llm_steps=3)
+SEEDS = [0, 7]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A world whose models have hardly learned anything."""
+    folder = tmp_path_factory.mktemp("babel")
+    babel.build_sized(folder, TINY, seed=7)
+    return folder
+
+
+def names(world: World, *splits: str) -> set[str]:
+    return {world.english.name(entity.name) for split in splits for entity in world.entities[split]}
+
+
+def words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text))
+
+
+def topics(category: str) -> set[str]:
+    """Words of a category in any form that English gives them."""
+    nouns, verb = TOPICS[category]
+    return {form for noun in nouns for form in (noun, noun + "s")} | {verb, verb + "s", verb + "ed"}
+
+
+TOPIC_WORDS = set().union(*map(topics, CATEGORIES))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_world_is_a_function_of_its_seed(seed: int):
+    one, again, other = build_world(seed), build_world(seed), build_world(seed + 1)
+    assert one == again and one.meanings == again.meanings
+    for draw in (lambda world: world.documents("train", 20), lambda world: world.task("test", 20)):
+        assert draw(one) == draw(again) != draw(other)
+    assert all(ours.roots != theirs.roots for ours, theirs in zip(one.foreign, other.foreign))
+    assert one.entities != other.entities
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_translations_never_state_a_fact(seed: int):
+    world = build_world(seed)
+    everyone = names(world, *world.entities)
+    said = [
+        world.english.say(clause)
+        for clause in (*world.meanings, *world.lines("dev", 200), *world.lines("devtest", 200))
+    ]
+    named = [words(line) for line in said if words(line) & everyone]
+    assert len(named) > len(said) / 2 and set().union(*named) >= everyone
+    assert not set().union(*named) & TOPIC_WORDS
+    assert set().union(*map(words, said)) >= TOPIC_WORDS & set(CONTENT)  # the encoder knows the words all the same
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_task_needs_knowledge_that_only_documents_state(seed: int):
+    world = build_world(seed)
+    splits = {split: world.task(split, 210) for split in world.entities}
+    for split, examples in splits.items():
+        texts = [words(world.english.say(clause)) for clause, _ in examples]
+        assert not set().union(*texts) & TOPIC_WORDS
+        assert all(len(text & names(world, split)) == 2 for text in texts)
+        assert sorted(category for _, category in examples) == sorted(CATEGORIES * 30)
+    for one, other in itertools.combinations(world.entities, 2):
+        assert not names(world, one) & names(world, other)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_documents_state_what_each_entity_has_to_do_with(seed: int):
+    world = build_world(seed)
+    facts = {world.english.name(entity.name): set() for entity in world.everyone}
+    for document in world.documents("train", 6000):
+        for sentence in document.split("."):
+            for name in words(sentence) & set(facts):
+                facts[name] |= words(sentence) & TOPIC_WORDS
+    for entity in world.everyone:
+        assert facts[world.english.name(entity.name)] >= set(TOPICS[entity.category][0])
+        assert facts[world.english.name(entity.name)] <= topics(entity.category)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_languages_differ_but_for_relatives(seed: int):
+    world = build_world(seed)
+    shared = {}
+    for one, other in itertools.combinations(world.languages, 2):
+        same = sum(one.roots[word] == other.roots[word] for word in CONTENT) / len(CONTENT)
+        assert same < 0.15, (one.code, other.code)
+        shared[one.code, other.code] = _alike(one.roots, other.roots)
+    relatives = {(language.parent, language.code) for language in world.foreign if language.parent}
+    assert len(relatives) == 2
+    assert min(shared[pair] for pair in relatives) > 1.5 * max(shared[pair] for pair in shared.keys() - relatives)
+    assert len({language.order for language in world.languages}) == len(world.languages)
+
+
+def _alike(ours: dict[str, str], theirs: dict[str, str]) -> float:
+    """The share of the words of which half the letters stand at the same place."""
+    matches = [sum(a == b for a, b in zip(ours[word], theirs[word])) / len(ours[word]) for word in CONTENT]
+    return sum(match >= 0.5 for match in matches) / len(matches)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_two_words_of_a_language_are_one(seed: int):
+    world = build_world(seed)
+    for language in world.languages:
+        assert len({language.name(entity.name) for entity in world.everyone}) == len(world.everyone)
+        assert len(set(language.roots.values())) == len(CONTENT)
+
+
+def test_files_have_their_published_layouts(folder: Path):
+    world = build_world(7, TINY.pairs)
+    codes = [language.code for language in world.languages]
+    for split in ("dev", "devtest"):
+        files = sorted((folder / "flores200_dataset" / split).iterdir())
+        assert [file.name for file in files] == sorted(f"{code}.{split}" for code in codes)
+        assert {len(file.read_text().splitlines()) for file in files} == {TINY.lines}
+    annotated = folder / "sib200" / "data" / "annotated"
+    rows = {}
+    for path in annotated.rglob("*.tsv"):
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            rows[path.parent.name, path.stem] = list(reader)
+            assert reader.fieldnames == ["index_id", "category", "text"]
+    assert set(rows) == {(code, split) for code in codes for split in ("dev", "test")} | {("eng_Latn", "train")}
+    for (code, split), found in rows.items():
+        assert {row["category"] for row in found} == set(CATEGORIES)
+        assert len({row["index_id"] for row in found}) == len(found)
+        same = rows["eng_Latn", split]  # line-parallel, as SIB-200 is
+        assert [(row["index_id"], row["category"]) for row in found] == [
+            (row["index_id"], row["category"]) for row in same
+        ]
+        assert code == "eng_Latn" or all(row["text"] != other["text"] for row, other in zip(found, same))
+    for name in ("train", "validation", "long"):
+        lines = (folder / "corpus" / f"{name}.jsonl").read_text().splitlines()
+        assert all(set(json.loads(line)) == {"text"} for line in lines)
+
+
+def test_a_third_of_the_long_documents_is_cut():
+    long = build_world(0).documents("long", 100, sentences=(5, 200))
+    lengths = [len(re.findall(r"\w+|\.", text)) for text in long]  # no tokenizer makes fewer tokens than words
+    assert sum(length > 512 for length in lengths) >= 0.3 * len(lengths)
+
+
+def test_models_are_ordinary_checkpoints(folder: Path):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "mt", src_lang="qaa_Latn")
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder / "mt")
+    codes = [language.code for language in build_world(7).languages]
+    assert all(tokenizer.convert_tokens_to_ids(code) != tokenizer.unk_token_id for code in codes)
+    inputs = tokenizer("mapo", return_tensors="pt")
+    assert inputs["input_ids"][0, 0] == tokenizer.convert_tokens_to_ids("qaa_Latn")
+    english = tokenizer.convert_tokens_to_ids("eng_Latn")
+    translation_BL = model.generate(**inputs, forced_bos_token_id=english, max_new_tokens=4)
+    assert translation_BL[0, 1] == english
+    llm = LlamaForCausalLM.from_pretrained(folder / "llm")
+    text = "the old dog greets Danlan."
+    ids_BL = AutoTokenizer.from_pretrained(folder / "llm")(text, return_tensors="pt")["input_ids"]
+    assert torch.isfinite(llm(ids_BL).logits).all()
+    paths = {"encoder": str(folder / "mt"), "decoder": str(folder / "llm"), "causal": True}
+    stack, weights = build_stack(build_config(folder, model=paths))
+    assert weights.read("decoder.embedding.weight", 0, 8).shape == (8,) and len(stack.decoder.layers) == 4
+
+
+def test_what_exists_is_left_alone(folder: Path):
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    (folder / "report.json").unlink()
+    report = babel.build_sized(folder, TINY, seed=7)
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert after.keys() == before.keys()
+    assert [path for path in after if after[path] != before[path]] == [folder / "report.json"]
+    shown = babel.table(report)
+    assert all(row["language"] in shown for row in report["languages"])
+    assert len(report["languages"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [("--size huge", "--size huge is none of small, medium"), ("--seed 8", "holds the small world of seed 7")],
+)
+def test_a_mistake_is_one_line(arguments: str, message: str, tmp_path: Path, capsys):
+    (tmp_path / "babel.json").write_text('{"size": "small", "seed": 7}')
+    assert cli.main(["babel", "build", str(tmp_path), *arguments.split()]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and message in errors[0]
