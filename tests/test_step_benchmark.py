@@ -148,11 +148,10 @@ def test_the_padding_free_stack_agrees_where_its_kernels_are_stood_in_for(folder
 
 
 def test_a_quantised_base_beside_full_baselines(folder: Path, capsys):
-    status, rows = bench(
-        folder, "--baseline", "recipe", "--lengths", "20", "--random-weights", "tiny+tiny", "model.base=fp8"
-    )
-    assert status == 0 and [row["variant"] for row in rows] == ["ours", "recipe", "recipe sorted"]
-    assert all(row["base"] == "fp8" and 1e-4 < row["error"] < row["tolerance"] == 0.1 for row in rows)
+    status, rows = bench(folder, "--baseline", "recipe", "--lengths", "20", "model.base=fp8")
+    assert status == 0 and len(rows) == 5
+    assert all(row["base"] == "fp8" and row["error"] < row["tolerance"] == 0.1 for row in rows)
+    assert all(row["error"] > 1e-4 for row in rows if row["variant"] == "recipe")
     told = "ours holds the LLM's linears in fp8, baselines in full: losses and gradient norms may be 10% apart"
     assert told in capsys.readouterr().out
 
