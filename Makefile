@@ -19,7 +19,8 @@ $(INSTALLED): setup.py constraints.txt
 	@touch $@
 
 quickstart: $(INSTALLED)
-	@$(BIN)/python -m mtllm_engine.quickstart
+	@$(BIN)/mtllm babel build runs/quickstart/world
+	@$(BIN)/mtllm run configs/quickstart.toml
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest

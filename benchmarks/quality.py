@@ -3,8 +3,8 @@
     python -m benchmarks.quality CONFIG [section.key=value ...] --base full,fp8,nf4 --out quality.jsonl
 
 Everything is measured on the documents of `data.validation`, beside the teacher on the full base in fp32. CONFIG's run
-is made once for each base, in a folder that is thrown away. `make quickstart` leaves all that configs/quickstart.toml
-names.
+is made once for each base, in a folder that is thrown away. `make quickstart` leaves
+runs/quickstart/run/stage1.toml and all that it names.
 """
 
 import argparse

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtllm_engine import recipe
 from mtllm_engine.config import LORA_TARGETS, Config, dumps, flatten, from_dict, load
 from mtllm_engine.data.languages import FLORES_200
 
@@ -125,9 +126,15 @@ def test_values_arrive_where_they_were_put(tree):
 
 
 def test_shipped_configs_load(tmp_path):
-    configs = {path.stem: load(path) for path in CONFIGS.rglob("*.toml")}
-    assert {"quickstart", "paper_stage1", "nllb600m_llama3_8b"} <= configs.keys()
-    for config in configs.values():
+    configs, recipes = {}, {}
+    for path in CONFIGS.rglob("*.toml"):
+        if "[recipe]" in path.read_text():
+            recipes[path.stem] = recipe.load(path)
+        else:
+            configs[path.stem] = load(path)
+    assert {"paper_stage1", "nllb600m_llama3_8b"} <= configs.keys() and "quickstart" in recipes
+    jobs = [job.config for each in recipes.values() for job in each.jobs]
+    for config in [*configs.values(), *jobs]:
         assert read(dumps(config), folder=tmp_path) == config
 
 
@@ -302,7 +309,7 @@ def test_deepspeed_table_is_passed_through(override, tmp_path):
 
 
 def test_missing_keys_are_listed(tmp_path):
-    assert message_of(from_dict, {}) == "missing key: run, model, data, optim"
+    assert message_of(from_dict, {}) == "missing key: run, model, data"
     tree = SMALLEST | {"model": {}}
     assert message_of(from_dict, tree) == "missing key: model.encoder, model.decoder"
 

@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mtllm_engine.babel.models import build_llm, build_mt, perplexity, translate
 from mtllm_engine.babel.world import CATEGORIES, ENGLISH, Clause, Language, World, build_world
+from mtllm_engine.data.sources import pack
 
 NAME = re.compile(r"\b[a-z]*[A-Z]\w*")
 
@@ -57,6 +58,7 @@ def build_sized(folder: Path, size: Size, seed: int) -> dict:
     world = build_world(seed, size.pairs)
     for name, write in (
         ("corpus", lambda path: _write_corpus(path, world, size)),
+        ("shards", lambda path: _pack_corpora(folder / "corpus", path)),
         ("flores200_dataset", lambda path: _write_flores(path, world, size)),
         ("sib200", lambda path: _write_task(path, world, size)),
         ("llm", lambda path: _build_llm(path, world, size)),
@@ -102,6 +104,13 @@ def _write_corpus(folder: Path, world: World, size: Size) -> None:
         texts = world.documents(name, count, sentences=sentences)
         lines = (json.dumps({"text": text}) + "\n" for text in texts)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _pack_corpora(corpus: Path, folder: Path) -> None:
+    """What `mtllm shards pack` makes of the corpus."""
+    for source in sorted(corpus.glob("*.jsonl")):
+        out = folder / source.stem
+        pack([source], out, language=ENGLISH, shards=4, licence="CC0-1.0", progress=False)
 
 
 def _write_flores(folder: Path, world: World, size: Size) -> None:

@@ -1,25 +1,26 @@
-"""The quickstart's world: real prose, ordinary checkpoints that were trained, and the command from start to table."""
+"""A world of real prose: ordinary checkpoints that were trained, and stage 1 from the corpus to the table."""
 
 import functools
 from pathlib import Path
 
 import pytest
 
-from mtllm_engine import quickstart
+from mtllm_engine.babel.models import build_llm
 from mtllm_engine.config import load
 from mtllm_engine.data.shards import verify
 from mtllm_engine.model.pretrained import build_stack, build_tokenizer
 from mtllm_engine.report import read_metrics
+from prose import build_encoder, collect_prose, main, split_prose, write_world
 
-PROSE = functools.cache(quickstart.collect_prose)
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.toml"
+PROSE = functools.cache(collect_prose)
+CONFIG = Path(__file__).resolve().parent / "prose.toml"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """The world in small: few steps of training, few words."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    quickstart.write_world(folder, encoder_steps=12, decoder_steps=12, vocab_size=700)
+    folder = tmp_path_factory.mktemp("prose")
+    write_world(folder, encoder_steps=12, decoder_steps=12, vocab_size=700)
     return folder
 
 
@@ -30,7 +31,7 @@ def overrides(world: Path) -> list[str]:
 
 
 def test_prose_is_english_without_duplicates():
-    training, validation = quickstart.split_prose(PROSE())
+    training, validation = split_prose(PROSE())
     assert len(training) > 2000 and 0.05 < len(validation) / len(training) < 0.2
     assert not set(training) & set(validation) and len(set(training)) == len(training)
     words = " ".join(training).lower().split()
@@ -39,9 +40,9 @@ def test_prose_is_english_without_duplicates():
 
 def test_held_out_documents_stay_held_out_when_others_come_and_go():
     texts = [f"{word} is one of the words that this sentence could be about" for word in ("Tea", "Sea", "Key", "Bee")]
-    _, validation = quickstart.split_prose(texts, held_out=0.5)
+    _, validation = split_prose(texts, held_out=0.5)
     for gone in texts:
-        _, others = quickstart.split_prose([text for text in texts if text != gone], held_out=0.5)
+        _, others = split_prose([text for text in texts if text != gone], held_out=0.5)
         assert others == [text for text in validation if text != gone]
 
 
@@ -56,15 +57,15 @@ def test_models_are_ordinary_checkpoints(world: Path):
 
 
 def test_models_learn(tmp_path: Path):
-    training, _ = quickstart.split_prose(PROSE()[:300])
-    for build in (quickstart.build_encoder, quickstart.build_llm):
+    training, _ = split_prose(PROSE()[:300])
+    for build in (build_encoder, build_llm):
         losses = build(tmp_path / build.__name__, training, steps=60, vocab_size=500, width=64, layers=1)
         assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
 def test_command_ends_with_a_table_and_a_picture(world: Path, capfd):
     arguments = [str(CONFIG), *overrides(world), "optim.steps=4", "run.log_every=1", "data.lanes=4"]
-    assert quickstart.main(arguments) == 0
+    assert main(arguments) == 0
     printed = capfd.readouterr().out
     for expected in ("held-out FVU before", "held-out FVU after", "pair tokens/s", "checkpoints/latest", "curve.png"):
         assert expected in printed
@@ -73,13 +74,13 @@ def test_command_ends_with_a_table_and_a_picture(world: Path, capfd):
     assert len(training) == 4 and len(validation) == 2
     assert (world / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
     before = (world / "encoder" / "model.safetensors").stat().st_mtime_ns
-    assert quickstart.main([*arguments, "optim.steps=5"]) == 0  # what is there is used, and the run goes on
+    assert main([*arguments, "optim.steps=5"]) == 0  # what is there is used, and the run goes on
     assert (world / "encoder" / "model.safetensors").stat().st_mtime_ns == before
     assert len(read_metrics(world / "run")[0]) == 5
 
 
 @pytest.mark.parametrize("mistake", ["optim.lrr=1", "optim.steps=none", "data.lanes=0"])
 def test_a_mistake_is_one_line(mistake: str, tmp_path: Path, capfd):
-    assert quickstart.main([str(CONFIG), f"model.encoder={tmp_path / 'encoder'}", mistake]) == 1
+    assert main([str(CONFIG), f"model.encoder={tmp_path / 'encoder'}", mistake]) == 1
     errors = capfd.readouterr().err.strip().splitlines()
     assert len(errors) == 1 and mistake.partition("=")[0] in errors[0]

@@ -1,4 +1,4 @@
-"""The quickstart's world: English prose that comes with Python, and two tiny models that have really learned it.
+"""A world to train in: English prose that comes with Python, and two tiny models that have really learned it.
 
 Random models have nothing to distil, so both are trained: the encoder to fill in masked tokens, the LLM to predict the
 next token, each with its own vocabulary. What is written are ordinary Hugging Face checkpoints: an M2M-100 in the shape
@@ -38,9 +38,8 @@ SENTENCE_END = re.compile(r"(?<=[.!?:])\s+(?=[\"'(]?[A-Z])")
 SKIPPED_PACKAGES = {"site-packages", "test", "tests", "idle_test", "lib2to3", "turtledemo", "pydoc_data", "encodings"}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m mtllm_engine.quickstart [CONFIG [section.key=value ...]]`: world, shards, distillation, result."""
-    arguments = list(sys.argv[1:] if argv is None else argv) or ["configs/quickstart.toml"]
+def main(arguments: Sequence[str]) -> int:
+    """World, shards, distillation on two ranks, result. Args: arguments: CONFIG, then section.key=value."""
     if device_type() == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a warning, from where transformers looks for DeepSpeed
     try:
@@ -196,7 +195,3 @@ def _once(path: Path, build: Callable[[Path], object]) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
             build(Path(folder) / path.name)
             (Path(folder) / path.name).rename(path)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
