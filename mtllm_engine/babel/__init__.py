@@ -97,8 +97,8 @@ def _write_corpus(folder: Path, world: World, size: Size) -> None:
     folder.mkdir()
     held_out = max(1, size.documents // 20)
     for name, count, sentences in (
-        ("train", size.documents, (1, 3)),
-        ("validation", held_out, (1, 3)),
+        ("train", size.documents, (2, 4)),
+        ("validation", held_out, (2, 4)),
         ("long", held_out, (5, 200)),
     ):
         texts = world.documents(name, count, sentences=sentences)

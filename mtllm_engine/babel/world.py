@@ -252,7 +252,7 @@ class World:
         clauses = (clause for clause in self._plain_clauses(f"lines/{split}") if clause not in trained)
         return list(itertools.islice(clauses, count))
 
-    def documents(self, split: str, count: int, *, sentences: tuple[int, int] = (1, 3)) -> list[str]:
+    def documents(self, split: str, count: int, *, sentences: tuple[int, int] = (2, 4)) -> list[str]:
         """English documents of so many sentences (at least, at most; log-uniform), each about one entity at a time."""
         rng = self._rng(f"documents/{split}")
         low, high = sentences
