@@ -1,0 +1,94 @@
+"""Stage 1, the English task and stage 2 on tiny checkpoints: their files, their configurations, their runs."""
+
+import csv
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from mtllm_engine.config import Config
+from mtllm_engine.finetune import finetune
+from mtllm_engine.tasks.sib200 import LABELS
+from mtllm_engine.train import train
+from tiny import WORDS, build_config, build_corpus, build_decoder, build_encoder, build_world, texts
+
+ALONE = build_world()
+SHORT = [word for word in WORDS if word.isalpha() and len(word) < 6]
+SOURCES = {"sib200": "sib200:{}/topics", "belebele": "belebele_training:{}/questions"}
+
+
+def build_models(folder: Path) -> Path:
+    """`encoder`, `decoder` and stage 1's corpus `train`."""
+    build_encoder(folder / "encoder")
+    build_decoder(folder / "decoder")
+    build_corpus(folder / "train", 24)
+    return folder
+
+
+def write_topics(folder: Path, language: str, *, seed: int = 0, **counts: int) -> None:
+    """SIB-200 files in a language: `counts` examples of each split (`train`, `dev`, `test`)."""
+    generator = random.Random(seed)
+    for number, (split, count) in enumerate(counts.items()):
+        rows = [(key, generator.choice(LABELS), text) for key, text in enumerate(texts(count, seed=seed + number))]
+        _write_table(folder / "topics" / language / f"{split}.tsv", ("index_id", "category", "text"), rows)
+
+
+def write_questions(folder: Path, *, seed: int = 0, **counts: int) -> None:
+    """Belebele's training set, English: `counts` questions of each split (`train`, `dev`)."""
+    generator, rows = random.Random(seed), []
+    for split, count in counts.items():
+        for passage in texts(count, seed=seed):
+            question, *choices = generator.choices(SHORT, k=5)
+            rows.append((split, passage, question, *choices, generator.randint(1, 4)))
+    columns = ("split", "passage", "question", *(f"answer{number}" for number in range(1, 5)), "correct_answer_num")
+    _write_table(folder / "questions" / "belebele_training_set.tsv", columns, rows)
+
+
+def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter="\t", lineterminator="\n").writerows([columns, *rows])
+
+
+def stage1_config(folder: Path, **sections) -> Config:
+    return _config(folder, "stage1", **sections)
+
+
+def finetuning_config(folder: Path, task: str, reader: str = "llm", **sections) -> Config:
+    """Of the LLM, or the stack, on a task's English files."""
+    return _config(folder, f"finetune-{task}", task, objective={"kind": "finetune", "reader": reader}, **sections)
+
+
+def stage2_config(folder: Path, task: str, **sections) -> Config:
+    """From stage 1's last checkpoint towards the fine-tuned LLM's best."""
+    checkpoints = {"start": checkpoint(folder, "stage1", "latest"), "teacher": checkpoint(folder, f"finetune-{task}")}
+    model = {key: str(path) for key, path in checkpoints.items()} | sections.pop("model", {})
+    return _config(folder, f"distil-{task}", task, model=model, **sections)
+
+
+def _config(folder: Path, name: str, task: str = "", **sections) -> Config:
+    source = SOURCES.get(task, "").format(folder)
+    merged = {"zero": {"stage": 0}, "data": {"lanes": 4}, "optim": {"steps": 3, "lr": 0.01, "warmup": 0.0}}
+    merged |= {"run": {"dir": str(folder / name)}, "task": {}}
+    if task:
+        merged["data"] |= {"train": []}
+        merged["task"] = {"name": task, "train": source, "validation": source}
+    for section, values in sections.items():
+        merged[section] = merged.get(section, {}) | values
+    return build_config(folder, **merged)
+
+
+def run_stages(folder: Path, task: str) -> None:
+    """All three runs, one after the other."""
+    train(stage1_config(folder), ALONE)
+    finetune(finetuning_config(folder, task), ALONE)
+    train(stage2_config(folder, task), ALONE)
+
+
+def checkpoint(folder: Path, run: str, name: str = "best") -> Path:
+    return folder / run / "checkpoints" / name
+
+
+def rows(run: Path) -> list[dict]:
+    """metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

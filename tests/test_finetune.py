@@ -1,0 +1,607 @@
+"""The English task and stage 2 against transformers and PEFT, padded, in fp32; stored targets; what a run leaves."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional
+from transformers import M2M100Model
+
+from mtllm_engine.config import Config
+from mtllm_engine.data.batch import IDLE, Batch, Document, Totals, collate
+from mtllm_engine.data.marks import NONE, partners
+from mtllm_engine.data.tokenizers import PairTokenizer
+from mtllm_engine.finetune import finetune
+from mtllm_engine.model.mtllm import Stack
+from mtllm_engine.targets import write_targets
+from mtllm_engine.tasks import load_task, pack_split
+from mtllm_engine.train import open_stream, train
+from stages import (
+    ALONE,
+    SOURCES,
+    build_models,
+    checkpoint,
+    finetuning_config,
+    rows,
+    stage1_config,
+    stage2_config,
+    write_questions,
+    write_topics,
+)
+from test_model import (
+    FEW,
+    PAD,
+    assert_close,
+    attention_mask,
+    build,
+    largest_gradient,
+    load_llm,
+    mean_pool,
+    pad,
+    randomise,
+    their_name,
+    trained,
+)
+from tiny import WORDS
+from zero_worker import losses, run
+
+TASKS = ("sib200", "belebele")
+OUTPUTS = {"sib200": 7, "belebele": 4}
+READERS = ("llm", "stack")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from a second thread, and lose much where the other cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Checkpoints, stage 1's run, and both tasks' English files."""
+    folder = build_models(tmp_path_factory.mktemp("task"))
+    write_topics(folder, "eng_Latn", train=20, dev=11)
+    write_questions(folder, train=20, dev=7)
+    train(stage1_config(folder), ALONE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finetuned(folder: Path) -> Path:
+    """The folder, once the LLM has learned both tasks, six steps each, looked at and saved after each."""
+    for task in TASKS:
+        finetune(finetuning_config(folder, task, **LOOKED_AT), ALONE)
+    return folder
+
+
+LOOKED_AT = {"run": {"validate_every": 1}, "checkpoint": {"every": 1, "keep": 1}, "optim": {"steps": 6, "lr": 0.05}}
+
+
+class Padded:
+    """The encoder, the LLM with adapters, and what of projection and head is needed, in transformers and PEFT."""
+
+    def __init__(
+        self, config: Config, llm: nn.Module, projection: nn.Linear | None = None, head: nn.Linear | None = None
+    ) -> None:
+        self.encoder = M2M100Model.from_pretrained(config.model.encoder, attn_implementation="eager").encoder
+        self.llm, self.projection, self.head = llm.eval(), projection, head
+
+    @property
+    def named(self) -> dict[str, nn.Parameter]:
+        """By the names of PEFT's checkpoints and of our own parameters."""
+        linears = {"projection": self.projection, "objective.head": self.head}
+        parts = {prefix: linear.named_parameters() for prefix, linear in linears.items() if linear}
+        named = {f"{prefix}.{name}": each for prefix, found in parts.items() for name, each in found}
+        return named | dict(self.llm.named_parameters())
+
+    def of(self, name: str) -> nn.Parameter:
+        """Their parameter for our name."""
+        return self.named[name if name in self.named else their_name(name)]
+
+    def states(self, documents: Sequence[Document], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last states (B, L, D) of the encoder's tokens (student) or the LLM's own (teacher); which are real."""
+        ids = [item.student_ids_S if side == "student" else item.teacher_ids_T for item in documents]
+        ids_BL, real_BL = pad(ids)
+        inputs = {"input_ids": ids_BL}
+        if side == "student":
+            with torch.no_grad():
+                encoded_BLE = self.encoder(ids_BL, attention_mask=real_BL.long()).last_hidden_state
+            inputs = {"inputs_embeds": self.projection(encoded_BLE)}
+        mask = attention_mask(real_BL, causal=False)
+        return self.llm(**inputs, attention_mask=mask, use_cache=False).last_hidden_state, real_BL
+
+    def pooled(self, documents: Sequence[Document], side: str) -> list[torch.Tensor]:
+        """(P, D) of each document: the means of its spans, token by token from the definition."""
+        states_BLD, _ = self.states(documents, side)
+        return [
+            torch.stack([states_LD[start:end].mean(0) for start, end in getattr(item, f"{side}_spans_P2")])
+            for states_LD, item in zip(states_BLD, documents)
+        ]
+
+    def cross_entropy(self, documents: Sequence[Document], side: str, task: str) -> torch.Tensor:
+        """The mean over documents: of classes of the whole, or of a document's own choices."""
+        labels_N = torch.tensor([item.label for item in documents])
+        if task == "sib200":
+            return functional.cross_entropy(self.head(mean_pool(*self.states(documents, side))), labels_N)
+        choices = [self.head(pooled_PD)[:, 0] for pooled_PD in self.pooled(documents, side)]
+        chances = [-scores_P.log_softmax(0)[label] for scores_P, label in zip(choices, labels_N)]
+        return torch.stack(chances).mean()
+
+
+@pytest.fixture(scope="module", params=[(task, reader) for task in TASKS for reader in READERS], ids="-".join)
+def learner(request, folder: Path) -> tuple[Stack, Padded, str, str]:
+    """Ours and theirs with the same weights, the task, and the side whose tokens are read."""
+    task, reader = request.param
+    config = finetuning_config(folder, task, reader, lora={"dropout": 0.0})
+    stack = randomise(build(config))
+    adapters = peft.LoraConfig(
+        r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets)
+    )
+    llm = peft.get_peft_model(load_llm(config), adapters)
+    width = llm.config.hidden_size
+    head = nn.Linear(width, OUTPUTS[task] if task == "sib200" else 1, bias=False)
+    padded = Padded(config, llm, nn.Linear(32, width), head)
+    with torch.no_grad():
+        for name, ours in trained(stack).items():
+            padded.of(name).copy_(ours)
+    return stack, padded, task, "teacher" if reader == "llm" else "student"
+
+
+def spans_of(generator: np.random.Generator, length: int, count: int) -> np.ndarray:
+    """Disjoint spans in order, none empty, not all tokens in one of them."""
+    edges = np.sort(generator.choice(length + 1, 2 * count, replace=False))
+    return edges.reshape(-1, 2).astype(np.int32)
+
+
+@st.composite
+def examples(draw, task: str = "") -> list[Document]:
+    """Labelled documents of random tokens; where choices are asked for, with 1 to 4 of them each."""
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    documents = []
+    for number in range(draw(st.integers(2, 6))):
+        lengths = draw(st.tuples(st.integers(8, 40), st.integers(8, 40)))
+        student_ids_S, teacher_ids_T = (generator.integers(PAD + 1, 300, size, dtype=np.int32) for size in lengths)
+        choices, spans = draw(st.integers(1, 4)), {}
+        if task == "belebele":
+            spans = {
+                f"{side}_spans_P2": spans_of(generator, size, choices)
+                for side, size in zip(("student", "teacher"), lengths)
+            }
+        document = Document(
+            key=str(number),
+            seed=number,
+            student_ids_S=student_ids_S,
+            teacher_ids_T=teacher_ids_T,
+            label=int(generator.integers(choices if spans else 7)),
+            **spans,
+        )
+        documents.append(document)
+    return documents
+
+
+def collated(documents: Sequence[Document], idle: Document = IDLE) -> Batch:
+    return collate(documents, step_seed=0, device=ALONE.device, idle=idle)
+
+
+def totals_of(documents: Sequence[Document]) -> Totals:
+    aligned = sum(int((item.aligned_S >= 0).sum()) for item in documents if item.aligned_S is not None)
+    return Totals(len(documents), sum(len(item.student_spans_P2) for item in documents), aligned)
+
+
+def loss_and_gradients(stack: Stack, micro_batches: Sequence[Sequence[Document]]) -> tuple[torch.Tensor, dict]:
+    """Of a step whose micro-batches are these; an empty one is the idle one."""
+    totals = totals_of([document for documents in micro_batches for document in documents])
+    shares = [stack(collated(documents), totals).loss for documents in micro_batches]
+    parameters = trained(stack)
+    gradients = torch.autograd.grad(sum(shares), parameters.values())
+    return sum(shares).detach(), dict(zip(parameters, gradients, strict=True))
+
+
+def assert_same_step(stack: Stack, padded: Padded, micro_batches: Sequence, loss: torch.Tensor) -> None:
+    ours, our_gradients = loss_and_gradients(stack, micro_batches)
+    assert_close(ours, loss.detach())
+    theirs = torch.autograd.grad(loss, [padded.of(name) for name in our_gradients])
+    their_gradients = dict(zip(our_gradients, theirs, strict=True))
+    for name, gradient in our_gradients.items():
+        assert_close(gradient, their_gradients[name], name, largest_gradient(name, their_gradients))
+
+
+@FEW
+@given(data=st.data())
+def test_task_loss_and_gradients_over_any_micro_batches(learner, data):
+    """However a step's documents are parted, with an idle micro-batch besides: the mean over all of them."""
+    stack, padded, task, side = learner
+    documents = data.draw(examples(task))
+    cut = data.draw(st.integers(1, len(documents) - 1))
+    micro_batches = data.draw(st.permutations([documents[:cut], documents[cut:], []]))
+    assert_same_step(stack, padded, micro_batches, padded.cross_entropy(documents, side, task))
+
+
+def test_what_learns_the_task(learner):
+    """Head and adapters; the projection too, where the stack reads."""
+    stack, _, _, side = learner
+    names = trained(stack).keys()
+    assert "objective.head.weight" in names
+    assert ("projection.weight" in names) == (side == "student")
+    assert {name for name in names if ".student." in name} == {n for n, _ in stack.named_parameters() if "lora_" in n}
+
+
+@FEW
+@given(data=st.data())
+def test_scores_are_those_of_the_exact_spans(learner, data):
+    """The head on each choice's own tokens; -inf where a document has no such choice. Accuracy counts the best."""
+    stack, padded, task, side = learner
+    documents = data.draw(examples(task))
+    stack.eval()
+    with torch.no_grad():
+        share = stack(collated(documents), totals_of(documents))
+        pooled = padded.pooled(documents, side)
+        if task == "sib200":
+            expected_NC = padded.head(torch.cat(pooled))
+        else:
+            scores = [padded.head(pooled_PD)[:, 0] for pooled_PD in pooled]
+            expected_NC = torch.full((len(documents), 4), -torch.inf)
+            for row_C, scores_P in zip(expected_NC, scores):
+                row_C[: len(scores_P)] = scores_P
+    stack.train()
+    ours_NC = share.outputs.scores_NC
+    assert torch.equal(ours_NC.isinf(), expected_NC.isinf())
+    assert_close(ours_NC.nan_to_num(neginf=0.0), expected_NC.nan_to_num(neginf=0.0))
+    correct = [int(scores_C.argmax()) == document.label for scores_C, document in zip(expected_NC, documents)]
+    assert stack.objective.measures(share.moments) == {"accuracy": np.mean(correct)}
+
+
+def test_documents_without_a_label_count_in_no_accuracy(learner):
+    stack, _, task, _ = learner
+    documents = examples_of(task)
+    unlabelled = [replace(documents[0], label=-1), *documents[1:]]
+    stack.eval()
+    with torch.no_grad():
+        moments = [stack(collated(items), totals_of(items)).moments for items in (unlabelled, documents[1:])]
+        none = stack(collated([replace(item, label=-1) for item in documents]), totals_of(documents)).moments
+    stack.train()
+    assert torch.equal(*moments) and stack.objective.measures(none) == {}
+
+
+def examples_of(task: str, count: int = 4) -> list[Document]:
+    """Some documents, always the same ones."""
+    generator = np.random.default_rng(5)
+    documents = []
+    for number in range(count):
+        sizes = generator.integers(12, 40, 2)
+        spans = {}
+        if task == "belebele":
+            sides = zip(("student", "teacher"), sizes)
+            spans = {f"{side}_spans_P2": spans_of(generator, size, 2 + number % 3) for side, size in sides}
+        student_ids_S, teacher_ids_T = (generator.integers(PAD + 1, 300, size, dtype=np.int32) for size in sizes)
+        ids = {"student_ids_S": student_ids_S, "teacher_ids_T": teacher_ids_T}
+        documents.append(Document(key=str(number), seed=number, label=number % 2, **ids, **spans))
+    return documents
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_kept_for_backward_changes_no_gradient_of_the_task(folder: Path, reader: str):
+    """Bitwise, with dropout; the LLM alone differs from the stack: what enters its layers has no gradient."""
+    gradients = []
+    for activations in ("save", "selective", "recompute"):
+        memory = {"activations": activations}
+        stack = randomise(build(finetuning_config(folder, "belebele", reader, lora={"dropout": 0.5}, memory=memory)))
+        gradients.append(loss_and_gradients(stack, [examples_of("belebele")])[1])
+    saved, *others = gradients
+    for other in others:
+        assert all(torch.equal(saved[name], other[name]) for name in saved)
+
+
+@pytest.fixture(scope="module", params=[0.25, 1.0])
+def aligning(request, folder: Path) -> tuple[Stack, float]:
+    """A stack that also learns from tokens, and the weight of that."""
+    config = stage1_config(folder, objective={"token_weight": request.param}, lora={"dropout": 0.0})
+    return randomise(build(config)), request.param
+
+
+@FEW
+@given(data=st.data())
+def test_token_term_is_the_mean_over_aligned_tokens(aligning: tuple[Stack, float], data):
+    """(1 - w) of the pooled error and w of the error of student tokens that have a partner, each a global mean."""
+    stack, token_weight = aligning
+    documents = [with_partners(item, number) for number, item in enumerate(data.draw(examples()))]
+    cut, totals = data.draw(st.integers(1, len(documents) - 1)), totals_of(documents)
+    idle = replace(IDLE, aligned_S=np.array([-1], np.int32))
+    batches = [collated(documents[:cut]), collated(documents[cut:]), collated([], idle)]
+    ours = sum(stack(batch, totals).loss for batch in batches).detach()
+    states = [normed_states(stack, document) for document in documents]
+    pooled = [(student_SD.mean(0) - teacher_TD.mean(0)).square().mean() for student_SD, teacher_TD in states]
+    tokens = [
+        (student_SD[place] - teacher_TD[partner]).square().mean()
+        for document, (student_SD, teacher_TD) in zip(documents, states)
+        for place, partner in enumerate(document.aligned_S)
+        if partner >= 0
+    ]
+    token_loss = torch.stack(tokens).mean() if tokens else torch.zeros(())
+    assert_close(ours, (1 - token_weight) * torch.stack(pooled).mean() + token_weight * token_loss)
+
+
+def with_partners(document: Document, seed: int) -> Document:
+    generator = np.random.default_rng(seed)
+    aligned_S = generator.integers(-1, len(document.teacher_ids_T), len(document.student_ids_S), dtype=np.int32)
+    return replace(document, aligned_S=np.where(generator.random(len(aligned_S)) < 0.5, -1, aligned_S))
+
+
+def normed_states(stack: Stack, document: Document) -> tuple[torch.Tensor, torch.Tensor]:
+    """Student's (S, D) and teacher's (T, D) finally normed states of one document, run alone."""
+    captured = []
+    hook = stack.objective.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[2:]))
+    with torch.no_grad():
+        stack(collated([document]), totals_of([document]))
+    hook.remove()
+    weight_D, eps = stack.objective.norm, stack.objective.eps
+    student_SD, teacher_TD = (functional.rms_norm(x, x.shape[1:], weight_D, eps) for x in captured[0])
+    return student_SD, teacher_TD
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def distilling(request, finetuned: Path) -> tuple[Config, Stack]:
+    """A configuration of stage 2, and what it builds."""
+    config = stage2_config(finetuned, request.param, lora={"dropout": 0.0})
+    return config, build(config)
+
+
+@pytest.fixture(scope="module")
+def opened(distilling: tuple[Config, Stack]) -> tuple[Padded, Padded]:
+    """Student and teacher as PEFT opens the folders of stage 1 and of the fine-tuned LLM."""
+    config, _ = distilling
+    start, teacher = (
+        peft.PeftModel.from_pretrained(load_llm(config), folder, is_trainable=True)
+        for folder in (config.model.start, config.model.teacher)
+    )
+    return Padded(config, start, saved_projection(config)), Padded(config, teacher)
+
+
+@FEW
+@given(data=st.data())
+def test_stage_2_is_distillation_from_teacher_into_start(distilling: tuple[Config, Stack], opened, data):
+    """Span by span, over any micro-batches."""
+    (config, stack), (student, teacher) = distilling, opened
+    documents = data.draw(examples(config.task.name))
+    cut = data.draw(st.integers(1, len(documents) - 1))
+    students_PD = torch.cat(student.pooled(documents, "student"))
+    with torch.no_grad():
+        teachers_PD = torch.cat(teacher.pooled(documents, "teacher"))
+    loss = (students_PD - teachers_PD).square().mean()
+    assert_same_step(stack, student, [documents[:cut], [], documents[cut:]], loss)
+
+
+def saved_projection(config: Config) -> nn.Linear:
+    saved = load_file(f"{config.model.start}/projection.safetensors")
+    width, encoder_width = saved["weight"].shape
+    linear = nn.Linear(encoder_width, width)
+    linear.load_state_dict(saved)
+    return linear
+
+
+def test_stage_2_measures_with_the_copied_head(distilling: tuple[Config, Stack]):
+    config, stack = distilling
+    saved = load_file(f"{config.model.teacher}/head.safetensors")
+    assert torch.equal(stack.objective.head.weight, saved["head.weight"])
+    assert not stack.objective.head.weight.requires_grad
+    assert trained(stack).keys() >= {"projection.weight", "projection.bias"}
+    documents = examples_of(config.task.name)
+    stack.eval()
+    with torch.no_grad():
+        share = stack(collated(documents), totals_of(documents))
+    stack.train()
+    expected = [scores_C.argmax().item() == item.label for scores_C, item in zip(share.outputs.scores_NC, documents)]
+    assert stack.objective.measures(share.moments)["accuracy"] == np.mean(expected)
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def distilled(request, finetuned: Path) -> tuple[Path, str]:
+    """The folder and the task, once stage 2 has run, with the live teacher."""
+    train(stage2_config(finetuned, request.param), ALONE)
+    return finetuned, request.param
+
+
+def test_stage_2_trains_the_projection_and_copies_the_head(distilled: tuple[Path, str]):
+    folder, task = distilled
+    saved = checkpoint(folder, f"distil-{task}", "latest")
+    teacher, start = checkpoint(folder, f"finetune-{task}"), checkpoint(folder, "stage1", "latest")
+    assert (saved / "head.safetensors").read_bytes() == (teacher / "head.safetensors").read_bytes()
+    assert not any("head" in name for name in load_file(saved / "optimizer.safetensors"))
+    for name in ("projection.safetensors", "adapter_model.safetensors"):
+        before, after = load_file(start / name), load_file(saved / name)
+        assert before.keys() == after.keys()
+        assert not any(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.fixture(scope="module")
+def stored(distilled: tuple[Path, str]) -> tuple[Path, Config]:
+    """The folder, and a run that has learned from stored targets."""
+    folder, task = distilled
+    config = stored_config(folder, task)
+    write_targets(config, ALONE)
+    train(config, ALONE)
+    return folder, config
+
+
+def stored_config(folder: Path, task: str) -> Config:
+    return stage2_config(folder, task, run={"dir": str(folder / f"stored-{task}")}, data={"targets": "states"})
+
+
+def test_stored_targets_teach_what_the_live_teacher_does(stored: tuple[Path, Config]):
+    folder, config = stored
+    live, from_files = rows(folder / f"distil-{config.task.name}"), rows(Path(config.run.dir))
+    assert len(live) == len(from_files) == 5  # validation, three steps, validation
+    for before, after in zip(live, from_files):
+        for key in before.keys() & {"loss", "fvu", "validation_fvu", "validation_accuracy"}:
+            assert after[key] == pytest.approx(before[key], rel=1e-6), key
+
+
+def test_targets_that_are_there_are_left_alone(stored: tuple[Path, Config]):
+    _, config = stored
+    files = sorted(Path(config.run.dir).glob("corpus/*/targets-states/*"))
+    assert len(files) == 4  # of training and validation: states and a manifest
+    before = [path.stat().st_mtime_ns for path in files]
+    write_targets(config, ALONE)
+    assert [path.stat().st_mtime_ns for path in files] == before
+
+
+def refusal(config: Config, command: Callable = train) -> str:
+    with pytest.raises(ValueError) as error:
+        command(config, ALONE)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+CHANGES = {
+    "data.max_length": {"data": {"max_length": 60}},
+    "data.truncation": {"data": {"truncation": "independent"}},
+    "model.causal": {"model": {"causal": True}},
+    "model.dtype": {"model": {"dtype": "bfloat16"}},
+}
+
+
+@pytest.mark.parametrize("key", [*CHANGES, "model.teacher"])
+def test_targets_of_another_teacher_are_refused(stored: tuple[Path, Config], key: str):
+    """By what would read them, and by what would write them: nothing is replaced behind the user's back."""
+    folder, config = stored
+    other = checkpoint(folder, f"finetune-{config.task.name}", "other")
+    changes = CHANGES.get(key, {"model": {"teacher": str(other)}})
+    if not other.exists():
+        shutil.copytree(other.with_name("best"), other)
+        change_one_weight(other / "adapter_model.safetensors")
+    changed = replace(config, **{name: replace(getattr(config, name), **values) for name, values in changes.items()})
+    for command in (train, write_targets):
+        message = refusal(changed, command)
+        assert f"targets-states was made with another {key} (" in message and "`mtllm targets`" in message
+
+
+def change_one_weight(path: Path) -> None:
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_targets_of_another_text_are_refused(stored: tuple[Path, Config], tmp_path: Path):
+    folder, config = stored
+    task = load_task(config.task.name)
+    shutil.copytree(config.run.dir, tmp_path / "run", symlinks=True)
+    corpus = tmp_path / "run" / "corpus" / "train"
+    for path in corpus.glob("*.*"):
+        path.unlink()
+    (corpus / "targets-states").rename(tmp_path / "kept")
+    pack_split(task, SOURCES[task.name].format(folder), "validation", "eng_Latn", corpus)
+    (tmp_path / "kept").rename(corpus / "targets-states")
+    changed = replace(config, run=replace(config.run, dir=str(tmp_path / "run")))
+    assert f"{corpus}/targets-states was made with another corpus (" in refusal(changed)
+
+
+def test_targets_that_nobody_made_are_asked_for(stored: tuple[Path, Config]):
+    _, config = stored
+    message = refusal(replace(config, data=replace(config.data, targets="none")))
+    assert "has no targets 'none'; make them with `mtllm targets`" in message
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_best_is_the_checkpoint_that_validated_best(finetuned: Path, task: str):
+    """Six were saved, each after a look at the validation set; `checkpoint.keep` = 1 keeps the last, and this one."""
+    found = {
+        row["step"]: row["validation_accuracy"]
+        for row in rows(finetuned / f"finetune-{task}")
+        if "validation_accuracy" in row
+    }
+    expected = max(range(1, 7), key=lambda step: (found[step], step))
+    folder = finetuned / f"finetune-{task}" / "checkpoints"
+    assert (folder / "best").resolve().name == f"step-{expected:08d}"
+    assert json.loads((folder / "best" / "state.json").read_text())["score"] == found[expected]
+    assert {path.name for path in folder.iterdir()} - {"other"} == {
+        "latest",
+        "best",
+        "step-00000006",
+        f"step-{expected:08d}",
+    }
+
+
+def test_stopped_task_run_goes_on_bitwise(finetuned: Path):
+    options = LOOKED_AT | {"run": LOOKED_AT["run"] | {"dir": str(finetuned / "stopped-task")}}
+    assert_continues_bitwise(finetuning_config(finetuned, "belebele", **options), finetuned / "finetune-belebele")
+
+
+def test_stopped_stage_2_goes_on_bitwise(stored: tuple[Path, Config]):
+    folder, config = stored
+    config = replace(config, run=replace(config.run, dir=str(folder / f"stopped-{config.task.name}")))
+    write_targets(config, ALONE)
+    assert_continues_bitwise(config, folder / f"stored-{config.task.name}")
+
+
+def assert_continues_bitwise(config: Config, whole: Path) -> None:
+    stopped = Path(config.run.dir)
+    run(config, ALONE, stop_at=2)
+    assert len(losses(stopped)) == 2
+    run(config, ALONE)
+    assert losses(stopped) == losses(whole)
+    states = [json.loads((path / "checkpoints" / "latest" / "state.json").read_text()) for path in (stopped, whole)]
+    assert states[0]["files"] == states[1]["files"] and states[0]["lanes"] == states[1]["lanes"]
+    assert (stopped / "checkpoints" / "best").resolve().name == (whole / "checkpoints" / "best").resolve().name
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> PairTokenizer:
+    return PairTokenizer(folder / "encoder", folder / "decoder", max_length=24)
+
+
+LETTERS = st.text(st.sampled_from("aeinst ABß\u0301é漢字🙂\u00a0\u3000\t\n.,12"), max_size=6)
+PIECES = st.one_of(st.sampled_from(WORDS), LETTERS, st.text(max_size=4))
+
+
+@given(pieces=st.lists(PIECES, min_size=1, max_size=12), glue=st.sampled_from(["", " ", "  "]))
+@example(pieces=["the", "the", "cat"], glue=" ")
+@example(pieces=["漢", "🙂🙂", "é"], glue=" ")
+def test_partners_are_the_tokens_that_are_one_on_both_sides(tokenizer: PairTokenizer, pieces: list[str], glue: str):
+    """By brute force: the only token of its characters on either side, white space at its ends aside."""
+    text = glue.join(pieces)
+    if not text.strip():
+        return
+    student, teacher = tokenizer.example(text, "eng_Latn", NONE)
+    cores = [[core(text, *offsets) for offsets in reading.offsets_S2.tolist()] for reading in (student, teacher)]
+    expected = [
+        cores[1].index(each) if each and cores[0].count(each) == cores[1].count(each) == 1 else -1 for each in cores[0]
+    ]
+    assert partners(text, student.offsets_S2, teacher.offsets_S2).tolist() == expected
+
+
+def core(text: str, start: int, end: int) -> tuple[int, int] | None:
+    """A token's characters without white space around them; None where nothing is left, as of special tokens."""
+    piece = text[start:end]
+    if not piece.strip():
+        return None
+    return start + len(piece) - len(piece.lstrip()), start + len(piece.rstrip())
+
+
+def test_most_words_have_a_partner(tokenizer: PairTokenizer):
+    """Or the test above would see nothing."""
+    text = " ".join(sorted(set(WORDS), key=WORDS.count)[-12:])
+    student, teacher = tokenizer.example(text, "eng_Latn", NONE)
+    assert (partners(text, student.offsets_S2, teacher.offsets_S2) >= 0).mean() > 0.5
+
+
+def test_stream_tells_which_tokens_are_partners(folder: Path, tokenizer: PairTokenizer):
+    config = stage1_config(folder, objective={"token_weight": 0.5}, data={"max_length": 24})
+    stream = open_stream(config, tokenizer, ALONE)
+    documents = [document for pack in stream.next_step() for document in pack.documents]
+    stream.close()
+    for document in documents:
+        assert (document.aligned_S >= 0).any() and (document.aligned_S < len(document.teacher_ids_T)).all()
+        assert document.aligned_S[0] == document.aligned_S[-1] == -1  # the language token and `</s>`
