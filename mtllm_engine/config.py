@@ -27,7 +27,8 @@ class ModelConfig:
     dtype: typing.Literal["bfloat16", "float32"] = "bfloat16"  # of the frozen base; what is trained stays fp32
     base: typing.Literal["full", "fp8", "nf4"] = "full"  # the LLM's linears: in dtype; fp8 for speed; nf4 for memory
     projection_bias: bool = True
-    projection_init: typing.Literal["embedding", "linear"] = "embedding"  # outputs as large as embeddings; nn.Linear's
+    # Outputs as large as the LLM's embeddings; nn.Linear's start; fitted to the embeddings of aligned tokens.
+    projection_init: typing.Literal["embedding", "linear", "least_squares"] = "embedding"
     attention: typing.Literal["auto", "torch", "flash_attn", "reference"] = "auto"
     start: str = ""  # a checkpoint that projection and adapters start from, as stage 2 starts from stage 1's
     teacher: str = ""  # a checkpoint of the fine-tuned LLM: its adapters make the teacher, its head is copied

@@ -60,7 +60,7 @@ def shard(stack: Stack, weights: Weights, config: Config, world: World) -> Stack
         if config.zero.stage == 3:
             _partition(leaf, deepspeed_config(config, world, stack))
         for name, parameter in leaf.named_parameters():
-            _fill(parameter, f"{names[id(leaf)]}.{name}", weights, world)
+            fill(parameter, f"{names[id(leaf)]}.{name}", weights, world)
         if config.model.base != "full":
             _quantise(leaf, config.model.base)
     return stack
@@ -260,7 +260,7 @@ def _quantise(leaf: nn.Module, kind: str) -> None:
 
 
 @torch.no_grad()
-def _fill(parameter: nn.Parameter, name: str, weights: Weights, world: World) -> None:
+def fill(parameter: nn.Parameter, name: str, weights: Weights, world: World) -> None:
     """Copies this rank's flat slice (the whole, when unsharded), a chunk at a time, casting on the way in."""
     target, offset, size = parameter.data.view(-1), 0, parameter.numel()
     if hasattr(parameter, "ds_tensor"):

@@ -19,6 +19,7 @@ import torch
 
 from mtllm_engine import checkpoint, kernels
 from mtllm_engine import config as configs
+from mtllm_engine.closed_form import Fit, fit_projection
 from mtllm_engine.config import Config
 from mtllm_engine.data.batch import collate
 from mtllm_engine.data.shards import Manifest
@@ -28,7 +29,7 @@ from mtllm_engine.engine import PlainEngine, ZeroEngine, build_engine, learning_
 from mtllm_engine.metrics import Metrics, Record, environment, print_table
 from mtllm_engine.model.lora import quantised_weights
 from mtllm_engine.model.mtllm import Stack
-from mtllm_engine.model.pretrained import build_stack, build_tokenizer
+from mtllm_engine.model.pretrained import Weights, build_stack, build_tokenizer
 from mtllm_engine.report import write_report
 from mtllm_engine.tasks import ENGLISH, Task, load_task, pack_split
 from mtllm_engine.world import Agreed, World, connect
@@ -45,9 +46,10 @@ def train(config: Config, world: World) -> None:
     flops = stack.flops(bool(config.data.targets))
     tokenizer = world.together(lambda: build_tokenizer(config, stack))
     stream = world.together(lambda: open_stream(config, tokenizer, world))
+    fit = start_projection(config, world, stack, weights, tokenizer)
     engine = build_engine(config, shard(stack, weights, config, world), world)
     start = checkpoint.restore(config, world, engine, stream)
-    world.on_main(lambda: _describe(config, world, stack, start))
+    world.on_main(lambda: _describe(config, world, stack, start, fit))
     with (
         Metrics(config, world, stack.objective.measures, flops, start=start) as metrics,
         _stop_requests(config) as stop_requested,
@@ -109,6 +111,24 @@ def open_stream(config: Config, tokenizer: PairTokenizer, world: World, *, epoch
         aligns=config.objective.token_weight > 0,
         maker=checkpoint.teacher_identity(config) if config.data.targets else None,
     )
+
+
+def start_projection(
+    config: Config, world: World, stack: Stack, weights: Weights, tokenizer: PairTokenizer
+) -> Fit | None:
+    """Solves for the projection that a new run starts from, if it is to be solved for.
+
+    Raises:
+        ValueError: As `fit_projection`.
+    """
+    is_new = "projection.weight" in weights.shapes and "projection.weight" not in weights.sources
+    if config.model.projection_init != "least_squares" or not is_new:
+        return None
+    if world.on_main(lambda: checkpoint.latest(Path(config.run.dir) / "checkpoints")):
+        return None
+    fit = fit_projection(config, world, stack, weights, tokenizer)
+    weights.starts |= fit.values
+    return fit
 
 
 def train_step(
@@ -194,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(train, "train", argv)
 
 
-def _describe(config: Config, world: World, stack: Stack, start: int) -> None:
+def _describe(config: Config, world: World, stack: Stack, start: int, fit: Fit | None) -> None:
     """Writes config.toml and environment.json, and prints the run header."""
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -218,6 +238,7 @@ def _describe(config: Config, world: World, stack: Stack, start: int) -> None:
             "learns": _learns(config),
             "encoder": f"{config.model.encoder} (frozen)" if stack.reads_stack else "none",
             "decoder": f"{config.model.decoder} ({'causal' if config.model.causal else 'bidirectional'})",
+            **({"projection": str(fit)} if fit else {}),
             "parameters": weights,
             "device": f"{world.size} x {environment(world)['device']}, ZeRO stage {config.zero.stage}",
             "step": f"{data.lanes} packs of {pack}, micro-batches of up to {config.memory.max_tokens} tokens",

@@ -109,6 +109,8 @@ class Source:
 class Weights:
     """Where each parameter of a `Stack` comes from: a model's checkpoint, a run's, or a seeded start.
 
+    `starts` takes the place of seeded ones: what is put there before the stack is filled is what training starts from.
+
     Args:
         start, teacher: Checkpoints of runs: for what is trained, and for the teacher's adapters and the copied head.
     """
@@ -125,6 +127,7 @@ class Weights:
         teacher: Checkpoint | None = None,
     ) -> None:
         self.seed, self.projection_init = seed, projection_init
+        self.starts: dict[str, torch.Tensor] = {}
         self.shapes = {name: parameter.shape for name, parameter in stack.named_parameters()}
         self.sources = _encoder_sources(encoder, len(stack.encoder.layers)) if stack.reads_stack else {}
         self.sources |= _decoder_sources(decoder, len(stack.decoder.layers))
@@ -145,6 +148,8 @@ class Weights:
 
     def _start(self, name: str) -> torch.Tensor:
         """The value that training starts from, drawn from (seed, name) alone: the same on any number of ranks."""
+        if name in self.starts:
+            return self.starts[name]
         digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         shape = self.shapes[name]
@@ -154,7 +159,7 @@ class Weights:
             bound = 1.0 / math.sqrt(shape[1])  # nn.Linear's
             return torch.empty(shape).uniform_(-bound, bound, generator=generator)
         bound = 1.0 / math.sqrt(self.shapes["projection.weight"][1])  # nn.Linear's start
-        if self.projection_init == "embedding":
+        if self.projection_init != "linear":  # "least_squares" too, where nobody has solved for it
             bound = 0.0 if name == "projection.bias" else bound * self._embedding_scale()
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
