@@ -143,7 +143,7 @@ class Config:
     run: RunConfig
     model: ModelConfig
     data: DataConfig
-    optim: OptimConfig
+    optim: OptimConfig = OptimConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     task: TaskConfig = TaskConfig()
     lora: LoraConfig = LoraConfig()

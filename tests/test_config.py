@@ -302,7 +302,7 @@ def test_deepspeed_table_is_passed_through(override, tmp_path):
 
 
 def test_missing_keys_are_listed(tmp_path):
-    assert message_of(from_dict, {}) == "missing key: run, model, data, optim"
+    assert message_of(from_dict, {}) == "missing key: run, model, data"
     tree = SMALLEST | {"model": {}}
     assert message_of(from_dict, tree) == "missing key: model.encoder, model.decoder"
 
