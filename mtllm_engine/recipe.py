@@ -59,6 +59,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = configs.read(path, overrides)
     own = _own_keys(tree.pop("recipe", {}), path)
     steps = {name: tree.pop(name, {}) for name in TABLES}
+    _check_sections(tree, "")
+    for name, sections in steps.items():
+        _check_sections({name: sections}, "")
+        _check_sections(sections, f"{name}.")
     folder = Path(own["dir"])
     jobs = [_job(*made) for made in _trees(tree, steps, folder, own["seeds"])]
     return Recipe(folder=folder, gpus=own["gpus"], jobs=tuple(jobs))
@@ -94,18 +98,31 @@ def sweep(path: str | Path, settings: Sequence[str]) -> int:
     fixed, varied = _varied(settings)
     if not varied:
         raise ValueError("no key has several values; write key=a,b, such as stage1.optim.steps=0,1000")
-    folder, points = load(path, fixed).folder / "sweep", []
-    for values in itertools.product(*varied.values()):
-        chosen = [f"{key}={value}" for key, value in zip(varied, values)]
-        name = ",".join(f"{key.rpartition('.')[2]}={Path(value).name}" for key, value in zip(varied, values))
-        recipe = load(path, [*fixed, *chosen, f"recipe.dir={folder / name}"])
+    folder, points = load(path, fixed).folder, []
+    for name, recipe in _settings(path, fixed, varied, folder / "sweep").items():
         print(f"\n{name}", flush=True)
         if status := run(recipe):
             return status
         points += [{"setting": name, **point} for point in _points(recipe)]
-    plot_compute(points, folder.parent / "sweep")
-    print(f"\n{folder.parent / 'sweep.md'}\n\n{(folder.parent / 'sweep.md').read_text()}")
+    if not points:
+        raise ValueError("no foreign language was evaluated by every system, so there is no average to compare")
+    plot_compute(points, folder / "sweep")
+    print(f"\n{folder / 'sweep.md'}\n\n{(folder / 'sweep.md').read_text()}")
     return 0
+
+
+def _settings(
+    path: str | Path, fixed: Sequence[str], varied: Mapping[str, Sequence[str]], folder: Path
+) -> dict[str, Recipe]:
+    """The recipe at each combination, by the name of its folder; all are read before the first runs."""
+    found: dict[str, Recipe] = {}
+    for values in itertools.product(*varied.values()):
+        chosen = [f"{key}={value}" for key, value in zip(varied, values)]
+        name = ",".join(f"{key.rpartition('.')[2]}={Path(value).name}" for key, value in zip(varied, values))
+        if name in found:
+            raise ValueError(f"two settings would share the folder {folder / name}; give values that end differently")
+        found[name] = load(path, [*fixed, *chosen, f"recipe.dir={folder / name}"])
+    return found
 
 
 def _points(recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -118,7 +135,14 @@ def _points(recipe: Recipe) -> Iterator[dict[str, Any]]:
                 yield row | {"low": score.low, "high": score.high, **table.costs[system]}
 
 
+def _check_sections(tree: Mapping[str, Any], prefix: str) -> None:
+    for name, section in tree.items():
+        if not isinstance(section, Mapping):
+            raise ValueError(f"{prefix}{name} must be a section, not {section!r}")
+
+
 def _own_keys(given: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    _check_sections({"recipe": given}, "")
     own = {"gpus": 1, "seeds": [0], **given}
     for key, value in own.items():
         if key not in KEYS:
@@ -129,6 +153,8 @@ def _own_keys(given: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
         raise ValueError(f"missing key: recipe.dir in {path}")
     if own["gpus"] < 1 or not own["seeds"] or any(type(seed) is not int for seed in own["seeds"]):
         raise ValueError("recipe.gpus must be at least 1, recipe.seeds a list of whole numbers")
+    if len(set(own["seeds"])) < len(own["seeds"]):
+        raise ValueError(f"recipe.seeds={own['seeds']} has one of them twice; each seed runs once")
     return own
 
 
@@ -144,10 +170,11 @@ def _trees(
         yield "stage1", "train", _merged(untasked, steps["stage1"], made)
         start = str(folder / "stage1" / "checkpoints" / "latest")
     english = {key: value for key, value in task.items() if key != "test"}
+    pick = "best" if task.get("validation") else "latest"
     for seed in seeds:
         names = {step: f"{step}-{seed}" for step in ("finetune", "distil", "evaluate")}
         own = {step: {"run": {"dir": str(folder / name), "seed": seed}} for step, name in names.items()}
-        best = {step: str(folder / name / "checkpoints" / "best") for step, name in names.items()}
+        best = {step: str(folder / name / "checkpoints" / pick) for step, name in names.items()}
         objective = {"objective": {"kind": "finetune", "reader": "llm"}, "task": english}
         yield names["finetune"], "finetune", _merged(untasked, objective, steps["finetune"], own["finetune"])
         made = {"model": {"start": start, "teacher": best["finetune"]}, "task": english}

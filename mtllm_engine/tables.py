@@ -129,7 +129,8 @@ def plot_compute(points: Sequence[Mapping[str, object]], path: Path) -> None:
         mine = [point for point in points if point["system"] == system]
         costs = [point["flops"] or point["gpu_hours"] or 0 for point in mine]
         values = [100 * point["value"] for point in mine]
-        errors = [[100 * (p["value"] - p["low"]) for p in mine], [100 * (p["high"] - p["value"]) for p in mine]]
+        lows, highs = ([100 * point[name] for point in mine] for name in ("low", "high"))
+        errors = _error_lengths(values, lows, highs)
         axis.errorbar(costs, values, errors, fmt=MARKERS[number % len(MARKERS)], capsize=3, label=system, alpha=0.8)
         for point, cost, value in zip(mine, costs, values):
             axis.annotate(point["setting"], (cost, value), xytext=(5, 4), textcoords="offset points", fontsize=7)
@@ -147,11 +148,8 @@ def _plot_panel(axis, table: Table, rows: Sequence[str], num_rows: int) -> None:
         offset = (index - (len(table.scores) - 1) / 2) * step
         points = [(place + offset, scores[row]) for place, row in enumerate(rows) if row in scores]
         values = [100 * score.value for _, score in points]
-        # An interval of resampled values need not hold the value itself; matplotlib takes no negative lengths.
-        errors = [
-            [max(0.0, 100 * (score.value - score.low)) for _, score in points],
-            [max(0.0, 100 * (score.high - score.value)) for _, score in points],
-        ]
+        lows, highs = ([100 * getattr(score, name) for _, score in points] for name in ("low", "high"))
+        errors = _error_lengths(values, lows, highs)
         places = [place for place, _ in points]
         marker = MARKERS[index % len(MARKERS)]
         axis.errorbar(values, places, xerr=errors, fmt=marker, ms=4, lw=1, color=f"C{index}", label=system)
@@ -164,6 +162,15 @@ def _plot_panel(axis, table: Table, rows: Sequence[str], num_rows: int) -> None:
         label.set_fontweight("bold" if row in table.averaged else "normal")
     axis.set_ylim(num_rows - 0.5, -0.5)
     axis.grid(axis="x", alpha=0.3)
+
+
+def _error_lengths(values: Sequence[float], lows: Sequence[float], highs: Sequence[float]) -> list[list[float]]:
+    """Below and above each value.
+
+    An interval of resampled values need not hold the value itself; matplotlib takes no negative lengths.
+    """
+    below = [max(0.0, value - low) for value, low in zip(values, lows)]
+    return [below, [max(0.0, high - value) for value, high in zip(values, highs)]]
 
 
 def _panels(rows: Sequence[str]) -> list[Sequence[str]]:
