@@ -45,7 +45,7 @@ class Fit:
         return {name: value for name, value in named.items() if value is not None}
 
     def __str__(self) -> str:
-        singular = f", {self.num_singular} singular directions left out" if self.num_singular else ""
+        singular = f", singular directions left out: {self.num_singular}" if self.num_singular else ""
         return f"least squares over {self.num_pairs:,} aligned tokens{singular}"
 
 

@@ -140,6 +140,16 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Parallel lines that every validation reads: the student the foreign line, the teacher the English one."""
+
+    folder: str = ""  # FLORES-200's: `dev/swh_Latn.dev`, or `dev/dev.swh_Latn`; "": no probe
+    split: str = "dev"
+    languages: tuple[str, ...] = ()  # empty: all that are there and the encoder knows
+    lines: int = 0  # the first so many; 0: all
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     run: RunConfig
     model: ModelConfig
@@ -152,6 +162,7 @@ class Config:
     memory: MemoryConfig = MemoryConfig()
     zero: ZeroConfig = ZeroConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    probe: ProbeConfig = ProbeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     deepspeed: dict[str, typing.Any] = field(default_factory=dict)  # merged over the derived DeepSpeed configuration
 
@@ -348,6 +359,8 @@ def _check(config: Config) -> None:
         (config.evaluate.systems, "evaluate.systems is empty"),
         (config.evaluate.num_beams >= 1, "evaluate.num_beams must be at least 1"),
         (config.checkpoint.keep >= 1, "checkpoint.keep must be at least 1"),
+        (config.probe.split, "probe.split is empty; FLORES-200 has dev and devtest"),
+        (config.probe.lines >= 0, "probe.lines must be 0 (all) or above"),
         (config.run.log_every >= 1, "run.log_every must be at least 1"),
         (config.run.validate_every >= 1, "run.validate_every must be at least 1"),
         (config.run.dir, "run.dir is empty"),
@@ -387,6 +400,10 @@ def _task_rules(config: Config) -> list[tuple[object, str]]:
         ),
         (not (finetunes and model.teacher), 'model.teacher is for objective.kind = "distil"'),
         (not (finetunes and data.targets), 'data.targets is for objective.kind = "distil"'),
+        (
+            not config.probe.folder or not (finetunes or data.targets),
+            'probe.folder needs a live teacher: objective.kind = "distil" without data.targets',
+        ),
         (0 <= objective.token_weight <= 1, "objective.token_weight is a share: 0 <= token_weight <= 1"),
         (
             not objective.token_weight or not (finetunes or data.targets or task.train),

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from tqdm import tqdm
 
 from mtllm_engine.config import Config
 from mtllm_engine.data.stream import Step
+from mtllm_engine.probe import Agreement, average
+from mtllm_engine.tasks import ENGLISH
 from mtllm_engine.world import Agreed, World
 
 SHOWN = ("loss", "fvu", "cosine", "accuracy", "pairs_per_s", "data_wait")
@@ -124,6 +127,19 @@ class Metrics:
                 f"step {step}: held-out " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items())
             )
         return measured.get("accuracy", -measured.get("fvu", 0.0))
+
+    def probe(self, step: int, agreements: Mapping[str, Agreement], num_lines: int) -> None:
+        """What the cross-lingual probe says after `step` steps, by language and on average; the same on every rank."""
+        self.flushed_s = time.perf_counter()  # as in `validation`
+        if self.world.is_main:
+            mean = asdict(average(agreements))
+            row = {f"probe_{name}": value for name, value in mean.items()} | {"probe_lines": num_lines}
+            for language, agreement in agreements.items():
+                row |= {f"probe_{name}/{language}": value for name, value in asdict(agreement).items()}
+            self._write([{"step": step, **row}])
+            told = ", ".join(f"{name} {value:.4f}" for name, value in mean.items())
+            num_foreign = len(agreements.keys() - {ENGLISH})
+            self.bar.write(f"step {step}: probe, {num_lines} lines in {num_foreign} languages: {told}")
 
     def _finish(self, record: Record, sums: torch.Tensor, step_s: float) -> dict[str, Any]:
         pairs = pair_tokens(record.row["student_tokens"], record.row["teacher_tokens"])

@@ -3,10 +3,13 @@
 import base64
 import html
 import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 MEASURES = {"fvu": "FVU", "accuracy": "accuracy"}  # as tables call them
+PROBE = ("fvu", "cosine", "retrieval")
 Y_LABELS = {"fvu": "fraction of variance unexplained", "accuracy": "accuracy"}
 
 
@@ -16,20 +19,29 @@ def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
     return [row for row in rows if "loss" in row], [row for row in rows if "validation_documents" in row]
 
 
+def read_probe(folder: Path) -> dict[int, dict[str, dict[str, float]]]:
+    """What the cross-lingual probe measured: by step, by language ("" for their mean), by name."""
+    found: dict[int, dict[str, dict[str, float]]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for key, value in row.items():
+            name, _, language = key.removeprefix("probe_").partition("/")
+            if name in PROBE and key.startswith("probe_"):
+                found.setdefault(row["step"], {}).setdefault(language, {})[name] = value
+    return found
+
+
 def write_report(folder: Path) -> Path:
-    """Writes curve.png and report.html into a run's folder; returns the latter's path."""
-    curve = plot_curve(folder)
-    image = base64.b64encode(curve.read_bytes()).decode()
-    rows = [(html.escape(key), html.escape(value)) for key, value in summary(folder).items()]
-    cells = "".join(f"<tr><th>{key}</th><td>{value}</td></tr>" for key, value in rows)
+    """Writes curve.png, probe.png where there was a probe, and report.html into a run's folder; returns the latter."""
+    cells = "".join(_row(key, [value]) for key, value in summary(folder).items())
     settings = html.escape((folder / "config.toml").read_text())
     page = folder / "report.html"
     page.write_text(
         f"<!doctype html><meta charset=utf-8><title>{html.escape(folder.name)}</title>"
         "<style>body{font:16px sans-serif;max-width:60em;margin:2em auto}th{text-align:left;padding-right:2em}"
         "img{max-width:100%}</style>"
-        f"<h1>{html.escape(folder.name)}</h1><img src='data:image/png;base64,{image}' alt='training curve'>"
-        f"<table>{cells}</table><h2>Configuration</h2><pre>{settings}</pre>"
+        f"<h1>{html.escape(folder.name)}</h1>{_image(plot_curve(folder), 'training curve')}"
+        f"<table>{cells}</table>{_probe_section(folder)}<h2>Configuration</h2><pre>{settings}</pre>"
     )
     return page
 
@@ -54,6 +66,51 @@ def summary(folder: Path) -> dict[str, str]:
     rows["commit"] = str(environment["commit"])
     rows["checkpoint"] = str(folder / "checkpoints" / "latest")
     return rows
+
+
+def _probe_section(folder: Path) -> str:
+    """The probe's curve, and its last measurements language by language."""
+    probe = read_probe(folder)
+    if not probe:
+        return ""
+    last = max(probe)
+    rows = [_row("language", PROBE)]
+    for language, measured in sorted(probe[last].items()):
+        rows.append(_row(language or "mean, English aside", [f"{measured[name]:.4f}" for name in PROBE]))
+    heading = f"<h2>Cross-lingual probe, step {last}</h2>"
+    return f"{heading}{_image(plot_probe(folder), 'probe curve')}<table>{''.join(rows)}</table>"
+
+
+def _row(name: str, values: Iterable[str]) -> str:
+    cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
+    return f"<tr><th>{html.escape(name)}</th>{cells}</tr>"
+
+
+def _image(path: Path, title: str) -> str:
+    return f"<img src='data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}' alt='{title}'>"
+
+
+def plot_probe(folder: Path) -> Path:
+    """The probe's means by step, and each language's, thin, as probe.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    probe = read_probe(folder)
+    steps = sorted(probe)
+    figure, axes = pyplot.subplots(1, len(PROBE), figsize=(10, 3.5), layout="constrained")
+    for axis, name in zip(axes, PROBE):
+        for language in probe[steps[-1]]:
+            style = {"lw": 0.7, "alpha": 0.5} if language else {"lw": 2, "marker": "o", "color": "black"}
+            values = [probe[step].get(language, {}).get(name, math.nan) for step in steps]
+            axis.plot(steps, values, **style)
+        axis.set(xlabel="step", title=name)
+        axis.grid(alpha=0.3)
+    path = folder / "probe.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
 
 
 def plot_curve(folder: Path) -> Path:

@@ -30,6 +30,7 @@ from mtllm_engine.metrics import Metrics, Record, environment, print_table
 from mtllm_engine.model.lora import quantised_weights
 from mtllm_engine.model.mtllm import Stack
 from mtllm_engine.model.pretrained import Weights, build_stack, build_tokenizer
+from mtllm_engine.probe import Probe, open_probe
 from mtllm_engine.report import write_report
 from mtllm_engine.tasks import ENGLISH, Task, load_task, pack_split
 from mtllm_engine.world import Agreed, World, connect
@@ -46,6 +47,7 @@ def train(config: Config, world: World) -> None:
     flops = stack.flops(bool(config.data.targets))
     tokenizer = world.together(lambda: build_tokenizer(config, stack))
     stream = world.together(lambda: open_stream(config, tokenizer, world))
+    probe = world.together(lambda: open_probe(config, world, tokenizer))
     fit = start_projection(config, world, stack, weights, tokenizer)
     engine = build_engine(config, shard(stack, weights, config, world), world)
     start = checkpoint.restore(config, world, engine, stream)
@@ -55,7 +57,7 @@ def train(config: Config, world: World) -> None:
         _stop_requests(config) as stop_requested,
     ):
         if start == 0:
-            validate(config, world, engine, tokenizer, metrics, step=0)
+            validate(config, world, engine, tokenizer, metrics, probe, step=0)
         for step in range(start, config.optim.steps):
             with metrics.step(step) as record:
                 work = agree(stream, world, config.memory.max_tokens, stop=stop_requested())
@@ -63,7 +65,7 @@ def train(config: Config, world: World) -> None:
             is_last = work.stop or step + 1 == config.optim.steps
             score = None
             if (step + 1) % config.run.validate_every == 0 or step + 1 == config.optim.steps:
-                score = validate(config, world, engine, tokenizer, metrics, step=step + 1)
+                score = validate(config, world, engine, tokenizer, metrics, probe, step=step + 1)
             if (step + 1) % config.checkpoint.every == 0 or is_last:
                 metrics.flush()
                 checkpoint.save(config, world, engine, stream, step + 1, score)
@@ -153,17 +155,21 @@ def validate(
     engine: PlainEngine | ZeroEngine,
     tokenizer: PairTokenizer,
     metrics: Metrics,
+    probe: Probe | None,
     *,
     step: int,
 ) -> float | None:
     """The measures over every document of `data.validation`, summed in fp64; returns the score, higher being better.
+    The probe is measured too, and scores nothing.
 
     Raises:
         ValueError: The documents seen are not those that the manifest counts.
     """
+    metrics.flush()
+    if probe:
+        metrics.probe(step, probe(engine), probe.num_lines)
     if not config.data.validation:
         return None
-    metrics.flush()
     stream = open_stream(config, tokenizer, world, epochs=1)
     sums, documents_read = 0, 0
     with engine.evaluating():

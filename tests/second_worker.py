@@ -19,6 +19,7 @@ def launch(config: Config, path: Path, *, world_size: int = 2) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared["PYTHONPATH"] = Path(__file__).resolve().parent.parent  # a script's own folder is not the checkout's
     shared = os.environ | {key: str(value) for key, value in shared.items()}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     ranks = [
