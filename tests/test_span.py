@@ -23,10 +23,12 @@ from mtllm_engine.finetune import finetune
 from mtllm_engine.model.pretrained import build_stack, build_tokenizer
 from mtllm_engine.objective import LONGEST_ANSWER, SpanFinetuning, SpanHead, best_answers
 from mtllm_engine.report import read_metrics
+from mtllm_engine.tasks import Example, pack
 from tiny import WORDS, build_config, build_decoder, build_encoder, build_world
 
 WORLD = build_world()
 WIDTH = 6
+ROLES = {"teacher": "llm", "start": "stack"}  # `model` key -> the run whose checkpoint it names
 SIZES = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 45), st.integers(0, 3)), min_size=1, max_size=4)
 
 
@@ -190,13 +192,8 @@ def test_evaluation_answers_with_text_and_scores_it(learned: Path, capsys):
     assert "exact_match" in capsys.readouterr().out
 
 
-ROLES = {"teacher": "llm", "start": "stack"}
-
-
 def test_the_first_answer_that_was_not_cut_away_is_the_target(folder: Path, tmp_path: Path):
     """The passage is too long for the answer behind its end, and another one remains; or none does."""
-    from mtllm_engine.tasks import Example, pack
-
     passage = " ".join(WORDS[:100])
     text = f"word\n{passage}"
     late, early = (len(text) - 3, len(text)), (5, 5 + len(WORDS[0]))
