@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,13 @@ import numpy as np
 from mtllm_engine import config as configs
 from mtllm_engine import results
 from mtllm_engine.config import Config
-from mtllm_engine.data.batch import collate
+from mtllm_engine.data.batch import Document, collate
 from mtllm_engine.data.languages import Resolved, resolve_language
 from mtllm_engine.data.stream import agree, build_stream
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.engine import build_engine, shard
 from mtllm_engine.model.pretrained import build_stack, build_tokenizer, read_lora
+from mtllm_engine.objective import Outputs
 from mtllm_engine.results import Predictions
 from mtllm_engine.tasks import ENGLISH, Dataset, Example, Task, find_dataset, load_task, pack
 from mtllm_engine.train import run_command
@@ -67,6 +68,8 @@ class Reader:
     def __call__(self, corpus: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
         """Keys, labels (N,) and scores (N, C), of every document of a corpus, in its order, on every rank.
 
+        Of a span task, instead of scores: the characters [start, end) (N, 2) of each text that answer.
+
         Raises:
             ValueError: A document cannot be read, or not each was read once.
         """
@@ -79,8 +82,8 @@ class Reader:
             while (work := agree(stream, self.world, self.config.memory.max_tokens)).totals.documents:
                 for documents in work.micro_batches:
                     batch = collate(documents, step_seed=0, device=self.world.device, idle=work.idle)
-                    scores_NC = self.engine(batch, work.totals).outputs.scores_NC.float().cpu().numpy()
-                    rows += [(doc.row, doc.key, doc.label, scores_C) for doc, scores_C in zip(documents, scores_NC)]
+                    found = self._found(documents, self.engine(batch, work.totals).outputs)
+                    rows += [(doc.row, doc.key, doc.label, each) for doc, each in zip(documents, found)]
         stream.close()
         rows = sorted((row for part in self.world.gather(rows) for row in part), key=lambda row: row[0])
         shards = enumerate(stream.mixture.corpora[0].manifest.shards)
@@ -89,6 +92,13 @@ class Reader:
             raise Agreed(ValueError(f"{corpus}: {len(rows)} documents were scored of {len(expected)}"))
         _, keys, labels, scores = zip(*rows)
         return list(keys), np.array(labels), np.stack(scores)
+
+    def _found(self, documents: Sequence[Document], outputs: Outputs) -> np.ndarray | list[np.ndarray]:
+        if outputs.answers_N2 is None:
+            return outputs.scores_NC.float().cpu().numpy()
+        side = "student_offsets_S2" if self.config.objective.reader == "stack" else "teacher_offsets_T2"
+        answers = zip(documents, outputs.answers_N2.cpu().numpy())
+        return [getattr(document, side)[start:end].ravel()[[0, -1]] for document, (start, end) in answers]
 
 
 def evaluate(config: Config, world: World) -> None:
@@ -147,6 +157,9 @@ def _prepare(config: Config) -> tuple[Task, list[Test], PairTokenizer]:
     if not config.task.test:
         raise ValueError("task.test names no test set; write DATASET:FOLDER")
     task = load_task(config.task.name)
+    if task.head == "span" and "translate_test" in config.evaluate.systems:
+        told = f"task {task.name} is answered with a piece of the text, and a translation has other pieces"
+        raise ValueError(f"evaluate.systems has 'translate_test', but {told}; leave it out")
     tokenizer = PairTokenizer(config.model.encoder, config.model.decoder, max_length=config.data.max_length)
     tests = []
     for source in config.task.test:
@@ -177,26 +190,44 @@ def _predict(
     start_s, cached, examples = time.perf_counter(), 0, test.examples
     if translator is not None and test.language != ENGLISH:
         examples, cached = translate_examples(list(examples), translator, source=given)
+    if task.head == "span":
+        examples = map(_answered, examples)
     # The LLM alone has no use for the encoder's token: any will do for the side that nobody reads.
     language = given if reader.config.objective.reader == "stack" else ENGLISH
     corpus = results_folder(config) / "corpus" / ("translated" if translator else reader.config.objective.reader)
     corpus = corpus / test.dataset.name / test.language
     world.on_main(lambda: _pack_anew(examples, corpus, language, test.dataset.licence))
-    keys, labels, scores_NC = reader(corpus)
+    keys, labels, found = reader(corpus)
     wall_s = time.perf_counter() - start_s
+    if task.head == "span":
+        columns = {"keys": keys, **world.together(lambda: _texts(test, keys, found))}
+    else:
+        columns = {"keys": keys, "labels": labels, "predictions": found.argmax(1), "num_classes": found.shape[1]}
     return Predictions(
         system="stack",
         dataset=test.dataset.name,
         language=test.language,
         seed=config.run.seed,
         metric=task.metric,
-        keys=keys,
-        labels=labels,
-        predictions=scores_NC.argmax(1),
-        num_classes=scores_NC.shape[1],
+        **columns,
         language_status=test.resolved.status if needs_encoder else None,
         latency_s=None if cached else 1000 * wall_s / len(keys),  # translations from a file took no time
     )
+
+
+def _answered(example: Example) -> Example:
+    """Raises: ValueError: The example has no accepted answer that a prediction could be compared with."""
+    if not example.answers:
+        raise ValueError(f"example {example.key} has no accepted answer; this is no test set with labels")
+    return example
+
+
+def _texts(test: Test, keys: Sequence[str], answers_N2: np.ndarray) -> dict[str, list]:
+    """Accepted answers and the answer given of each example, as text."""
+    examples = {example.key: example for example in test.examples}
+    labels = [[examples[key].text[slice(*answer)] for answer in examples[key].answers] for key in keys]
+    given = [examples[key].text[start:end].strip() for key, (start, end) in zip(keys, answers_N2)]
+    return {"labels": labels, "predictions": given}
 
 
 def _pack_anew(examples: Iterable[Example], corpus: Path, language: str, licence: str) -> None:

@@ -15,6 +15,8 @@ from mtllm_engine.kernels.distill_loss import Spans, distill_loss
 from mtllm_engine.kernels.distill_loss.reference import moments as distillation_moments
 from mtllm_engine.kernels.rms_norm import rms_norm
 
+LONGEST_ANSWER = 30  # tokens
+
 
 class Outputs(NamedTuple):
     """What evaluation reads, fp32; None where the objective has no such thing."""
@@ -22,6 +24,7 @@ class Outputs(NamedTuple):
     student_PD: torch.Tensor
     teacher_PD: torch.Tensor | None
     scores_NC: torch.Tensor | None  # the head's, one row per document
+    answers_N2: torch.Tensor | None = None  # int64: each document's tokens [start, end) that a span head answers with
 
 
 class Share(NamedTuple):
@@ -49,10 +52,38 @@ class Head(nn.Module):
         return scores_NC.index_put((batch.document_P, batch.place_P), scores_PC[:, 0])
 
 
+class SpanHead(nn.Module):
+    """A bias-free linear on every token of a document's one span: does an answer start here, does one end here."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2, width))
+
+    def forward(self, normed_SD: torch.Tensor) -> torch.Tensor:
+        """fp32 (2, S): scores of being an answer's first token, and its last."""
+        return functional.linear(normed_SD.float(), self.weight).T
+
+
+def best_answers(scores_2S: torch.Tensor, spans: Spans) -> torch.Tensor:
+    """int64 (P, 2): each span's first and last token with the highest sum of scores, `LONGEST_ANSWER` at most.
+
+    Of equal sums the first token decides, then the shorter answer.
+    """
+    starts_S, ends_S = scores_2S
+    is_inside_PS = is_inside(spans)
+    token_S, length_A = (torch.arange(size, device=ends_S.device) for size in (len(ends_S), LONGEST_ANSWER))
+    end_of_span_S = (is_inside_PS * spans.bounds_P2[:, 1:]).sum(0)  # 0 for a token of no span
+    last_SA = functional.pad(ends_S, (0, LONGEST_ANSWER - 1)).unfold(0, LONGEST_ANSWER, 1)
+    is_in_span_SA = token_S[:, None] + length_A < end_of_span_S[:, None]
+    best_S, length_S = (starts_S[:, None] + last_SA).masked_fill(~is_in_span_SA, float("-inf")).max(1)
+    first_P = best_S.where(is_inside_PS, float("-inf")).argmax(1)
+    return torch.stack([first_P, first_P + length_S[first_P]], dim=1)
+
+
 class Objective(nn.Module):
     """The LLM's final norm, and a head where there is a task."""
 
-    def __init__(self, width: int, eps: float, dtype: torch.dtype, head: Head | None) -> None:
+    def __init__(self, width: int, eps: float, dtype: torch.dtype, head: Head | SpanHead | None) -> None:
         super().__init__()
         self.eps = eps
         self.norm = nn.Parameter(torch.empty(width, dtype=dtype))  # the LLM's final RMSNorm
@@ -61,9 +92,7 @@ class Objective(nn.Module):
     def pool(self, hidden_SD: torch.Tensor, spans: Spans) -> torch.Tensor:
         """The mean of the finally normed states over each span, fp32 (P, D)."""
         normed_SD, _ = rms_norm(hidden_SD, self.norm, self.eps)
-        starts_P1, ends_P1 = spans.bounds_P2[:, :1], spans.bounds_P2[:, 1:]
-        token_S = torch.arange(spans.num_tokens, device=hidden_SD.device)
-        mean_PS = ((token_S >= starts_P1) & (token_S < ends_P1)) / (ends_P1 - starts_P1)
+        mean_PS = is_inside(spans) / spans.bounds_P2.diff(dim=1)
         return mean_PS @ normed_SD.float()  # a product: the same twice, and nothing is asked of the device
 
     def _scored(self, scores_NC: torch.Tensor | None, batch: Batch) -> torch.Tensor:
@@ -141,6 +170,46 @@ class Finetuning(Objective):
     def measures(self, moments: torch.Tensor) -> dict[str, float]:
         """Accuracy."""
         return _accuracy(moments)
+
+
+class SpanFinetuning(Objective):
+    """Cross-entropy of where the answer starts and ends, over the tokens of its document's one span.
+
+    A mean over both and over the global batch's documents. The target is the first accepted answer that is read whole:
+    a document of which all were cut away adds nothing to the loss, and counts as answered wrongly.
+    """
+
+    def __init__(self, width: int, eps: float, dtype: torch.dtype, head: SpanHead, *, side: str) -> None:
+        super().__init__(width, eps, dtype, head)
+        self.side = side  # as in `Finetuning`
+
+    def forward(self, batch: Batch, totals: Totals, hidden_SD: torch.Tensor) -> Share:
+        spans, answers_N2 = (getattr(batch, f"{self.side}_{name}") for name in ("spans", "answers_N2"))
+        normed_SD, _ = rms_norm(hidden_SD, self.norm, self.eps)
+        scores_2S = self.head(normed_SD)
+        scores_2NS = scores_2S[:, None].where(is_inside(spans), float("-inf"))
+        options = {"ignore_index": -1, "reduction": "none"}
+        losses_2N = [functional.cross_entropy(*each, **options) for each in zip(scores_2NS, answers_N2.T)]
+        found_N2 = best_answers(scores_2S.detach(), spans)
+        weight_N = batch.weight_N.double()
+        moments = torch.stack([weight_N.sum(), weight_N @ (found_N2 == answers_N2).all(1).double()])
+        outputs = None if self.training else self._outputs(batch, hidden_SD, spans, found_N2)
+        return Share(batch.weight_N @ sum(losses_2N) / (2 * totals.documents), moments, outputs)
+
+    def measures(self, moments: torch.Tensor) -> dict[str, float]:
+        """Accuracy: the share of documents whose answer is the target, token by token."""
+        return _accuracy(moments)
+
+    def _outputs(self, batch: Batch, hidden_SD: torch.Tensor, spans: Spans, found_N2: torch.Tensor) -> Outputs:
+        first_N1 = getattr(batch, self.side).cu_seqlens[:-1, None]
+        answers_N2 = found_N2 - first_N1 + torch.tensor([0, 1], device=found_N2.device)
+        return Outputs(self.pool(hidden_SD, spans), None, None, answers_N2)
+
+
+def is_inside(spans: Spans) -> torch.Tensor:
+    """bool (P, S): whether a token is one of a span's."""
+    token_S = torch.arange(spans.num_tokens, device=spans.bounds_P2.device)
+    return (token_S >= spans.bounds_P2[:, :1]) & (token_S < spans.bounds_P2[:, 1:])
 
 
 def fvu(moments: torch.Tensor) -> float:

@@ -37,6 +37,8 @@ class Document:
     teacher_spans_P2: np.ndarray = field(default_factory=lambda: NO_SPANS)
     student_answers_A2: np.ndarray = field(default_factory=lambda: NO_SPANS)  # int32, without what was cut away
     teacher_answers_A2: np.ndarray = field(default_factory=lambda: NO_SPANS)
+    student_offsets_S2: np.ndarray | None = None  # int32: each token's characters in the text, where it has answers
+    teacher_offsets_T2: np.ndarray | None = None
     aligned_S: np.ndarray | None = None  # int32: each student token's partner among the teacher's tokens, or -1
     targets_PD: np.ndarray | None = None  # fp32: stored states of the teacher, which then does not run
 
@@ -87,6 +89,8 @@ class Batch:
     weight_P: torch.Tensor  # fp32: 1, or 0 in the idle micro-batch
     weight_N: torch.Tensor  # fp32: likewise
     labels_N: torch.Tensor  # int64: -1 where not given
+    student_answers_N2: torch.Tensor  # int64: first and last token of each document's first answer; -1: none
+    teacher_answers_N2: torch.Tensor
     document_P: torch.Tensor  # int64: of each span
     place_P: torch.Tensor  # int64: of each span in its document, from 0
     aligned_S: torch.Tensor | None  # int32: each student token's partner among the teacher's tokens, or -1
@@ -152,6 +156,8 @@ def collate(documents: Sequence[Document], *, step_seed: int, device: torch.devi
         weight_P=put(np.full(sum(counts), weight)),
         weight_N=put(np.full(len(documents), weight)),
         labels_N=put(np.array([document.label for document in documents])),
+        student_answers_N2=put(_first_answers([document.student_answers_A2 for document in documents], student)),
+        teacher_answers_N2=put(_first_answers([document.teacher_answers_A2 for document in documents], teacher)),
         document_P=put(np.repeat(np.arange(len(documents)), counts)),
         place_P=put(np.concatenate([np.arange(count) for count in counts])),
         aligned_S=None if documents[0].aligned_S is None else put(_pack_aligned(documents, teacher)),
@@ -178,6 +184,15 @@ def _pack_spans(spans: Sequence[np.ndarray], tokens: Tokens) -> Spans:
     ends_N = np.cumsum(tokens.lengths)
     bounds = [spans_P2 + start for spans_P2, start in zip(spans, ends_N - tokens.lengths)]
     return build_spans(np.concatenate(bounds), ends_N[-1], tokens.ids_S.device)
+
+
+def _first_answers(answers: Sequence[np.ndarray], tokens: Tokens) -> np.ndarray:
+    starts_N = np.cumsum([0, *tokens.lengths[:-1]])
+    found = [
+        answers_A2[0] + (start, start - 1) if len(answers_A2) else (-1, -1)
+        for answers_A2, start in zip(answers, starts_N)
+    ]
+    return np.array(found, np.int64)
 
 
 def _pack_aligned(documents: Sequence[Document], teacher: Tokens) -> np.ndarray:

@@ -162,7 +162,7 @@ class Lane:
         row = (place, shard, index)
         return Document(key=key, seed=seed, row=row, label=marks.label, targets_PD=targets_PD, **tokens)
 
-    def _tokens(self, text: str, language: str, marks: Marks) -> dict[str, np.ndarray]:
+    def _tokens(self, text: str, language: str, marks: Marks) -> dict[str, np.ndarray | None]:
         """The fields of a document that the tokenizer gives: of most no more than the ids, which is the faster way."""
         if not (marks.has_ranges or self.mixture.aligns):
             student_ids_S, teacher_ids_T = self.mixture.tokenizer(text, language)
@@ -175,6 +175,8 @@ class Lane:
             "teacher_spans_P2": teacher.spans_P2,
             "student_answers_A2": student.answers_A2,
             "teacher_answers_A2": teacher.answers_A2,
+            "student_offsets_S2": student.offsets_S2 if marks.answers else None,
+            "teacher_offsets_T2": teacher.offsets_S2 if marks.answers else None,
             "aligned_S": partners(text, student.offsets_S2, teacher.offsets_S2) if self.mixture.aligns else None,
         }
 

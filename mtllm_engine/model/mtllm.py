@@ -1,6 +1,7 @@
 """The stack: MT encoder -> projection -> LLM with adapters, and the LLM without them, or with a task's, as teacher."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from mtllm_engine.kernels.projection import projection
 from mtllm_engine.model.decoder import Decoder, Stream
 from mtllm_engine.model.encoder import Encoder
 from mtllm_engine.model.lora import LoraLinear
-from mtllm_engine.objective import Distillation, Finetuning, Head, Share
+from mtllm_engine.objective import Distillation, Finetuning, Head, Share, SpanFinetuning, SpanHead
 from mtllm_engine.world import device_type
 
 LAYER_NORM_EPS = 1e-5  # PyTorch's default, which M2M-100 uses
@@ -23,8 +24,8 @@ LAYER_NORM_EPS = 1e-5  # PyTorch's default, which M2M-100 uses
 class TaskParts:
     """What a task adds to the stack."""
 
-    outputs: int = 0  # of the head: classes, or choices; 0: no head
-    per_choice: bool = False
+    outputs: int = 0  # of the head: classes, or choices, or 2 (an answer's start and end); 0: no head
+    head: Literal["classification", "choice", "span"] = "classification"
     teacher: LoraConfig | None = None  # the fine-tuned LLM's adapters; None: the teacher is the bare LLM
 
 
@@ -72,13 +73,14 @@ class Stack(nn.Module):
             causal=config.model.causal,
             activations=config.memory.activations,
         )
-        head = Head(width, task.outputs, per_choice=task.per_choice) if task.outputs else None
+        head = _build_head(width, task)
         if config.objective.kind == "distil":
             token_weight = config.objective.token_weight
             self.objective = Distillation(width, decoder.rms_norm_eps, dtype, head, token_weight=token_weight)
         else:
             side = "student" if self.reads_stack else "teacher"
-            self.objective = Finetuning(width, decoder.rms_norm_eps, dtype, head, side=side)
+            kind = SpanFinetuning if isinstance(head, SpanHead) else Finetuning
+            self.objective = kind(width, decoder.rms_norm_eps, dtype, head, side=side)
         self._freeze()
 
     def forward(self, batch: Batch, totals: Totals) -> Share:
@@ -131,6 +133,12 @@ class Stack(nn.Module):
         Whoever distils into a head that was copied keeps it as it is.
         """
         trained = ["projection.weight", "projection.bias"]
-        trained += ["objective.head.weight"] if isinstance(self.objective, Finetuning) else []
+        trained += ["objective.head.weight"] if not isinstance(self.objective, Distillation) else []
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.learns and (name in trained or ".student." in name))
+
+
+def _build_head(width: int, task: TaskParts) -> Head | SpanHead | None:
+    if not task.outputs:
+        return None
+    return SpanHead(width) if task.head == "span" else Head(width, task.outputs, per_choice=task.head == "choice")

@@ -216,10 +216,11 @@ def _task_parts(config: Config, start: Checkpoint | None, teacher: Checkpoint | 
     head_of = {"distil": teacher, "finetune": None, "evaluate": start}[config.objective.kind]
     if head_of and not has_head(head_of):
         raise ValueError(f"{head_of.folder} has no head.safetensors; it takes a run of `mtllm finetune`")
-    per_choice = task.head == "choice"
-    return TaskParts(
-        outputs=task.num_choices if per_choice else len(task.labels), per_choice=per_choice, teacher=adapters
-    )
+    if task.head == "span" and config.objective.kind == "distil":
+        told = f"task {task.name} asks for a piece of the text, which no pooled state holds"
+        raise ValueError(f'{told}: learn it directly, with objective.kind="finetune" and objective.reader="stack"')
+    outputs = {"classification": len(task.labels), "choice": task.num_choices, "span": 2}[task.head]
+    return TaskParts(outputs=outputs, head=task.head, teacher=adapters)
 
 
 def run_checkpoint(folder: str | Path) -> Checkpoint:
