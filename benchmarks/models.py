@@ -106,7 +106,7 @@ def frozen_tensors(models: Models, side: str) -> dict[str, Callable[[], torch.Te
     checkpoint = sources[f"{side}.embedding.weight"].checkpoint
     readers: dict[str, Callable[[], torch.Tensor]] = {}
     for name in models.weights.shapes:
-        if name in models.weights.trained or sources[name].checkpoint is not checkpoint:
+        if name not in sources or sources[name].checkpoint is not checkpoint:
             continue
         parameter, row = ours.get(name), 0
         for full_name in sources[name].names:

@@ -25,7 +25,7 @@ from mtllm_engine.data.languages import Resolved, resolve_language
 from mtllm_engine.data.stream import agree, build_stream
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.engine import build_engine, shard
-from mtllm_engine.model.pretrained import build_stack, build_tokenizer, read_lora
+from mtllm_engine.model.pretrained import build_stack, build_tokenizer, has_head, read_lora, run_checkpoint
 from mtllm_engine.objective import Outputs
 from mtllm_engine.results import Predictions
 from mtllm_engine.tasks import ENGLISH, Dataset, Example, Task, find_dataset, load_task, pack
@@ -152,8 +152,10 @@ def _prepare(config: Config) -> tuple[Task, list[Test], PairTokenizer]:
     needed = {"llm": "model.teacher", "translate_test": "model.teacher", "stack": "model.start"}
     for system in config.evaluate.systems:
         key = needed[system]
-        if not getattr(config.model, key.partition(".")[2]):
-            raise ValueError(f"evaluate.systems has {system!r}, which needs {key}: a checkpoint with a head")
+        checkpoint = getattr(config.model, key.partition(".")[2])
+        if not checkpoint or not has_head(run_checkpoint(checkpoint)):
+            found = f"{checkpoint} has none" if checkpoint else "it is empty"
+            raise ValueError(f"evaluate.systems has {system!r}, which needs {key}, a checkpoint with a head; {found}")
     if not config.task.test:
         raise ValueError("task.test names no test set; write DATASET:FOLDER")
     task = load_task(config.task.name)
@@ -168,6 +170,7 @@ def _prepare(config: Config) -> tuple[Task, list[Test], PairTokenizer]:
         if not languages:
             raise ValueError(f"task.test: {source} has no test examples in any language")
         for language in languages:
+            dataset.read(folder, "test", language)  # one that is not there is told before any model runs
             resolved = resolve_language(language, tokenizer.languages, config.languages.fallback)
             tests.append(Test(dataset=dataset, folder=folder, language=language, resolved=resolved))
     return task, tests, tokenizer

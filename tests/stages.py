@@ -1,12 +1,15 @@
 """Stage 1, the English task and stage 2 on tiny checkpoints: their files, their configurations, their runs."""
 
+import contextlib
 import csv
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mtllm_engine import evaluate as evaluation
 from mtllm_engine.config import Config
+from mtllm_engine.evaluate import Reader
 from mtllm_engine.finetune import finetune
 from mtllm_engine.tasks.sib200 import LABELS
 from mtllm_engine.train import train
@@ -66,16 +69,44 @@ def stage2_config(folder: Path, task: str, **sections) -> Config:
     return _config(folder, f"distil-{task}", task, model=model, **sections)
 
 
-def _config(folder: Path, name: str, task: str = "", **sections) -> Config:
-    source = SOURCES.get(task, "").format(folder)
+def evaluation_config(folder: Path, task: str, test: str, **sections) -> Config:
+    """Of the best checkpoints of both runs; Minangkabau in Arabic script is given to the encoder as Indonesian."""
+    checkpoints = {"start": checkpoint(folder, f"distil-{task}"), "teacher": checkpoint(folder, f"finetune-{task}")}
+    model = {key: str(path) for key, path in checkpoints.items()}
+    sections = {"data": {"train": []}, "languages": {"fallback": {"min_Arab": "ind_Latn"}}} | sections
+    return _config(folder, f"evaluate-{task}", model=model, task={"name": task, "test": [test]}, **sections)
+
+
+def _config(folder: Path, name: str, learned: str = "", **sections) -> Config:
+    """Args: learned: a task whose English files are trained and validated on."""
     merged = {"zero": {"stage": 0}, "data": {"lanes": 4}, "optim": {"steps": 3, "lr": 0.01, "warmup": 0.0}}
-    merged |= {"run": {"dir": str(folder / name)}, "task": {}}
-    if task:
+    merged |= {"run": {"dir": str(folder / name)}}
+    if learned:
+        source = SOURCES[learned].format(folder)
         merged["data"] |= {"train": []}
-        merged["task"] = {"name": task, "train": source, "validation": source}
+        merged["task"] = {"name": learned, "train": source, "validation": source}
     for section, values in sections.items():
         merged[section] = merged.get(section, {}) | values
     return build_config(folder, **merged)
+
+
+@contextlib.contextmanager
+def recorded_scores() -> Iterator[dict[str, dict]]:
+    """What every reader says of every corpus, by the corpus' folder: `llm/sib200/eng_Latn`, `translated/...`."""
+    found: dict[str, dict] = {}
+
+    class RecordingReader(Reader):
+        def __call__(self, corpus: Path) -> tuple:
+            keys, labels, scores_NC = super().__call__(corpus)
+            name = "/".join(corpus.parts[-3:])
+            found[name] = {"keys": keys, "labels": labels.tolist(), "scores": scores_NC.tolist()}
+            return keys, labels, scores_NC
+
+    evaluation.Reader = RecordingReader
+    try:
+        yield found
+    finally:
+        evaluation.Reader = Reader
 
 
 def run_stages(folder: Path, task: str) -> None:

@@ -15,20 +15,22 @@ import torch
 from mtllm_engine.config import dumps
 from mtllm_engine.train import train
 from mtllm_engine.world import World
+from stages import rows, run_stages, write_topics
 from tiny import build_config, build_corpus, build_decoder, build_encoder
-from zero_worker import ADAPTERS, bf16_config, launch, losses, recorded_keys, run
+from zero_worker import ADAPTERS, bf16_config, evaluated, launch, losses, recorded_keys, run
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 RESUME = ["stop_and_resume", "resume_other"]
 VARIANTS = ["recompute", "bf16"]
 DAMAGE = ["damaged_shard", "full_disk"]
 TRAFFIC = ["joint_forward", "two_passes"]
-EXTRA = {1: [], 2: [*VARIANTS, *RESUME, *DAMAGE, *TRAFFIC], 3: [], 4: []}
+TASK = ["task_runs", "evaluation"]
+EXTRA = {1: ["evaluation"], 2: [*VARIANTS, *RESUME, *DAMAGE, *TRAFFIC, "task_runs"], 3: TASK, 4: ["evaluation"]}
 
 
 @pytest.fixture(scope="module")
 def world_folder(tmp_path_factory) -> Path:
-    """Checkpoints, corpora, the plain run `ten_steps_0`, and one plain run stopped after four steps."""
+    """Checkpoints, corpora, the plain run `ten_steps_0`, one stopped after four steps, and a task's plain runs."""
     folder = tmp_path_factory.mktemp("zero")
     build_encoder(folder / "encoder")
     build_decoder(folder / "decoder")
@@ -40,6 +42,10 @@ def world_folder(tmp_path_factory) -> Path:
         train(build_config(folder, run={"dir": str(folder / "ten_steps_0")}, **plain), ALONE)
     (folder / "ten_steps_0_0.json").write_text(json.dumps({"keys": keys}))
     run(build_config(folder, run={"dir": str(folder / "stopped_1")}, **plain), ALONE, stop_at=4)
+    write_topics(folder, "eng_Latn", train=16, dev=7)
+    for seed, (language, count) in enumerate({"eng_Latn": 3, "swh_Latn": 7, "nqo_Nkoo": 2}.items(), start=1):
+        write_topics(folder, language, seed=seed, test=count)
+    run_stages(folder, "sib200")
     return folder
 
 
@@ -162,3 +168,45 @@ def test_joint_layers_are_gathered_once_forward_and_once_backward(worlds: Path):
 def test_two_passes_would_gather_three_times(worlds: Path):
     for result in results(worlds, "two_passes", 2):
         assert min(result["ratios"]) >= 2.8
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("step", ["finetune", "distil"])
+def test_any_number_of_ranks_learns_a_task_as_plain_pytorch_does(worlds: Path, step: str, size: int):
+    """Stage 2 learns from states that these ranks stored, plain PyTorch from the live teacher."""
+    expected, found = rows(worlds / f"{step}-sib200"), rows(worlds / f"{step}_{size}_ranks")
+    assert len(found) == len(expected) == 5  # validation, three steps, validation
+    for before, after in zip(expected, found):
+        for key in before.keys() & {"loss", "grad_norm", "accuracy", "validation_accuracy", "validation_fvu"}:
+            assert after[key] == pytest.approx(before[key], rel=1e-5), key
+
+
+def test_a_rank_without_documents_took_part(worlds: Path):
+    """Or the tests of three ranks would not see what it runs instead: a token that brings stored states too."""
+    counts = [[len(step) for step in result["keys"]] for result in results(worlds, "task_runs", 3)]
+    assert [sum(step) for step in zip(*counts)] == [8, 8, 8] and min(map(min, counts)) < max(map(max, counts))
+
+
+@pytest.fixture(scope="module")
+def plain_scores(worlds: Path) -> dict[str, dict]:
+    return evaluated(worlds, "evaluate_0", ALONE, stage=0)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_any_number_of_ranks_scores_every_document_once(worlds: Path, plain_scores: dict[str, dict], size: int):
+    """In order, on every rank alike, and as plain PyTorch does; the same predictions are saved."""
+    for found in results(worlds, "evaluation", size):
+        assert found.keys() == plain_scores.keys() and len(found) == 3 + 2 + 2
+        for corpus, scores in found.items():
+            expected = plain_scores[corpus]
+            assert scores["keys"] == expected["keys"] and scores["labels"] == expected["labels"]
+            largest = torch.tensor(expected["scores"]).abs().max().item()
+            assert torch.tensor(scores["scores"]).sub(torch.tensor(expected["scores"])).abs().max() <= 1e-5 * largest
+    folders = [worlds / name / "results" for name in (f"evaluate_{size}_ranks", "evaluate_0")]
+    saved = [{path.relative_to(folder): answers(path) for path in folder.rglob("*.jsonl")} for folder in folders]
+    assert saved[0] == saved[1] and len(saved[0]) == 7 + 1  # and one cache of translations
+
+
+def answers(path: Path) -> list[dict]:
+    """Predictions without the header, which says how long they took; translations."""
+    return [json.loads(line) for line in path.read_text().splitlines()[1:]]

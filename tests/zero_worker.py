@@ -19,10 +19,13 @@ from mtllm_engine.config import Config
 from mtllm_engine.data.batch import collate
 from mtllm_engine.data.stream import agree, build_stream
 from mtllm_engine.engine import ZeroEngine, import_deepspeed, shard
+from mtllm_engine.evaluate import evaluate
 from mtllm_engine.model import activations
 from mtllm_engine.model.mtllm import Stack
 from mtllm_engine.model.pretrained import build_stack, build_tokenizer
+from mtllm_engine.targets import write_targets
 from mtllm_engine.world import World, connect
+from stages import evaluation_config, finetuning_config, recorded_scores, stage2_config
 from tiny import build_config
 
 ADAPTERS = {"lora": {"rank": 4, "alpha": 8.0, "dropout": 0.05}}
@@ -158,6 +161,28 @@ def full_disk(folder: Path, world: World) -> dict:
         return {"error": str(raised)}
     finally:
         training.checkpoint.save = save
+
+
+def task_runs(folder: Path, world: World) -> dict:
+    """The LLM learns a task, its states are stored, and stage 2 learns from them; with four lanes, ranks idle."""
+    zero, name = {"stage": 3}, f"{world.size}_ranks"
+    run(finetuning_config(folder, "sib200", zero=zero, run={"dir": str(folder / f"finetune_{name}")}), world)
+    options = {"run": {"dir": str(folder / f"distil_{name}")}, "data": {"targets": "states"}}
+    config = stage2_config(folder, "sib200", zero=zero, **options)
+    write_targets(config, world)
+    return {"keys": run(config, world)}
+
+
+def evaluation(folder: Path, world: World) -> dict:
+    """Every system in every language, on these ranks."""
+    return evaluated(folder, f"evaluate_{world.size}_ranks", world, stage=3)
+
+
+def evaluated(folder: Path, name: str, world: World, *, stage: int) -> dict:
+    options = {"run": {"dir": str(folder / name)}, "zero": {"stage": stage}}
+    with recorded_scores() as found:
+        evaluate(evaluation_config(folder, "sib200", f"sib200:{folder}/topics", **options), world)
+    return found
 
 
 def joint_forward(folder: Path, world: World) -> dict:
