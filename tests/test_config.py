@@ -69,6 +69,8 @@ BY_KEY = {  # where the type alone allows more
     "task.test": st.just([]),
     "evaluate.systems": st.lists(st.sampled_from(["llm", "translate_test", "stack"]), min_size=1),
     "evaluate.languages": st.lists(NAME),
+    "probe.split": NAME,
+    "probe.languages": st.lists(NAME),
     "optim.epochs": st.just(0),
     "optim.warmup": SHARE,
     "optim.betas": st.lists(SHARE, min_size=2, max_size=2),
