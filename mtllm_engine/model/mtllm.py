@@ -114,7 +114,9 @@ class Stack(nn.Module):
     def _student(self, batch: Batch) -> tuple[torch.Tensor, Stream]:
         """What learns: the stack on the encoder's tokens, or the LLM on its own."""
         if not self.reads_stack:
-            return self._text(batch, "student", grad=True)
+            hidden_TD, stream = self._text(batch, "student", grad=True)
+            # ZeRO-3 gathers a layer for its backward only where a gradient goes through the layer's input.
+            return hidden_TD.requires_grad_(torch.is_grad_enabled() and self.learns), stream
         hidden_SD = self.projection(self.encoder(batch.student))
         return hidden_SD, self.decoder.stream(batch.student, adapters="student", grad=True)
 
