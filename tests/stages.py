@@ -109,10 +109,10 @@ def recorded_scores() -> Iterator[dict[str, dict]]:
         evaluation.Reader = Reader
 
 
-def run_stages(folder: Path, task: str) -> None:
-    """All three runs, one after the other."""
+def run_stages(folder: Path, task: str, **finetuning) -> None:
+    """All three runs, one after the other. Args: finetuning: sections of the second's configuration."""
     train(stage1_config(folder), ALONE)
-    finetune(finetuning_config(folder, task), ALONE)
+    finetune(finetuning_config(folder, task, **finetuning), ALONE)
     train(stage2_config(folder, task), ALONE)
 
 

@@ -17,7 +17,7 @@ from mtllm_engine.train import train
 from mtllm_engine.world import World
 from stages import rows, run_stages, write_topics
 from tiny import build_config, build_corpus, build_decoder, build_encoder
-from zero_worker import ADAPTERS, bf16_config, evaluated, launch, losses, recorded_keys, run
+from zero_worker import ADAPTERS, UNDROPPED, bf16_config, evaluated, launch, losses, recorded_keys, run
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 RESUME = ["stop_and_resume", "resume_other"]
@@ -45,7 +45,7 @@ def world_folder(tmp_path_factory) -> Path:
     write_topics(folder, "eng_Latn", train=16, dev=7)
     for seed, (language, count) in enumerate({"eng_Latn": 3, "swh_Latn": 7, "nqo_Nkoo": 2}.items(), start=1):
         write_topics(folder, language, seed=seed, test=count)
-    run_stages(folder, "sib200")
+    run_stages(folder, "sib200", **UNDROPPED)
     return folder
 
 

@@ -29,6 +29,7 @@ from stages import evaluation_config, finetuning_config, recorded_scores, stage2
 from tiny import build_config
 
 ADAPTERS = {"lora": {"rank": 4, "alpha": 8.0, "dropout": 0.05}}
+UNDROPPED = {"lora": {"dropout": 0.0}}
 
 
 def launch(folder: Path, world_size: int, scenarios: list[str], timeout_s: float = 300) -> None:
@@ -164,11 +165,17 @@ def full_disk(folder: Path, world: World) -> dict:
 
 
 def task_runs(folder: Path, world: World) -> dict:
-    """The LLM learns a task, its states are stored, and stage 2 learns from them; with four lanes, ranks idle."""
-    zero, name = {"stage": 3}, f"{world.size}_ranks"
-    run(finetuning_config(folder, "sib200", zero=zero, run={"dir": str(folder / f"finetune_{name}")}), world)
-    options = {"run": {"dir": str(folder / f"distil_{name}")}, "data": {"targets": "states"}}
-    config = stage2_config(folder, "sib200", zero=zero, **options)
+    """The LLM learns a task, its states are stored, and stage 2 learns from them; with four lanes, ranks idle.
+
+    Weights are released after each layer, as they are of models that do not fit: backward has to gather them again, of
+    the LLM's first layer too, whose input has no gradient of its own.
+    """
+    released = dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), 1)
+    released |= {"stage3_param_persistence_threshold": 100}
+    zero = {"zero": {"stage": 3}, "deepspeed": {"zero_optimization": released}}
+    folders = {step: {"dir": str(folder / f"{step}_{world.size}_ranks")} for step in ("finetune", "distil")}
+    run(finetuning_config(folder, "sib200", run=folders["finetune"], **zero, **UNDROPPED), world)
+    config = stage2_config(folder, "sib200", run=folders["distil"], data={"targets": "states"}, **zero)
     write_targets(config, world)
     return {"keys": run(config, world)}
 
