@@ -32,7 +32,7 @@ class Size:
 
 
 SIZES = {
-    "small": Size(documents=6000, pairs=1.0, examples=1260, lines=420, width=128, mt_steps=2200, llm_steps=600),
+    "small": Size(documents=6000, pairs=1.0, examples=1260, lines=420, width=128, mt_steps=1500, llm_steps=700),
     "medium": Size(documents=12000, pairs=2.0, examples=2520, lines=840, width=192, mt_steps=4000, llm_steps=1500),
 }
 
@@ -97,8 +97,8 @@ def _write_corpus(folder: Path, world: World, size: Size) -> None:
     folder.mkdir()
     held_out = max(1, size.documents // 20)
     for name, count, sentences in (
-        ("train", size.documents, (2, 4)),
-        ("validation", held_out, (2, 4)),
+        ("train", size.documents, (1, 3)),
+        ("validation", held_out, (1, 3)),
         ("long", held_out, (5, 200)),
     ):
         texts = world.documents(name, count, sentences=sentences)

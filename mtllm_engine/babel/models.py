@@ -28,6 +28,7 @@ from transformers import (
 
 MAX_TOKENS = 128
 MAX_POSITIONS = 1024
+CONTRAST_TEMPERATURE = 0.1
 POOL = 20  # batches of translations that are drawn together and sorted by length, so that little is padding
 NEW_TOKENS = 40  # of a translation, at most
 
@@ -74,8 +75,10 @@ def build_mt(
     *,
     steps: int,
     pairs: int = 24,
+    copies: float = 0.25,
     pivot: float = 0.6,
     temperature: float = 3.0,
+    alignment: float = 0.3,
     vocab_size: int = 2000,
     width: int = 128,
     encoder_layers: int = 3,
@@ -90,15 +93,18 @@ def build_mt(
         said: What each language says, by its code; the first is the pivot. Line n means the same in all languages that
             have it.
         pairs: Pairs of a batch; each is learned in both directions.
-        pivot: The share of the pairs with the pivot on one side; the others go without it.
+        copies: The share of the pairs that are a line and itself: who reads any language must read the target's own.
+        pivot: The share of the other pairs with the pivot on one side; the rest goes without it.
         temperature: A language is drawn by its number of lines to the power of 1 / temperature.
+        alignment: Weight of the contrastive term that LaBSE and its like train sentence encoders with: in so short a
+            training translation alone does not make the languages share a space.
     """
     tokenizer = train_nllb_tokenizer([line for lines in said.values() for line in lines], vocab_size, list(said))
     torch.manual_seed(seed)
     model = M2M100ForConditionalGeneration(nllb_config(len(tokenizer), width, encoder_layers, decoder_layers))
     lines = {language: _source_ids(tokenizer, language, texts) for language, texts in said.items()}
-    batches = _pair_batches(lines, pairs, pivot, temperature, tokenizer.pad_token_id)
-    losses = train(model, _translation_loss(model), batches, steps=steps, lr=lr, warmup=100, title=title)
+    batches = _pair_batches(lines, pairs, (copies, pivot, temperature), tokenizer.pad_token_id)
+    losses = train(model, _translation_loss(model, alignment), batches, steps=steps, lr=lr, warmup=100, title=title)
     _save(folder, model, tokenizer)
     return losses
 
@@ -253,7 +259,7 @@ def perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, text
     return math.exp(sum(losses) / len(losses))
 
 
-def _translation_loss(model: M2M100ForConditionalGeneration) -> Callable[..., torch.Tensor]:
+def _translation_loss(model: M2M100ForConditionalGeneration, alignment: float) -> Callable[..., torch.Tensor]:
     """Rows are sources in their own language, first half and second half translations of one another."""
     pad_id, start_id = model.config.pad_token_id, model.config.decoder_start_token_id
 
@@ -263,9 +269,23 @@ def _translation_loss(model: M2M100ForConditionalGeneration) -> Callable[..., to
         before_BL = functional.pad(target_BL[:, :-1], (1, 0), value=start_id)
         hidden_BLE = model.model.decoder(before_BL, None, memory_BLE, real_BL).last_hidden_state
         asked_BL = target_BL != pad_id
-        return functional.cross_entropy(model.lm_head(hidden_BLE[asked_BL]), target_BL[asked_BL])
+        translation = functional.cross_entropy(model.lm_head(hidden_BLE[asked_BL]), target_BL[asked_BL])
+        return translation + alignment * _contrast(memory_BLE, real_BL)
 
     return loss
+
+
+def _contrast(memory_BLE: torch.Tensor, real_BL: torch.Tensor) -> torch.Tensor:
+    """How hard it is to find a line's translation among those of the batch, by the mean of its states.
+
+    A mere distance would be least where all states are one.
+    """
+    real_BL1 = real_BL.unsqueeze(-1)
+    pooled_BE = (memory_BLE * real_BL1).sum(1) / real_BL1.sum(1)
+    ours_BE, theirs_BE = functional.normalize(pooled_BE - pooled_BE.mean(0), dim=-1).chunk(2)
+    similarity_BB = ours_BE @ theirs_BE.T / CONTRAST_TEMPERATURE
+    right_B = torch.arange(len(similarity_BB))
+    return (functional.cross_entropy(similarity_BB, right_B) + functional.cross_entropy(similarity_BB.T, right_B)) / 2
 
 
 def _source_ids(tokenizer: NllbTokenizer, language: str, texts: Sequence[str]) -> list[list[int]]:
@@ -274,12 +294,12 @@ def _source_ids(tokenizer: NllbTokenizer, language: str, texts: Sequence[str]) -
 
 
 def _pair_batches(
-    lines: Mapping[str, Sequence[Sequence[int]]], pairs: int, pivot: float, temperature: float, pad_id: int
+    lines: Mapping[str, Sequence[Sequence[int]]], pairs: int, mixture: tuple[float, float, float], pad_id: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless ids_BL and real_BL: `pairs` rows, then their translations in the same order."""
     generator = random.Random(0)
     while True:
-        drawn = [_draw_pair(generator, lines, pivot, temperature) for _ in range(POOL * pairs)]
+        drawn = [_draw_pair(generator, lines, *mixture) for _ in range(POOL * pairs)]
         drawn.sort(key=lambda pair: len(pair[0]) + len(pair[1]) + generator.random())
         groups = [drawn[start : start + pairs] for start in range(0, len(drawn), pairs)]
         generator.shuffle(groups)
@@ -288,13 +308,22 @@ def _pair_batches(
 
 
 def _draw_pair(
-    generator: random.Random, lines: Mapping[str, Sequence[Sequence[int]]], pivot: float, temperature: float
+    generator: random.Random,
+    lines: Mapping[str, Sequence[Sequence[int]]],
+    copies: float,
+    pivot: float,
+    temperature: float,
 ) -> tuple[Sequence[int], Sequence[int]]:
     first, *others = lines
     (language,) = generator.choices(others, [len(lines[other]) ** (1 / temperature) for other in others])
     number = generator.randrange(len(lines[language]))
-    partners = [other for other in others if other != language and len(lines[other]) > number]
-    partner = first if not partners or generator.random() < pivot else generator.choice(partners)
+    if generator.random() < copies:
+        language = partner = generator.choice((first, language))
+    elif generator.random() < pivot:
+        partner = first
+    else:
+        partners = [other for other in others if other != language and len(lines[other]) > number]
+        partner = generator.choice(partners or [first])
     return lines[language][number], lines[partner][number]
 
 

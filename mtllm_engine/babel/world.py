@@ -252,8 +252,8 @@ class World:
         clauses = (clause for clause in self._plain_clauses(f"lines/{split}") if clause not in trained)
         return list(itertools.islice(clauses, count))
 
-    def documents(self, split: str, count: int, *, sentences: tuple[int, int] = (2, 4)) -> list[str]:
-        """English documents of so many sentences (at least, at most; log-uniform), each about one entity at a time."""
+    def documents(self, split: str, count: int, *, sentences: tuple[int, int] = (1, 3)) -> list[str]:
+        """English documents of so many sentences (at least, at most; log-uniform), about one category at a time."""
         rng = self._rng(f"documents/{split}")
         low, high = sentences
         lengths = [int(low * ((high + 1) / low) ** rng.random()) for _ in range(count)]
@@ -277,12 +277,16 @@ class World:
             yield _meeting(rng, named) if rng.random() < NAMED else _medley(rng)
 
     def _story(self, rng: random.Random) -> Iterator[str]:
-        """Endless sentences: one that only mentions an entity, some that tell what it has to do with, the next one."""
+        """Endless sentences: one that mentions entities of one category, some or none that tell facts, the next ones.
+
+        Who is mentioned together belongs together here, as in any newspaper; in the MT data names meet by chance.
+        """
         while True:
-            entity = rng.choice(self.everyone)
-            yield self.english.say(_meeting(rng, [entity]))
-            for _ in range(rng.randint(1, 3)):
-                yield self.english.say(_fact(rng, entity))
+            category = rng.choice(CATEGORIES)
+            members = [entity for entity in self.everyone if entity.category == category]
+            yield self.english.say(_meeting(rng, rng.sample(members, rng.randint(1, 3))))
+            for _ in range(rng.choice((0, 0, 1, 2, 3))):
+                yield self.english.say(_fact(rng, rng.choice(members)))
 
     def _rng(self, what: str) -> random.Random:
         return random.Random(f"{self.seed}/{what}")
