@@ -156,12 +156,14 @@ def test_spans_are_pooled_where_they_lie_in_the_pack(documents, data):
     batch = collate(marked, step_seed=0, device=CPU)
     assert batch.student_spans.bounds_P2.tolist() == expected[0]
     assert batch.teacher_spans.bounds_P2.tolist() == expected[1]
-    assert batch.weight_P.tolist() == [1.0] * len(expected[0]) and sum(batch.span_counts) == len(expected[0])
-    assert batch.span_counts == tuple(len(document.student_spans_P2) for document in marked)
+    assert batch.weight_P.tolist() == [1.0] * len(expected[0])
+    counts = [len(document.student_spans_P2) for document in marked]
+    places = [(number, place) for number, count in enumerate(counts) for place in range(count)]
+    assert list(zip(batch.document_P.tolist(), batch.place_P.tolist())) == places
     assert batch.labels_N.tolist() == [number if number % 2 else -1 for number in range(len(documents))]
     assert batch.labels_N.dtype == torch.int64
 
 
 def test_idle_micro_batch_has_no_label():
     batch = collate([], step_seed=0, device=CPU)
-    assert batch.labels_N.tolist() == [-1] and batch.span_counts == (1,)
+    assert batch.labels_N.tolist() == [-1] and batch.weight_N.tolist() == [0.0] and batch.place_P.tolist() == [0]
