@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mtllm_engine import recipe
 from mtllm_engine.config import load
 from mtllm_engine.data import shards, sources
 from mtllm_engine.data.languages import NAMES, SCRIPTS, check_language, nllb_token
-from mtllm_engine.world import launcher
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +64,8 @@ def _launch(arguments: argparse.Namespace) -> int:
     load(arguments.config, arguments.overrides)  # a mistake is told here, once, and not by every rank
     if arguments.gpus < 1:
         raise ValueError(f"--gpus must be at least 1, not {arguments.gpus}")
+    from mtllm_engine.world import launcher  # imports torch, as all that is imported in this file's functions
+
     command = launcher(arguments.module, arguments.gpus)
     sys.stdout.flush()
     os.execv(sys.executable, [*command, arguments.config, *arguments.overrides])
@@ -75,11 +75,23 @@ def _add_recipes(commands: argparse._SubParsersAction) -> None:
     run = commands.add_parser("run", help="the whole method from one file, going on where it broke")
     run.add_argument("recipe", metavar="RECIPE", help="TOML file")
     run.add_argument("overrides", nargs="*", metavar="section.key=value")
-    run.set_defaults(run=lambda arguments: recipe.run(recipe.load(arguments.recipe, arguments.overrides)))
+    run.set_defaults(run=_run_recipe)
     sweep = commands.add_parser("sweep", help="a recipe at every combination of settings: quality against compute")
     sweep.add_argument("recipe", metavar="RECIPE", help="TOML file")
     sweep.add_argument("overrides", nargs="+", metavar="section.key=a,b")
-    sweep.set_defaults(run=lambda arguments: recipe.sweep(arguments.recipe, arguments.overrides))
+    sweep.set_defaults(run=_sweep)
+
+
+def _run_recipe(arguments: argparse.Namespace) -> int:
+    from mtllm_engine import recipe
+
+    return recipe.run(recipe.load(arguments.recipe, arguments.overrides))
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from mtllm_engine import recipe
+
+    return recipe.sweep(arguments.recipe, arguments.overrides)
 
 
 def _add_shards(commands: argparse._SubParsersAction) -> None:

@@ -366,7 +366,7 @@ def test_streams_without_gradients_run_first(checkpoints: Path):
     order: list[bool] = []
     for layer in stack.decoder.layers:
         layer.gate_up.register_forward_hook(lambda *_: order.append(torch.is_grad_enabled()))
-    stack(pack(documents_of(EXTREMES, stack)), len(EXTREMES))
+    stack(pack(documents_of(EXTREMES, stack)), totals(EXTREMES))
     assert order == [False, True] * len(stack.decoder.layers)
 
 
