@@ -23,6 +23,7 @@ from mtllm_engine.data.marks import NONE, partners
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.finetune import finetune
 from mtllm_engine.model.mtllm import Stack
+from mtllm_engine.model.pretrained import build_stack
 from mtllm_engine.targets import write_targets
 from mtllm_engine.tasks import load_task, pack_split
 from mtllm_engine.train import open_stream, train
@@ -350,6 +351,13 @@ def normed_states(stack: Stack, document: Document) -> tuple[torch.Tensor, torch
     weight_D, eps = stack.objective.norm, stack.objective.eps
     student_SD, teacher_TD = (functional.rms_norm(x, x.shape[1:], weight_D, eps) for x in captured[0])
     return student_SD, teacher_TD
+
+
+@pytest.mark.parametrize("changed", [{"alpha": 99.0}, {"rank": 2}, {"targets": ["q_proj"]}], ids=str)
+def test_start_with_other_adapters_is_refused(finetuned: Path, changed: dict):
+    config = stage2_config(finetuned, "sib200", lora=changed)
+    with pytest.raises(ValueError, match=f"^lora.{next(iter(changed))} is .* in model.start="):
+        build_stack(config)
 
 
 @pytest.fixture(scope="module", params=TASKS)

@@ -193,6 +193,8 @@ def build_stack(config: Config) -> tuple[Stack, Weights]:
     start, teacher = (
         run_checkpoint(folder) if folder else None for folder in (config.model.start, config.model.teacher)
     )
+    if start:
+        _check_adapters(config, start)
     with torch.device("meta"):
         stack = Stack(config, encoder_config, decoder_config, _task_parts(config, start, teacher))
     weights = Weights(
@@ -205,6 +207,17 @@ def build_stack(config: Config) -> tuple[Stack, Weights]:
         teacher=teacher,
     )
     return stack, weights
+
+
+def _check_adapters(config: Config, start: Checkpoint) -> None:
+    """Raises: ValueError: The checkpoint's adapters are of another shape, or were applied with another factor."""
+    if not (start.folder / "adapter_config.json").is_file():
+        return
+    saved = read_lora(start.folder)
+    for key in ("rank", "alpha", "targets"):
+        before, now = getattr(saved, key), getattr(config.lora, key)
+        if set(before) != set(now) if key == "targets" else before != now:
+            raise ValueError(f"lora.{key} is {now}, and {before} in model.start={start.folder}; set it to that")
 
 
 def _task_parts(config: Config, start: Checkpoint | None, teacher: Checkpoint | None) -> TaskParts:
