@@ -19,18 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mtllm_engine.kernels.distill_loss.reference import normalise, pool
 
 from benchmarks.tables import table
 from mtllm_engine import checkpoint
 from mtllm_engine import config as configs
 from mtllm_engine.config import Config, ModelConfig
-from mtllm_engine.data.batch import Batch, collate
+from mtllm_engine.data.batch import collate
 from mtllm_engine.data.stream import agree, build_stream
 from mtllm_engine.engine import build_engine, shard
 from mtllm_engine.metrics import environment
 from mtllm_engine.model.lora import LoraLinear, quantised_weights
-from mtllm_engine.model.mtllm import Stack
 from mtllm_engine.model.pretrained import build_stack, build_tokenizer
 from mtllm_engine.train import train
 from mtllm_engine.world import World, connect
@@ -59,9 +57,10 @@ def measure(config: Config, world: World, trained: checkpoint.TrainedState | Non
     stream = build_stream(config.data, tokenizer, world, seed=config.run.seed, epochs=1)
     pooled = []
     with engine.evaluating():
-        while (work := agree(stream, world, config.memory.max_tokens)).spans:
+        while (work := agree(stream, world, config.memory.max_tokens)).totals.documents:
             for documents in work.micro_batches:
-                pooled.append(_pooled(stack, collate(documents, step_seed=0, device=world.device)))
+                outputs = stack(collate(documents, step_seed=0, device=world.device), work.totals).outputs
+                pooled.append((outputs.student_PD.cpu(), outputs.teacher_PD.cpu()))
     stream.close()
     student_PD, teacher_PD = (torch.cat(states) for states in zip(*pooled))
     linears = [item.weight for item in stack.decoder.modules() if isinstance(item, LoraLinear)]
@@ -72,18 +71,6 @@ def measure(config: Config, world: World, trained: checkpoint.TrainedState | Non
         base_bytes=sum(weight.num_bytes for weight in quantised) or sum(weight.nbytes for weight in linears),
         base_weights=sum(weight.shape.numel() for weight in linears),
     )
-
-
-def _pooled(stack: Stack, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Student and teacher, as the objective normalises and pools them."""
-    seen: list[tuple[Any, ...]] = []
-    hook = stack.objective.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
-    stack(batch, 1)
-    hook.remove()
-    student_SD, teacher_TD = seen[0][:2]
-    norm = (stack.objective.norm, stack.objective.eps)
-    spans = ((student_SD, batch.student_spans), (teacher_TD, batch.teacher_spans))
-    return tuple(pool(normalise(states, *norm), pooled).cpu() for states, pooled in spans)
 
 
 def learn(config: Config, world: World) -> checkpoint.TrainedState:
