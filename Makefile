@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export DS_BUILD_OPS := 0
 export GOMP_SPINCOUNT := 0
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test prove lint install clean
 
 install: $(INSTALLED)
 
@@ -24,6 +24,9 @@ quickstart: $(INSTALLED)
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest
+
+prove: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.babel
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .

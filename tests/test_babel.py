@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaForCausalLM
 
 from mtllm_engine import babel, cli
+from mtllm_engine.babel.models import pooled_terms, token_distance, word_loss
 from mtllm_engine.babel.world import CATEGORIES, CONTENT, TOPICS, World, build_world
 from mtllm_engine.model.pretrained import build_stack
 from tiny import build_config
@@ -196,3 +197,37 @@ def test_a_mistake_is_one_line(arguments: str, message: str, tmp_path: Path, cap
     assert cli.main(["babel", "build", str(tmp_path), *arguments.split()]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and message in errors[0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_words_are_likely_where_some_state_tells_them(seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    lines, length, num_words, width, vocab = 1 + seed, 3 + seed, 2 + seed, 8, 11
+    head = torch.nn.Linear(width, vocab, bias=False)
+    memory_BLE = torch.randn(lines, length, width, generator=generator)
+    real_BL = torch.arange(length) < torch.randint(1, length + 1, (lines, 1), generator=generator)
+    words_BW = torch.randint(1, vocab, (lines, num_words), generator=generator)
+    words_BW[0, 1:] = 0  # padding
+    found = word_loss(head, memory_BLE, real_BL, words_BW, 0)
+    likelihoods = []
+    for states_LE, real_L, words_W in zip(memory_BLE, real_BL, words_BW):
+        told_LV = torch.softmax(head(states_LE[real_L]), dim=-1)
+        likelihoods += [told_LV[:, word].mean() for word in words_W if word]
+    torch.testing.assert_close(found, -torch.stack(likelihoods).log().mean())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_distances_between_translations(seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    lines, length, width = 2 + seed, 3 + seed, 16
+    ours_BLE = torch.randn(lines, length, width, generator=generator)
+    order_L = torch.randperm(length, generator=generator)
+    same_BLE = torch.cat([ours_BLE, ours_BLE[:, order_L]])  # in another order of words
+    other_BLE = torch.cat([ours_BLE, torch.randn(lines, length, width, generator=generator)])
+    real_BL = torch.ones(2 * lines, length, dtype=torch.bool)
+    for distance in (lambda states, real: pooled_terms(states, real)[1], token_distance):
+        assert distance(same_BLE, real_BL) < 0.05 and distance(other_BLE, real_BL) > 0.5
+        padded_BLE = torch.cat([other_BLE, torch.full((2 * lines, 2, width), 9.0)], dim=1)
+        padded_real_BL = torch.nn.functional.pad(real_BL, (0, 2))
+        torch.testing.assert_close(distance(padded_BLE, padded_real_BL), distance(other_BLE, real_BL))
+    assert pooled_terms(same_BLE, real_BL)[0] < pooled_terms(other_BLE, real_BL)[0]

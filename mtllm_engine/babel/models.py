@@ -7,6 +7,7 @@ import math
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
@@ -29,8 +30,20 @@ from transformers import (
 MAX_TOKENS = 128
 MAX_POSITIONS = 1024
 CONTRAST_TEMPERATURE = 0.1
+ALIGNMENT_TEMPERATURE = 0.1  # of the cosines by which a state finds its like in a translation
 POOL = 20  # batches of translations that are drawn together and sorted by length, so that little is padding
 NEW_TOKENS = 40  # of a translation, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Of the terms of the MT model's loss."""
+
+    translation: float = 0.03  # what the decoder says: so little that it errs, above all where there is little data
+    words: float = 3.0  # what single states tell of the pivot's words
+    contrast: float = 1.0  # between the means of lines' states
+    distance: float = 1.0  # between them too
+    token_distance: float = 2.0
 
 
 def build_llm(
@@ -77,11 +90,11 @@ def build_mt(
     pairs: int = 24,
     copies: float = 0.25,
     pivot: float = 0.6,
-    temperature: float = 3.0,
-    alignment: float = 0.3,
-    vocab_size: int = 2000,
+    temperature: float = 20.0,
+    weights: Weights = Weights(),
+    vocab_size: int = 4000,
     width: int = 128,
-    encoder_layers: int = 3,
+    encoder_layers: int = 2,
     decoder_layers: int = 1,
     lr: float = 3e-3,
     seed: int = 0,
@@ -96,15 +109,16 @@ def build_mt(
         copies: The share of the pairs that are a line and itself: who reads any language must read the target's own.
         pivot: The share of the other pairs with the pivot on one side; the rest goes without it.
         temperature: A language is drawn by its number of lines to the power of 1 / temperature.
-        alignment: Weight of the contrastive term that LaBSE and its like train sentence encoders with: in so short a
-            training translation alone does not make the languages share a space.
+        weights: Of the terms of the loss. In so short a training translation alone does not make the languages share
+            a space, which NLLB has from billions of sentences: the other terms do.
     """
     tokenizer = train_nllb_tokenizer([line for lines in said.values() for line in lines], vocab_size, list(said))
     torch.manual_seed(seed)
     model = M2M100ForConditionalGeneration(nllb_config(len(tokenizer), width, encoder_layers, decoder_layers))
     lines = {language: _source_ids(tokenizer, language, texts) for language, texts in said.items()}
     batches = _pair_batches(lines, pairs, (copies, pivot, temperature), tokenizer.pad_token_id)
-    losses = train(model, _translation_loss(model, alignment), batches, steps=steps, lr=lr, warmup=100, title=title)
+    english_id = tokenizer.convert_tokens_to_ids(next(iter(said)))
+    losses = train(model, _mt_loss(model, weights, english_id), batches, steps=steps, lr=lr, warmup=100, title=title)
     _save(folder, model, tokenizer)
     return losses
 
@@ -259,7 +273,7 @@ def perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, text
     return math.exp(sum(losses) / len(losses))
 
 
-def _translation_loss(model: M2M100ForConditionalGeneration, alignment: float) -> Callable[..., torch.Tensor]:
+def _mt_loss(model: M2M100ForConditionalGeneration, weights: Weights, pivot_id: int) -> Callable[..., torch.Tensor]:
     """Rows are sources in their own language, first half and second half translations of one another."""
     pad_id, start_id = model.config.pad_token_id, model.config.decoder_start_token_id
 
@@ -270,22 +284,59 @@ def _translation_loss(model: M2M100ForConditionalGeneration, alignment: float) -
         hidden_BLE = model.model.decoder(before_BL, None, memory_BLE, real_BL).last_hidden_state
         asked_BL = target_BL != pad_id
         translation = functional.cross_entropy(model.lm_head(hidden_BLE[asked_BL]), target_BL[asked_BL])
-        return translation + alignment * _contrast(memory_BLE, real_BL)
+        is_pivot_B1 = (ids_BL[:, 0] == pivot_id).unsqueeze(1)
+        pivot_BL = torch.where(is_pivot_B1, ids_BL, target_BL)
+        has_B = pivot_BL[:, 0] == pivot_id
+        words = word_loss(model.lm_head, memory_BLE[has_B], real_BL[has_B], pivot_BL[has_B, 1:], pad_id)
+        contrast, distance = pooled_terms(memory_BLE, real_BL)
+        return (
+            weights.translation * translation
+            + weights.words * words
+            + weights.contrast * contrast
+            + weights.distance * distance
+            + weights.token_distance * token_distance(memory_BLE, real_BL)
+        )
 
     return loss
 
 
-def _contrast(memory_BLE: torch.Tensor, real_BL: torch.Tensor) -> torch.Tensor:
-    """How hard it is to find a line's translation among those of the batch, by the mean of its states.
+def word_loss(
+    head: nn.Module, memory_BLE: torch.Tensor, real_BL: torch.Tensor, words_BW: torch.Tensor, pad_id: int
+) -> torch.Tensor:
+    """Minus the mean log-likelihood of the pivot's words under IBM Model 1: each comes from any one state."""
+    logits_BLV = head(memory_BLE)
+    index_BLW = words_BW.unsqueeze(1).expand(-1, logits_BLV.shape[1], -1)
+    scores_BLW = logits_BLV.gather(2, index_BLW) - logits_BLV.logsumexp(-1, keepdim=True)
+    scores_BW = scores_BLW.masked_fill(~real_BL.unsqueeze(-1), -math.inf).logsumexp(1)
+    return (real_BL.sum(1, keepdim=True).log() - scores_BW)[words_BW != pad_id].mean()
 
-    A mere distance would be least where all states are one.
+
+def pooled_terms(memory_BLE: torch.Tensor, real_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the means of lines' states: how hard it is to find a line's translation among those of the batch, as LaBSE
+    trains sentence encoders, and how far it is, as a fraction of the variance.
+
+    The distance alone would be least where little but a line's most common traits is told.
     """
     real_BL1 = real_BL.unsqueeze(-1)
     pooled_BE = (memory_BLE * real_BL1).sum(1) / real_BL1.sum(1)
-    ours_BE, theirs_BE = functional.normalize(pooled_BE - pooled_BE.mean(0), dim=-1).chunk(2)
-    similarity_BB = ours_BE @ theirs_BE.T / CONTRAST_TEMPERATURE
+    pooled_BE = pooled_BE - pooled_BE.mean(0)
+    ours_BE, theirs_BE = pooled_BE.chunk(2)
+    distance = (ours_BE - theirs_BE).square().sum() / pooled_BE.square().sum()
+    similarity_BB = functional.normalize(ours_BE, dim=-1) @ functional.normalize(theirs_BE, dim=-1).T
+    similarity_BB = similarity_BB / CONTRAST_TEMPERATURE
     right_B = torch.arange(len(similarity_BB))
-    return (functional.cross_entropy(similarity_BB, right_B) + functional.cross_entropy(similarity_BB.T, right_B)) / 2
+    contrast = functional.cross_entropy(similarity_BB, right_B) + functional.cross_entropy(similarity_BB.T, right_B)
+    return contrast / 2, distance
+
+
+def token_distance(memory_BLE: torch.Tensor, real_BL: torch.Tensor) -> torch.Tensor:
+    """How far a state is from its like in the line's translation (attention by cosine), as a fraction of variance."""
+    other_BLE, other_real_BL = (states.roll(len(states) // 2, 0) for states in (memory_BLE, real_BL))
+    cosine_BLL = functional.normalize(memory_BLE, dim=-1) @ functional.normalize(other_BLE, dim=-1).transpose(1, 2)
+    scores_BLL = (cosine_BLL / ALIGNMENT_TEMPERATURE).masked_fill(~other_real_BL.unsqueeze(1), -math.inf)
+    like_BLE = scores_BLL.softmax(-1) @ other_BLE
+    error = (memory_BLE - like_BLE)[real_BL].square().sum(-1).mean()
+    return error / memory_BLE[real_BL].var(0).sum()
 
 
 def _source_ids(tokenizer: NllbTokenizer, language: str, texts: Sequence[str]) -> list[list[int]]:

@@ -1,0 +1,77 @@
+"""What the Babel benchmark makes of several worlds' predictions: one sample of all, claims that are met or missed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import babel as benchmark
+from mtllm_engine.babel.world import CATEGORIES, SKETCHES
+from mtllm_engine.results import Predictions, save
+
+CODES = ("eng_Latn", *(sketch.code for sketch in SKETCHES))
+EXAMPLES = 140
+RIGHT = {  # share of right answers: of all languages, of low-resource ones
+    ("whole", "llm"): (0.15, 0.15),
+    ("whole", "stack"): (0.9, 0.8),
+    ("whole", "translate_test"): (0.85, 0.6),
+    ("stage2", "stage-2-alone"): (0.3, 0.3),
+    ("aligned", "long-aligned"): (0.7, 0.7),
+    ("independent", "long-independent"): (0.7, 0.7),
+}
+
+
+def predict(work: Path, seed: int, changed: dict[tuple[str, str], tuple[float, float]]) -> None:
+    """Writes one world's predictions; the labels are its own."""
+    labels_N = np.random.default_rng(seed).integers(len(CATEGORIES), size=EXAMPLES)
+    for (folder, system), shares in (RIGHT | changed).items():
+        for code in CODES:
+            right = round(shares[code in benchmark.LOW] * EXAMPLES)
+            answers_N = np.where(np.arange(EXAMPLES) < right, labels_N, (labels_N + 1) % len(CATEGORIES))
+            columns = {"keys": [str(n) for n in range(EXAMPLES)], "labels": labels_N, "predictions": answers_N}
+            item = Predictions(
+                system=system,
+                dataset="sib200",
+                language=code,
+                seed=seed,
+                metric="accuracy",
+                num_classes=len(CATEGORIES),
+                **columns,
+            )
+            save(work / f"seed-{seed}" / folder / "results", item)
+
+
+def test_claims_are_over_the_examples_of_all_worlds(tmp_path: Path):
+    predict(tmp_path, 1, {})
+    predict(tmp_path, 2, {("whole", "stack"): (0.8, 0.8)})
+    predictions = benchmark.gather([1, 2], tmp_path)
+    assert all(len(item.keys) == len(set(item.keys)) == 2 * EXAMPLES for item in predictions)
+    found = {claim.text: claim for claim in benchmark.claims(predictions)}
+    assert all(claim.is_met for claim in found.values())
+    high, low = (0.9 + 0.8) / 2, 0.8
+    assert found["stack, all foreign languages"].score.value == pytest.approx((4 * high + 2 * low) / 6)
+    gain = next(claim for text, claim in found.items() if "translate-test, low-resource" in text)
+    assert gain.score.value == pytest.approx(0.2) and gain.surely
+    shown = benchmark.report(
+        predictions,
+        {seed: benchmark.gather([seed], tmp_path) for seed in (1, 2)},
+        {"device": "D", "commit": "C", "command": "X"},
+    )
+    assert "missed" not in shown and shown.count(" met\n") == len(found)
+
+
+@pytest.mark.parametrize(
+    ("changed", "missed"),
+    [
+        ({("whole", "stack"): (0.6, 0.8)}, {"stack, all foreign", "stack - translate-test"}),
+        ({("whole", "llm"): (0.5, 0.5)}, {"stack - chance"}),
+        ({("stage2", "stage-2-alone"): (0.3, 0.79)}, {"stages 1 and 2 - stage 2 alone, low-resource"}),
+        ({("aligned", "long-aligned"): (0.69, 0.7)}, {"long documents"}),
+    ],
+)
+def test_a_miss_is_a_miss(changed: dict, missed: set[str], tmp_path: Path):
+    predict(tmp_path, 1, changed)
+    claims = benchmark.claims(benchmark.gather([1], tmp_path))
+    told = {claim.text for claim in claims if not claim.is_met}
+    assert all(any(text.startswith(start) for text in told) for start in missed)
+    assert all(any(text.startswith(start) for start in missed) for text in told)
