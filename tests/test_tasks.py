@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mtllm_engine.data.languages import FLORES_200, is_well_formed
 from mtllm_engine.data.rows import Absent
 from mtllm_engine.data.shards import Corpus
-from mtllm_engine.tasks import SPLITS, Example, load_task, pack, task_names
+from mtllm_engine.tasks import SPLITS, Example, load_task, pack, pack_split, task_names
 from mtllm_engine.tasks.belebele import compose
 
 BOM = "\ufeff"
@@ -543,3 +543,16 @@ def test_keys_are_distinct_and_fit_webdataset(tmp_path, keys):
     with pytest.raises(ValueError, match=f"corpus: .*the key '{keys[-1]}'"):
         pack([Example(key=key, text="a") for key in keys], tmp_path / "corpus", language="eng_Latn", licence="")
     assert not (tmp_path / "corpus").exists()
+
+
+def test_a_split_is_packed_once_and_never_taken_for_another(tmp_path):
+    for name, text in (("one", "first"), ("two", "second")):
+        place = tmp_path / name / "data" / "annotated" / "eng_Latn"
+        place.mkdir(parents=True)
+        (place / "train.tsv").write_text(f"index_id\tcategory\ttext\n1\ttravel\t{text}\n")
+    task, out = load_task("sib200"), tmp_path / "corpus"
+    for _ in range(2):
+        pack_split(task, f"sib200:{tmp_path / 'one'}", "train", "eng_Latn", out)
+        assert Corpus(out).read(0, 0) == ("1", "first")
+    with pytest.raises(ValueError, match="was made of .*one.* remove it or choose another run.dir"):
+        pack_split(task, f"sib200:{tmp_path / 'two'}", "train", "eng_Latn", out)

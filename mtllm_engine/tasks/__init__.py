@@ -154,14 +154,18 @@ def pack(examples: Iterable[Example], out: Path | str, *, language: str, licence
 
 
 def pack_split(task: Task, source: str, split: str, language: str, out: Path) -> Path:
-    """Packs a split of `DATASET:FOLDER` in one of our languages; a corpus that is there is left as it is.
+    """Packs a split of `DATASET:FOLDER` in one of our languages; a corpus of it that is there is left as it is.
 
     Raises:
-        ValueError: The data set is none of the task's, or a file is missing or malformed.
+        ValueError: The data set is none of the task's, a file is missing or malformed, or `out` holds another one's.
     """
+    dataset, folder = find_dataset(task, source)
+    made_of, told = out / "source.txt", f"{task.name} {source} {split} {language}"
     if not (out / "manifest.json").is_file():
-        dataset, folder = find_dataset(task, source)
         pack(dataset.read(folder, split, language), out, language=language, licence=dataset.licence)
+        made_of.write_text(told + "\n", encoding="utf-8")
+    elif made_of.is_file() and (found := made_of.read_text("utf-8").strip()) != told:
+        raise ValueError(f"{out} was made of {found}, not of {told}; remove it or choose another run.dir")
     return out
 
 
