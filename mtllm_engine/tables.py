@@ -93,7 +93,7 @@ def plot(table: Table, path: Path) -> None:
     for axis, rows in zip(axes[0], panels):
         _plot_panel(axis, table, rows, len(panels[0]))
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False)
     title = f"{table.dataset}: {table.measure.replace('_', ' ')} in percent, 95 % intervals"
     if set(table.languages.values()) & set(MARKS):
         title += "\n* fallback code, † encoder without the language"
