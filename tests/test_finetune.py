@@ -1,6 +1,7 @@
 """The English task and stage 2 against transformers and PEFT, padded, in fp32; stored targets; what a run leaves."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -56,6 +57,7 @@ from test_model import (
 from tiny import WORDS
 from zero_worker import losses, run
 
+LAYER = re.compile(r"decoder\.layers\.\d+\.")
 TASKS = ("sib200", "belebele")
 OUTPUTS = {"sib200": 7, "belebele": 4}
 READERS = ("llm", "stack")
@@ -217,7 +219,10 @@ def assert_same_step(stack: Stack, padded: Padded, micro_batches: Sequence, loss
     theirs = torch.autograd.grad(loss, [padded.of(name) for name in our_gradients])
     their_gradients = dict(zip(our_gradients, theirs, strict=True))
     for name, gradient in our_gradients.items():
-        assert_close(gradient, their_gradients[name], name, largest_gradient(name, their_gradients))
+        # A choice's gradient is a difference between spans of one text: its rounding is that of its addends.
+        layer = LAYER.match(name)
+        largest = largest_gradient(layer[0] + "qkv.q_proj" if layer else name, their_gradients)
+        assert_close(gradient, their_gradients[name], name, largest)
 
 
 @FEW
@@ -511,6 +516,7 @@ def test_targets_of_another_text_are_refused(stored: tuple[Path, Config], tmp_pa
         path.unlink()
     (corpus / "targets-states").rename(tmp_path / "kept")
     pack_split(task, SOURCES[task.name].format(folder), "validation", "eng_Latn", corpus)
+    (corpus / "source.txt").unlink()  # as if its files had other text now
     (tmp_path / "kept").rename(corpus / "targets-states")
     changed = replace(config, run=replace(config.run, dir=str(tmp_path / "run")))
     assert f"{corpus}/targets-states was made with another corpus (" in refusal(changed)

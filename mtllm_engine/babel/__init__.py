@@ -26,13 +26,16 @@ the decoder, whatever the encoder knows; the two are told apart by that alone. T
 """
 
 import json
+import multiprocessing
 import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -86,14 +89,17 @@ def build_sized(folder: Path, size: Size, seed: int) -> dict:
         ("shards", lambda path: _pack_corpora(folder / "corpus", path)),
         ("flores200_dataset", lambda path: _write_flores(path, world, size)),
         ("sib200", lambda path: _write_task(path, world, size)),
-        ("llm", lambda path: _build_llm(path, world, size)),
-        ("mt", lambda path: _build_mt(path, world, size)),
-        (
-            "report.json",
-            lambda path: path.write_text(json.dumps(_report(folder, world, min(200, size.lines)), indent=1)),
-        ),
     ):
         _once(folder / name, write)
+    # At these sizes a second thread only waits for the first: each model gets a process, with one.
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as processes:
+        models = (("llm", _build_llm), ("mt", _build_mt))
+        missing = [(folder / name, build) for name, build in models if not (folder / name).exists()]
+        building = [processes.submit(_build_model, path, build, seed, size) for path, build in missing]
+        for model in building:
+            model.result()
+    report = folder / "report.json"
+    _once(report, lambda path: path.write_text(json.dumps(_report(folder, world, min(200, size.lines)), indent=1)))
     return json.loads((folder / "report.json").read_text())
 
 
@@ -158,6 +164,12 @@ def _write_task(folder: Path, world: World, size: Size) -> None:
             rows = [f"{n}\t{category}\t{language.say(clause)}\n" for n, (clause, category) in enumerate(examples)]
             (place / f"{split}.tsv").write_text("".join(["index_id\tcategory\ttext\n", *rows]), encoding="utf-8")
             (place / "labels.txt").write_text("\n".join(CATEGORIES) + "\n")
+
+
+def _build_model(path: Path, build: Callable[[Path, World, Size], None], seed: int, size: Size) -> None:
+    """In a process of its own: the world is drawn again, which takes less than sending it."""
+    disable_progress_bar()
+    _once(path, lambda draft: build(draft, build_world(seed, size.pairs), size))
 
 
 def _build_llm(folder: Path, world: World, size: Size) -> None:
