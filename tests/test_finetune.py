@@ -213,14 +213,16 @@ def loss_and_gradients(stack: Stack, micro_batches: Sequence[Sequence[Document]]
     return sum(shares).detach(), dict(zip(parameters, gradients, strict=True))
 
 
-def assert_same_step(stack: Stack, padded: Padded, micro_batches: Sequence, loss: torch.Tensor) -> None:
+def assert_same_step(
+    stack: Stack, padded: Padded, micro_batches: Sequence, loss: torch.Tensor, *, cancels: bool = False
+) -> None:
+    """Args: cancels: A choice's gradient is a difference between spans of one text: its rounding is its addends'."""
     ours, our_gradients = loss_and_gradients(stack, micro_batches)
     assert_close(ours, loss.detach())
     theirs = torch.autograd.grad(loss, [padded.of(name) for name in our_gradients])
     their_gradients = dict(zip(our_gradients, theirs, strict=True))
     for name, gradient in our_gradients.items():
-        # A choice's gradient is a difference between spans of one text: its rounding is that of its addends.
-        layer = LAYER.match(name)
+        layer = LAYER.match(name) if cancels else None
         largest = largest_gradient(layer[0] + "qkv.q_proj" if layer else name, their_gradients)
         assert_close(gradient, their_gradients[name], name, largest)
 
@@ -233,7 +235,9 @@ def test_task_loss_and_gradients_over_any_micro_batches(learner, data):
     documents = data.draw(examples(task))
     cut = data.draw(st.integers(1, len(documents) - 1))
     micro_batches = data.draw(st.permutations([documents[:cut], documents[cut:], []]))
-    assert_same_step(stack, padded, micro_batches, padded.cross_entropy(documents, side, task))
+    assert_same_step(
+        stack, padded, micro_batches, padded.cross_entropy(documents, side, task), cancels=task == "belebele"
+    )
 
 
 def test_what_learns_the_task(learner):
