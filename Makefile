@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export DS_BUILD_OPS := 0
 export GOMP_SPINCOUNT := 0
+quickstart test prove: export CUDA_VISIBLE_DEVICES :=# they are for any machine; benchmarks.gpu_suite is for GPUs
+quickstart test prove: export DS_ACCELERATOR := cpu
 
 .PHONY: quickstart test prove lint install clean
 

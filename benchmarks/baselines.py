@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+from mtllm_engine.kernels.attention import grouped
 from torch import nn
 from transformers import AttentionInterface, LlamaModel
 from transformers.models.llama import modeling_llama
@@ -350,6 +351,6 @@ def _attend(
         *(q_SHK, k_SGK, v_SGK, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q),
         scale=scaling,
         window_size=(-1, 0) if is_causal else (-1, -1),
-        enable_gqa=q_SHK.shape[1] != k_SGK.shape[1],
+        **grouped(varlen_attn, q_SHK, k_SGK),
     )
     return context_SHK[None], None

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -44,7 +45,9 @@ def stages(out: Path, *, tiny: bool, fp8: bool) -> list[Stage]:
         step_options = ["--lengths", "40", "--steps", "1", "memory.max_tokens=1024", "data.pack_tokens=512"]
         step_options += ["model.dtype=float32"]
         kernel_options = ["--op", "swiglu"]
-    test = ("-m", "pytest", "tests/test_kernels.py", "-q", "--maxfail=20", "-p", "no:cacheprovider", *only)
+    files = ("tests/test_kernels.py", "tests/test_quantised.py")
+    workers = ("-n", "8") if find_spec("xdist") else ()  # most of the time goes into compiling kernels
+    test = ("-m", "pytest", *files, "-q", "--maxfail=20", "-p", "no:cacheprovider", *workers, *only)
     step = ("-m", "benchmarks.step", str(config), "--random-weights", shape, *step_options)
     step_fp8 = (*step, "--baseline", "recipe" if tiny else "stack", "model.base=fp8")
     kernels = ("-m", "benchmarks.kernels", *kernel_options)

@@ -24,12 +24,23 @@ from tiny import build_config, build_corpus, build_decoder, build_encoder, build
 KINDS = ("fp8", "nf4")
 NEEDS = {"nf4": "bitsandbytes"}
 EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FP8_DTYPES = [torch.bfloat16] if DEVICE == "cuda" else list(EPS)  # of products
 
 
 def held(weight_FD: torch.Tensor, kind: str):
+    need(kind)
+    return quantise(weight_FD, kind)
+
+
+def need(kind: str, device: str = "cpu"):
     if kind in NEEDS:
         pytest.importorskip(NEEDS[kind])
-    return quantise(weight_FD, kind)
+    if kind != "full":
+        try:
+            check_available(kind, torch.device(device), torch.bfloat16)
+        except ValueError as error:
+            pytest.skip(str(error))
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -113,16 +124,18 @@ def test_the_largest_value_of_a_row_stays_finite(mantissa: float):
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 6), st.sampled_from(list(EPS)), st.integers(0, 10**6))
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 6), st.sampled_from(FP8_DTYPES), st.integers(0, 10**6))
 def test_fp8_products_are_those_of_rounded_factors(tokens: int, d: int, f: int, dtype: torch.dtype, seed: int):
+    need("fp8", DEVICE)
     width, out_width = 16 * d, 16 * f
     weight_FD = randn(out_width, width, seed=seed, dtype=dtype)
     x_SD, dy_SF = (randn(tokens, size, seed=seed + size, dtype=dtype) for size in (width, out_width))
-    weight, rounded_FD = Fp8.quantise(weight_FD), e4m3_rows(weight_FD)
-    assert_product(weight.product(x_SD), e4m3_rows(x_SD), rounded_FD.T, dtype)
+    weight, rounded_FD = Fp8.quantise(weight_FD.to(DEVICE)), e4m3_rows(weight_FD)
+    assert_product(weight.product(x_SD.to(DEVICE)).cpu(), e4m3_rows(x_SD), rounded_FD.T, dtype)
     # The sum runs over the weight's rows: their scales are in dy before it is rounded, and not in the other factor.
-    scaled_SF = e4m3_rows(dy_SF.double() * weight.scale_F)
-    assert_product(weight.input_gradient(dy_SF), scaled_SF, rounded_FD / weight.scale_F[:, None], dtype)
+    scale_F = weight.scale_F.cpu()
+    scaled_SF = e4m3_rows(dy_SF.double() * scale_F)
+    assert_product(weight.input_gradient(dy_SF.to(DEVICE)).cpu(), scaled_SF, rounded_FD / scale_F[:, None], dtype)
 
 
 @settings(max_examples=20)
@@ -150,15 +163,20 @@ def test_normal_weights_lose_what_the_format_loses(kind: str, most: float):
 @pytest.mark.parametrize("implementation", [library.lora_linear, fused.lora_linear, fused.lora_linear_gemm])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_adapters_add_to_a_quantised_weight_what_they_add_to_a_full_one(kind: str, implementation, p: float):
+    if (kind, DEVICE) == ("fp8", "cuda"):
+        pytest.skip("there fp8 multiplies into bf16 alone, whose rounding hides what is compared")
     width, members, tokens, rank = 48, (32, 16), 21, 4
-    weight_FD = randn(sum(members), width, seed=1)
-    weight, bias_F = held(weight_FD, kind), randn(sum(members), 1, seed=2)[:, 0]
-    dropout = Dropout(p=p, seeds_S=torch.arange(tokens, dtype=torch.int32), linears=(3, 4)) if p else None
-    upstream_SF = torch.randn(tokens, sum(members), generator=torch.Generator().manual_seed(3))
+    weight_FD = randn(sum(members), width, seed=1).to(DEVICE)
+    weight, bias_F = held(weight_FD, kind), randn(sum(members), 1, seed=2)[:, 0].to(DEVICE)
+    seeds_S = torch.arange(tokens, dtype=torch.int32, device=DEVICE)
+    dropout = Dropout(p=p, seeds_S=seeds_S, linears=(3, 4)) if p else None
+    upstream_SF = torch.randn(tokens, sum(members), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    start_SD = torch.randn(tokens, width, generator=torch.Generator().manual_seed(4)).to(DEVICE)
 
     def run(function, frozen, adapted: bool):
-        x_SD = torch.randn(tokens, width, generator=torch.Generator().manual_seed(4), requires_grad=True)
-        matrices = [randn(*shape, seed=5).requires_grad_() for f in members for shape in ((rank, width), (f, rank))]
+        x_SD = start_SD.clone().requires_grad_()
+        shapes = [shape for f in members for shape in ((rank, width), (f, rank))]
+        matrices = [randn(*shape, seed=5).to(DEVICE).requires_grad_() for shape in shapes]
         adapters = ((0, *matrices[:2]), (members[0], *matrices[2:])) if adapted else ()
         y_SF = function(x_SD, frozen, bias_F, adapters, 2.0, dropout if adapted else None)
         (y_SF * upstream_SF).sum().backward()
@@ -166,8 +184,7 @@ def test_adapters_add_to_a_quantised_weight_what_they_add_to_a_full_one(kind: st
 
     for adapted in (False, True):
         found, wanted = run(implementation, weight, adapted), run(reference, weight_FD, adapted)
-        x_SD = torch.randn(tokens, width, generator=torch.Generator().manual_seed(4))
-        wanted[0] = wanted[0] - x_SD @ weight_FD.T + weight.product(x_SD)
+        wanted[0] = wanted[0] - start_SD @ weight_FD.T + weight.product(start_SD)
         wanted[1] = wanted[1] - upstream_SF @ weight_FD + weight.input_gradient(upstream_SF)
         for ours, theirs in zip(found, wanted):
             assert ours is theirs is None or (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
@@ -195,8 +212,7 @@ def folder(tmp_path_factory) -> Path:
 
 def step(folder: Path, base: str, *, dense: bool = False):
     """Loss and gradients of a step on a stack; `dense`: on full weights that hold what the quantised ones mean."""
-    if base in NEEDS:
-        pytest.importorskip(NEEDS[base])
+    need(base)
     config = build_config(folder, model={"base": base}, zero={"stage": 0})
     world = build_world()
     stack, weights = build_stack(config)
@@ -251,6 +267,7 @@ def test_a_step_on_a_quantised_base_is_near_the_step_on_the_full_one(
 
 
 def test_at_most_one_layer_is_full_while_a_base_is_read(folder: Path, monkeypatch):
+    need("fp8")
     config = build_config(folder, model={"base": "fp8"}, zero={"stage": 0})
     stack, weights = build_stack(config)
     full, quantise_leaf = [], engines._quantise

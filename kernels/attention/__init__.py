@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from mtllm_engine.kernels.contract import Cost, Implementation, Kernel, randn
 
-from .library import HALVES
+from .library import HALVES, grouped
 from .reference import attention as reference
 
-__all__ = ["attention", "select"]
+__all__ = ["attention", "grouped", "select"]
 
 
 def inputs(

@@ -1,8 +1,9 @@
 """Packed attention by others' fused kernels: FlashAttention on CUDA, SDPA over runs of equal documents on the CPU."""
 
 import functools
+import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -36,10 +37,17 @@ def attention_varlen(
     _activate(flash)
     longest = max(lengths)
     window = (-1, 0) if causal else (-1, -1)
-    grouped = q_SHK.shape[1] != k_SGK.shape[1]
-    return varlen_attn(
-        q_SHK, k_SGK, v_SGK, cu_seqlens, cu_seqlens, longest, longest, window_size=window, enable_gqa=grouped
-    )
+    options = {"window_size": window, **grouped(varlen_attn, q_SHK, k_SGK)}
+    return varlen_attn(q_SHK, k_SGK, v_SGK, cu_seqlens, cu_seqlens, longest, longest, **options)
+
+
+def grouped(varlen_attn: Callable, q_SHK: torch.Tensor, k_SGK: torch.Tensor) -> dict[str, bool]:
+    """What tells varlen_attn of grouped queries: later torches than 2.11 want to be told."""
+    is_grouped = q_SHK.shape[1] != k_SGK.shape[1]
+    return {"enable_gqa": is_grouped} if "enable_gqa" in _parameters(varlen_attn) else {}
+
+
+_parameters = functools.cache(lambda function: inspect.signature(function).parameters.keys())
 
 
 attention_fa3 = functools.partial(attention_varlen, flash="FA3")

@@ -71,6 +71,12 @@ def check_available(kind: str, device: torch.device, dtype: torch.dtype) -> None
     """Raises: ValueError: This machine cannot hold frozen weights in such a form; the message says what it lacks."""
     if kind == "nf4":
         _bitsandbytes()
+    if kind == "fp8" and device.type == "cpu":
+        try:
+            Fp8.quantise(torch.ones(FP8_MULTIPLE, FP8_MULTIPLE)).product(torch.ones(1, FP8_MULTIPLE))
+        except RuntimeError as error:  # 2.11, for one, knows a single scale for all rows here
+            told = f"model.base='fp8': torch {torch.__version__} cannot scale rows apart on a CPU"
+            raise ValueError(f"{told}; install torch 2.13, or set model.base='full'") from error
     if kind == "fp8" and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < FP8_CAPABILITY:
