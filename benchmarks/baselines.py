@@ -5,6 +5,7 @@ assemble from published parts: the same two passes without padding, on torch's v
 Source: arXiv 2406.12739 and its code, read for what it computes; everything here uses the libraries' public interfaces.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -192,9 +193,10 @@ def _build_module(
     config: Config, models: Models, world: World, *, packed: bool
 ) -> tuple[Distillation, list[tuple[Any, str, Any]]]:
     dtype = getattr(torch, config.model.dtype)
+    encoder_config, llm_config = copy.deepcopy((models.encoder, models.decoder))  # they hold how a module attends
     with torch.device("meta"):
-        encoder = M2M100Encoder._from_config(models.encoder, attn_implementation="sdpa")
-        llm = LlamaModel._from_config(models.decoder, attn_implementation="sdpa")
+        encoder = M2M100Encoder._from_config(encoder_config, attn_implementation="sdpa")
+        llm = LlamaModel._from_config(llm_config, attn_implementation="sdpa")
     encoder.embed_positions = M2M100SinusoidalPositionalEmbedding(
         models.encoder.max_position_embeddings, models.encoder.d_model, models.encoder.pad_token_id
     ).to(world.device, dtype)
