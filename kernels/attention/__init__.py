@@ -55,9 +55,7 @@ attention = Kernel(
     reference=reference,
     implementations={
         "torch SDPA": Implementation("cpu", "torch", "attention.library:attention_sdpa"),
-        "torch varlen_attn": Implementation(
-            "cuda", "torch", "attention.library:attention_varlen", dtypes=HALVES, has_run=False
-        ),
+        "torch varlen_attn": Implementation("cuda", "torch", "attention.library:attention_varlen", dtypes=HALVES),
         "flash-attn": Implementation(
             location="attention.library:attention_flash_attn", package="flash_attn", **_PACKAGE
         ),

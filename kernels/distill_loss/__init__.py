@@ -81,8 +81,8 @@ distill_loss = Kernel(
     reference=reference,
     implementations={
         "c++": Implementation("cpu", "c++", "distill_loss.native:distill_loss"),
-        "triton": Implementation("cuda", "triton", "distill_loss.fused:distill_loss", has_run=False),
-        "cuda c++": Implementation("cuda", "c++", "distill_loss.native:distill_loss_cuda", has_run=False),
+        "triton": Implementation("cuda", "triton", "distill_loss.fused:distill_loss"),
+        "cuda c++": Implementation("cuda", "c++", "distill_loss.native:distill_loss_cuda"),
     },
     inputs=inputs,
     cases=(

@@ -77,9 +77,9 @@ lora_linear = Kernel(
     reference=reference,
     implementations={
         "torch GEMMs": Implementation("cpu", "torch", "lora_linear.library:lora_linear"),
-        "cuBLAS + triton": Implementation("cuda", "triton", "lora_linear.fused:lora_linear", has_run=False),
-        "triton": Implementation("cuda", "triton", "lora_linear.fused:lora_linear_gemm", has_run=False),
-        "cuBLAS": Implementation("cuda", "torch", "lora_linear.library:lora_linear", has_run=False),
+        "cuBLAS + triton": Implementation("cuda", "triton", "lora_linear.fused:lora_linear"),
+        "triton": Implementation("cuda", "triton", "lora_linear.fused:lora_linear_gemm"),
+        "cuBLAS": Implementation("cuda", "torch", "lora_linear.library:lora_linear"),
     },
     inputs=inputs,
     cases=(

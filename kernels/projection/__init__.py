@@ -43,7 +43,7 @@ def cost(dtype: torch.dtype, *, tokens: int, width: int, out_width: int, bias: b
 projection = Kernel(
     name="projection",
     reference=reference,
-    implementations={"cuBLAS + triton": Implementation("cuda", "triton", "projection.fused:projection", has_run=False)},
+    implementations={"cuBLAS + triton": Implementation("cuda", "triton", "projection.fused:projection")},
     inputs=inputs,
     cases=(
         {"tokens": 1, "width": 16, "out_width": 16, "bias": False, "grad": False},

@@ -35,7 +35,7 @@ rms_norm = Kernel(
     reference=reference,
     implementations={
         "c++": Implementation("cpu", "c++", "rms_norm.native:rms_norm"),
-        "triton": Implementation("cuda", "triton", "rms_norm.fused:rms_norm", has_run=False),
+        "triton": Implementation("cuda", "triton", "rms_norm.fused:rms_norm"),
     },
     inputs=inputs,
     cases=(

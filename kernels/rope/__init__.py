@@ -35,7 +35,7 @@ rope = Kernel(
     reference=reference,
     implementations={
         "c++": Implementation("cpu", "c++", "rope.native:rope"),
-        "triton": Implementation("cuda", "triton", "rope.fused:rope", has_run=False),
+        "triton": Implementation("cuda", "triton", "rope.fused:rope"),
     },
     inputs=inputs,
     cases=(

@@ -28,7 +28,7 @@ swiglu = Kernel(
     reference=reference,
     implementations={
         "c++": Implementation("cpu", "c++", "swiglu.native:swiglu"),
-        "triton": Implementation("cuda", "triton", "swiglu.fused:swiglu", has_run=False),
+        "triton": Implementation("cuda", "triton", "swiglu.fused:swiglu"),
     },
     inputs=inputs,
     cases=({"tokens": 1, "width": 8}, {"tokens": 7, "width": 33}, {"tokens": 3, "width": 1536}),
