@@ -23,6 +23,7 @@ from mtllm_engine.config import Config
 from mtllm_engine.data.batch import Document, collate
 from mtllm_engine.data.languages import Resolved, resolve_language
 from mtllm_engine.data.stream import agree, build_stream
+from mtllm_engine.data.targets import cost_of
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.engine import build_engine, shard
 from mtllm_engine.model.pretrained import build_stack, build_tokenizer, has_head, read_lora, run_checkpoint
@@ -131,16 +132,18 @@ def results_folder(config: Config) -> Path:
 
 
 def cost(checkpoint: Path) -> tuple[float | None, float | None]:
-    """GPU-hours and FLOPs that a checkpoint took to make, with the runs that it stands on; None: not known."""
+    """GPU-hours and FLOPs that a checkpoint took, with the runs and targets that it stands on; None: not known."""
     run = checkpoint.expanduser().resolve().parent.parent
     try:
         config = configs.load(run / "config.toml")
         ranks = json.loads((run / "environment.json").read_text())["world_size"]
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         steps = [(row["step_s"], row["flops"]) for row in rows if "loss" in row]
+        corpora = {path for path in (*config.data.train, config.data.validation) if path and config.data.targets}
+        below = [cost_of(Path(corpus), config.data.targets) for corpus in corpora]
     except (OSError, ValueError, KeyError):
         return None, None
-    below = [cost(Path(folder)) for folder in (config.model.start, config.model.teacher) if folder]
+    below += [cost(Path(folder)) for folder in (config.model.start, config.model.teacher) if folder]
     if any(None in each for each in below):
         return None, None
     hours, flops = sum(each[0] for each in steps) * ranks / 3600, sum(each[1] for each in steps)

@@ -21,13 +21,15 @@ from transformers import M2M100Model
 from mtllm_engine.config import Config
 from mtllm_engine.data.batch import IDLE, Batch, Document, Totals, collate
 from mtllm_engine.data.marks import NONE, partners
+from mtllm_engine.data.stream import agree
 from mtllm_engine.data.tokenizers import PairTokenizer
+from mtllm_engine.evaluate import cost
 from mtllm_engine.finetune import finetune
 from mtllm_engine.model.mtllm import Stack
 from mtllm_engine.model.pretrained import build_stack
 from mtllm_engine.targets import write_targets
 from mtllm_engine.tasks import load_task, pack_split
-from mtllm_engine.train import open_stream, train
+from mtllm_engine.train import open_stream, prepare, train
 from stages import (
     ALONE,
     SOURCES,
@@ -473,6 +475,33 @@ def test_targets_that_are_there_are_left_alone(stored: tuple[Path, Config]):
     before = [path.stat().st_mtime_ns for path in files]
     write_targets(config, ALONE)
     assert [path.stat().st_mtime_ns for path in files] == before
+
+
+def test_what_stored_targets_took_counts_as_cost(stored: tuple[Path, Config]):
+    """Two FLOPs for each of the decoder's weights and each token of both corpora, beside what the runs took."""
+    _, config = stored
+    llm = load_llm(config)
+    weights = sum(each.weight.numel() for each in llm.layers.modules() if isinstance(each, nn.Linear))
+    prepared = prepare(config)
+    corpora = [Path(path) for path in (*prepared.data.train, prepared.data.validation)]
+    flops = [2 * weights * num_teacher_tokens(prepared, corpus) for corpus in corpora]
+    manifests = [json.loads((corpus / "targets-states" / "manifest.json").read_text()) for corpus in corpora]
+    assert [each["flops"] for each in manifests] == flops and all(each["gpu_hours"] > 0 for each in manifests)
+    steps = [row for row in rows(Path(config.run.dir)) if "loss" in row]
+    taken = [(sum(row["step_s"] for row in steps) / 3600, sum(row["flops"] for row in steps))]
+    taken += [(each["gpu_hours"], each["flops"]) for each in manifests]
+    taken += [cost(Path(each)) for each in (config.model.start, config.model.teacher)]
+    assert cost(Path(config.run.dir) / "checkpoints" / "latest") == pytest.approx(tuple(map(sum, zip(*taken))))
+
+
+def num_teacher_tokens(config: Config, corpus: Path) -> int:
+    data = replace(config.data, validation=str(corpus))
+    tokenizer = PairTokenizer(config.model.encoder, config.model.decoder, max_length=data.max_length)
+    stream, count = open_stream(replace(config, data=data), tokenizer, ALONE, epochs=1), 0
+    while (work := agree(stream, ALONE, config.memory.max_tokens)).totals.documents:
+        count += work.teacher_tokens
+    stream.close()
+    return count
 
 
 def refusal(config: Config, command: Callable = train) -> str:
