@@ -166,17 +166,33 @@ def _prepare(config: Config) -> tuple[Task, list[Test], PairTokenizer]:
         told = f"task {task.name} is answered with a piece of the text, and a translation has other pieces"
         raise ValueError(f"evaluate.systems has 'translate_test', but {told}; leave it out")
     tokenizer = PairTokenizer(config.model.encoder, config.model.decoder, max_length=config.data.max_length)
-    tests = []
+    return task, _tests(config, task, tokenizer), tokenizer
+
+
+def _tests(config: Config, task: Task, tokenizer: PairTokenizer) -> list[Test]:
+    """Each test set in those of the languages asked for that it has; in all that it has, where none is asked for.
+
+    Raises:
+        ValueError: A language is in no test set, or a test set has none of the languages.
+    """
+    asked, known = config.evaluate.languages, (tokenizer.languages, config.languages.fallback)
+    found: dict[str, list[Test]] = {}
     for source in config.task.test:
         dataset, folder = find_dataset(task, source)
-        languages = config.evaluate.languages or dataset.present(folder, "test")
-        if not languages:
-            raise ValueError(f"task.test: {source} has no test examples in any language")
-        for language in languages:
-            dataset.read(folder, "test", language)  # one that is not there is told before any model runs
-            resolved = resolve_language(language, tokenizer.languages, config.languages.fallback)
-            tests.append(Test(dataset=dataset, folder=folder, language=language, resolved=resolved))
-    return task, tests, tokenizer
+        there = filter(partial(dataset.has, folder, "test"), asked) if asked else dataset.present(folder, "test")
+        found[source] = [
+            Test(dataset=dataset, folder=folder, language=code, resolved=resolve_language(code, *known))
+            for code in there
+        ]
+    tests = [test for part in found.values() for test in part]
+    if missing := set(asked) - {test.language for test in tests}:
+        told = f"evaluate.languages has {min(missing)}, which is in no test set of {', '.join(config.task.test)}"
+        raise ValueError(f"{told}; leave it out or add one that has it")
+    for source, part in found.items():
+        if not part:
+            asked_for = " of evaluate.languages; leave it out, or add one that it has" if asked else ""
+            raise ValueError(f"task.test: {source} has no test examples in any language{asked_for}")
+    return tests
 
 
 def _translator(config: Config, world: World) -> Translator:
