@@ -288,6 +288,24 @@ def test_documents_without_a_label_count_in_no_accuracy(learner):
     assert torch.equal(*moments) and stack.objective.measures(none) == {}
 
 
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_what_has_no_label_is_not_learned(folder: Path, tmp_path: Path, split: str):
+    """It is refused or skipped, in training and validation; else it would count among what the loss is a mean over."""
+    write_topics(tmp_path, "eng_Latn", train=8, dev=6)
+    table = tmp_path / "topics" / "eng_Latn" / f"{split}.tsv"
+    header, first, *others = table.read_text().splitlines()
+    table.write_text("\n".join([header, re.sub("\t[^\t]*\t", "\t-1\t", first, count=1), *others]))
+    source = f"sib200:{tmp_path}/topics"
+    config = finetuning_config(folder, "sib200", run={"dir": str(tmp_path / "run")})
+    config = replace(config, task=replace(config.task, train=source, validation=source))
+    message = refusal(config, finetune)
+    assert "key 0: it has no label to learn; leave it out, or set data.on_error" in message and "\n" not in message
+    finetune(replace(config, data=replace(config.data, on_error="skip")), ALONE)
+    *_, trained_row, validated = rows(tmp_path / "run")
+    assert (trained_row["skipped"] > 0) == (split == "train")
+    assert validated["validation_documents"] == 6 - (split == "dev")
+
+
 def examples_of(task: str, count: int = 4) -> list[Document]:
     """Some documents, always the same ones."""
     generator = np.random.default_rng(5)
