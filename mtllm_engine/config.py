@@ -133,7 +133,7 @@ class EvaluateConfig:
 
     systems: tuple[typing.Literal["llm", "translate_test", "stack"], ...] = ("llm", "translate_test", "stack")
     stack_name: str = "stack"  # what tables call it
-    languages: tuple[str, ...] = ()  # empty: all that task.test has
+    languages: tuple[str, ...] = ()  # of each test set those that it has; empty: all
     translator: str = ""  # an NLLB model, folder or hub id; "": model.encoder
     num_beams: int = 1
     results: str = ""  # a folder, which several seeds may share; "": `results` in run.dir

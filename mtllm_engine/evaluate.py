@@ -23,6 +23,7 @@ from mtllm_engine.config import Config
 from mtllm_engine.data.batch import Document, collate
 from mtllm_engine.data.languages import Resolved, resolve_language
 from mtllm_engine.data.stream import agree, build_stream
+from mtllm_engine.data.targets import cost_of
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.engine import build_engine, shard
 from mtllm_engine.model.pretrained import build_stack, build_tokenizer, has_head, read_lora, run_checkpoint
@@ -131,16 +132,18 @@ def results_folder(config: Config) -> Path:
 
 
 def cost(checkpoint: Path) -> tuple[float | None, float | None]:
-    """GPU-hours and FLOPs that a checkpoint took to make, with the runs that it stands on; None: not known."""
+    """GPU-hours and FLOPs that a checkpoint took, with the runs and targets that it stands on; None: not known."""
     run = checkpoint.expanduser().resolve().parent.parent
     try:
         config = configs.load(run / "config.toml")
         ranks = json.loads((run / "environment.json").read_text())["world_size"]
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         steps = [(row["step_s"], row["flops"]) for row in rows if "loss" in row]
+        corpora = {path for path in (*config.data.train, config.data.validation) if path and config.data.targets}
+        below = [cost_of(Path(corpus), config.data.targets) for corpus in corpora]
     except (OSError, ValueError, KeyError):
         return None, None
-    below = [cost(Path(folder)) for folder in (config.model.start, config.model.teacher) if folder]
+    below += [cost(Path(folder)) for folder in (config.model.start, config.model.teacher) if folder]
     if any(None in each for each in below):
         return None, None
     hours, flops = sum(each[0] for each in steps) * ranks / 3600, sum(each[1] for each in steps)
@@ -163,17 +166,33 @@ def _prepare(config: Config) -> tuple[Task, list[Test], PairTokenizer]:
         told = f"task {task.name} is answered with a piece of the text, and a translation has other pieces"
         raise ValueError(f"evaluate.systems has 'translate_test', but {told}; leave it out")
     tokenizer = PairTokenizer(config.model.encoder, config.model.decoder, max_length=config.data.max_length)
-    tests = []
+    return task, _tests(config, task, tokenizer), tokenizer
+
+
+def _tests(config: Config, task: Task, tokenizer: PairTokenizer) -> list[Test]:
+    """Each test set in those of the languages asked for that it has; in all that it has, where none is asked for.
+
+    Raises:
+        ValueError: A language is in no test set, or a test set has none of the languages.
+    """
+    asked, known = config.evaluate.languages, (tokenizer.languages, config.languages.fallback)
+    found: dict[str, list[Test]] = {}
     for source in config.task.test:
         dataset, folder = find_dataset(task, source)
-        languages = config.evaluate.languages or dataset.present(folder, "test")
-        if not languages:
-            raise ValueError(f"task.test: {source} has no test examples in any language")
-        for language in languages:
-            dataset.read(folder, "test", language)  # one that is not there is told before any model runs
-            resolved = resolve_language(language, tokenizer.languages, config.languages.fallback)
-            tests.append(Test(dataset=dataset, folder=folder, language=language, resolved=resolved))
-    return task, tests, tokenizer
+        there = filter(partial(dataset.has, folder, "test"), asked) if asked else dataset.present(folder, "test")
+        found[source] = [
+            Test(dataset=dataset, folder=folder, language=code, resolved=resolve_language(code, *known))
+            for code in there
+        ]
+    tests = [test for part in found.values() for test in part]
+    if missing := set(asked) - {test.language for test in tests}:
+        told = f"evaluate.languages has {min(missing)}, which is in no test set of {', '.join(config.task.test)}"
+        raise ValueError(f"{told}; leave it out or add one that has it")
+    for source, part in found.items():
+        if not part:
+            asked_for = " of evaluate.languages; leave it out, or add one that it has" if asked else ""
+            raise ValueError(f"task.test: {source} has no test examples in any language{asked_for}")
+    return tests
 
 
 def _translator(config: Config, world: World) -> Translator:

@@ -149,8 +149,8 @@ class Distillation(Objective):
 
 
 class Finetuning(Objective):
-    """Cross-entropy of the head's scores, a mean over the global batch's documents; without labels, or without a head,
-    what evaluation reads is all there is.
+    """Cross-entropy of the head's scores, a mean over the global batch's documents: what is learned from has a label.
+    Without labels, or without a head, what evaluation reads is all there is.
     """
 
     def __init__(self, width: int, eps: float, dtype: torch.dtype, head: Head | None, *, side: str) -> None:

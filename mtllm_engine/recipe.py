@@ -6,7 +6,8 @@ A recipe is a training configuration shared by all steps, and what each step has
     [model] [lora] ...  as in any configuration; [task] and [evaluate] too
     [stage1.data] [stage1.optim] [finetune.optim] [distil.optim] ...
 
-Stage 1 runs once; fine-tuning, distillation and evaluation run for each seed. A step that is done is not run again.
+Stage 1 runs once; fine-tuning, distillation and evaluation run for each seed. A step that is done is not run again. The
+stack's first step starts from a `start` in [model]: stage 1, or without it (stage1.optim.steps = 0) distillation.
 """
 
 import hashlib
@@ -162,7 +163,7 @@ def _trees(
     shared: Mapping[str, Any], steps: Mapping[str, Any], folder: Path, seeds: Sequence[int]
 ) -> Iterator[tuple[str, str, dict]]:
     """(name, module, configuration as a tree) of each job."""
-    start = ""
+    start = shared.get("model", {}).get("start", "")
     task = shared.get("task", {})
     untasked = {name: table for name, table in shared.items() if name not in ("task", "evaluate")}
     if steps["stage1"].get("optim", {}).get("steps", 1):
@@ -175,8 +176,9 @@ def _trees(
         names = {step: f"{step}-{seed}" for step in ("finetune", "distil", "evaluate")}
         own = {step: {"run": {"dir": str(folder / name), "seed": seed}} for step, name in names.items()}
         best = {step: str(folder / name / "checkpoints" / pick) for step, name in names.items()}
-        objective = {"objective": {"kind": "finetune", "reader": "llm"}, "task": english}
-        yield names["finetune"], "finetune", _merged(untasked, objective, steps["finetune"], own["finetune"])
+        made = {"objective": {"kind": "finetune", "reader": "llm"}, "task": english}
+        made |= {"model": {"start": ""}}  # a stack's adapters are not the LLM's
+        yield names["finetune"], "finetune", _merged(untasked, made, steps["finetune"], own["finetune"])
         made = {"model": {"start": start, "teacher": best["finetune"]}, "task": english}
         distil = _merged(untasked, made, steps["distil"], own["distil"])
         if distil.get("data", {}).get("targets"):

@@ -104,6 +104,7 @@ def _pack(task: Task, source: str, split: str, corpus: Path) -> Path:
 
 def open_stream(config: Config, tokenizer: PairTokenizer, world: World, *, epochs: int | None = None) -> Stream:
     """`build_stream` as the configuration's objective needs it."""
+    learns_labels = config.objective.kind == "finetune" and load_task(config.task.name).head != "span"
     return build_stream(
         config.data,
         tokenizer,
@@ -111,6 +112,7 @@ def open_stream(config: Config, tokenizer: PairTokenizer, world: World, *, epoch
         seed=config.run.seed,
         epochs=epochs,
         aligns=config.objective.token_weight > 0,
+        labelled=learns_labels,
         maker=checkpoint.teacher_identity(config) if config.data.targets else None,
     )
 

@@ -3,7 +3,13 @@
 import csv
 import itertools
 import json
+import os
+import pty
 import re
+import shutil
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -18,6 +24,7 @@ from tiny import build_config
 
 TINY = babel.Size(documents=120, pairs=0.05, examples=84, lines=42, width=32, mt_steps=3, llm_steps=3)
 SEEDS = [0, 7]
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +181,44 @@ def test_models_are_ordinary_checkpoints(folder: Path):
     paths = {"encoder": str(folder / "mt"), "decoder": str(folder / "llm"), "causal": True}
     stack, weights = build_stack(build_config(folder, model=paths))
     assert weights.read("decoder.embedding.weight", 0, 8).shape == (8,) and len(stack.decoder.layers) == 4
+
+
+def test_each_model_has_a_line_of_the_terminal(folder: Path, tmp_path: Path):
+    """While they learn; in the end their lines are empty, and the cursor is where the next output begins."""
+    shutil.copytree(folder, tmp_path / "world", ignore=lambda *_: {"llm", "mt"})
+    code = f"import pathlib, test_babel as t; t.babel.build_sized(pathlib.Path({str(tmp_path / 'world')!r}), t.TINY, 7)"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=theirs)
+    os.close(theirs)
+    lines, (row, column), shown = replayed(b"".join(iter(lambda: read_terminal(ours), b"")).decode())
+    assert process.wait() == 0 and shown["llm"] != shown["mt"]
+    assert all(len(rows) == 1 for rows in (shown["llm"], shown["mt"]))
+    assert [line[:12] for line in lines if line] == ["models: 100%"] and "2/2" in lines[row - 1] and column == 0
+
+
+def read_terminal(descriptor: int) -> bytes:
+    """What there is; nothing once whoever wrote has ended."""
+    try:
+        return os.read(descriptor, 1 << 16)
+    except OSError:
+        return b""
+
+
+def replayed(output: str) -> tuple[list[str], tuple[int, int], dict[str, set[int]]]:
+    """What a terminal shows in the end, its cursor, and the rows on which each bar was ever seen, by its title."""
+    screen, row, column = [[" "] * 200 for _ in range(24)], 0, 0
+    shown: dict[str, set[int]] = {}
+    for up, other in re.findall(r"(\x1b\[A)|(.)", output, re.DOTALL):
+        if up or other in "\n\r":
+            row, column = row + (other == "\n") - bool(up), 0 if other == "\r" else column
+        else:
+            screen[row][column], column = other, column + 1
+            title = re.match("(models|llm|mt): ", "".join(screen[row][:10]))
+            if title:
+                shown.setdefault(title[1], set()).add(row)
+    return ["".join(line).rstrip() for line in screen], (row, column), shown
 
 
 def test_what_exists_is_left_alone(folder: Path):

@@ -262,7 +262,11 @@ def test_what_a_copied_checkpoint_took_is_not_known(folder: Path, tmp_path: Path
         ("task", {"test": ("xnli:there",)}, "'xnli:there': write DATASET:FOLDER; data sets of sib200 are sib200"),
         ("task", {"test": ("sib200:nowhere",)}, "sib200:nowhere has no test examples in any language"),
         ("languages", {"fallback": {"min_Arab": "arb_Latn"}}, "languages.fallback.min_Arab=arb_Latn"),
-        ("evaluate", {"languages": ("deu_Latn",)}, "has no data/annotated/deu_Latn/test.tsv"),
+        (
+            "evaluate",
+            {"languages": ("swh_Latn", "deu_Latn")},
+            "evaluate.languages has deu_Latn, which is in no test set of sib200:",
+        ),
     ],
 )
 def test_what_is_missing_is_named_before_any_model_runs(
@@ -275,6 +279,25 @@ def test_what_is_missing_is_named_before_any_model_runs(
         evaluate(config, ALONE)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "results").exists()
+
+
+def test_languages_are_those_of_each_test_set(folder: Path, tmp_path: Path):
+    """One that only the other has is no error; a test set that is left without any is."""
+    write_topics(tmp_path, "deu_Latn", seed=20, test=3)
+    sources = [f"sib200:{each}/topics" for each in (folder, tmp_path)]
+
+    def config(*languages: str) -> Config:
+        options = {"systems": ["llm"], "languages": languages, "results": str(tmp_path / "results")}
+        made = topics_config(folder, evaluate=options)
+        return replace(made, task=replace(made.task, test=tuple(sources)))
+
+    evaluate(config("deu_Latn", "swh_Latn"), ALONE)
+    assert {language: len(item.keys) for (_, language), item in saved(tmp_path / "results").items()} == {
+        "deu_Latn": 3,
+        "swh_Latn": LANGUAGES["swh_Latn"],
+    }
+    with pytest.raises(ValueError, match=f"^task.test: {sources[1]} has no test examples in any .* evaluate.languages"):
+        evaluate(config("swh_Latn"), ALONE)
 
 
 class Shouting:

@@ -21,13 +21,15 @@ from transformers import M2M100Model
 from mtllm_engine.config import Config
 from mtllm_engine.data.batch import IDLE, Batch, Document, Totals, collate
 from mtllm_engine.data.marks import NONE, partners
+from mtllm_engine.data.stream import agree
 from mtllm_engine.data.tokenizers import PairTokenizer
+from mtllm_engine.evaluate import cost
 from mtllm_engine.finetune import finetune
 from mtllm_engine.model.mtllm import Stack
 from mtllm_engine.model.pretrained import build_stack
 from mtllm_engine.targets import write_targets
 from mtllm_engine.tasks import load_task, pack_split
-from mtllm_engine.train import open_stream, train
+from mtllm_engine.train import open_stream, prepare, train
 from stages import (
     ALONE,
     SOURCES,
@@ -57,7 +59,6 @@ from test_model import (
 from tiny import WORDS
 from zero_worker import losses, run
 
-LAYER = re.compile(r"decoder\.layers\.\d+\.")
 TASKS = ("sib200", "belebele")
 OUTPUTS = {"sib200": 7, "belebele": 4}
 READERS = ("llm", "stack")
@@ -134,14 +135,11 @@ class Padded:
             for states_LD, item in zip(states_BLD, documents)
         ]
 
-    def cross_entropy(self, documents: Sequence[Document], side: str, task: str) -> torch.Tensor:
-        """The mean over documents: of classes of the whole, or of a document's own choices."""
-        labels_N = torch.tensor([item.label for item in documents])
+    def scores(self, documents: Sequence[Document], side: str, task: str) -> list[torch.Tensor]:
+        """Of each document's classes, or of its own choices."""
         if task == "sib200":
-            return functional.cross_entropy(self.head(mean_pool(*self.states(documents, side))), labels_N)
-        choices = [self.head(pooled_PD)[:, 0] for pooled_PD in self.pooled(documents, side)]
-        chances = [-scores_P.log_softmax(0)[label] for scores_P, label in zip(choices, labels_N)]
-        return torch.stack(chances).mean()
+            return list(self.head(mean_pool(*self.states(documents, side))))
+        return [self.head(pooled_PD)[:, 0] for pooled_PD in self.pooled(documents, side)]
 
 
 @pytest.fixture(scope="module", params=[(task, reader) for task in TASKS for reader in READERS], ids="-".join)
@@ -214,30 +212,41 @@ def loss_and_gradients(stack: Stack, micro_batches: Sequence[Sequence[Document]]
 
 
 def assert_same_step(
-    stack: Stack, padded: Padded, micro_batches: Sequence, loss: torch.Tensor, *, cancels: bool = False
+    stack: Stack, padded: Padded, micro_batches: Sequence, loss: torch.Tensor, addends: Sequence[torch.Tensor] = ()
 ) -> None:
-    """Args: cancels: A choice's gradient is a difference between spans of one text: its rounding is its addends'."""
+    """Args: addends: What the loss's gradient is a sum of gradients of, if they may cancel: each rounds by itself."""
     ours, our_gradients = loss_and_gradients(stack, micro_batches)
     assert_close(ours, loss.detach())
-    theirs = torch.autograd.grad(loss, [padded.of(name) for name in our_gradients])
-    their_gradients = dict(zip(our_gradients, theirs, strict=True))
-    for name, gradient in our_gradients.items():
-        layer = LAYER.match(name) if cancels else None
-        largest = largest_gradient(layer[0] + "qkv.q_proj" if layer else name, their_gradients)
-        assert_close(gradient, their_gradients[name], name, largest)
+    parameters = [padded.of(name) for name in our_gradients]
+    gradients = [torch.autograd.grad(each, parameters, retain_graph=True) for each in (loss, *addends)]
+    largest = [sum(each.abs().max() for each in own) for own in zip(*(gradients[1:] or gradients))]
+    allowed = dict(zip(our_gradients, largest, strict=True))
+    for (name, gradient), theirs in zip(our_gradients.items(), gradients[0], strict=True):
+        assert_close(gradient, theirs, name, largest_gradient(name, allowed))
+
+
+def scores_apart(loss: torch.Tensor, scores: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Each score times the loss's derivative by it: by the chain rule their gradients add up to the loss's."""
+    slopes = torch.autograd.grad(loss, scores, retain_graph=True)
+    return [slope * score for slopes_C, scores_C in zip(slopes, scores) for slope, score in zip(slopes_C, scores_C)]
 
 
 @FEW
 @given(data=st.data())
 def test_task_loss_and_gradients_over_any_micro_batches(learner, data):
-    """However a step's documents are parted, with an idle micro-batch besides: the mean over all of them."""
+    """However a step's documents are parted, with an idle micro-batch besides: the mean over all of them.
+
+    Of choices a gradient is a difference between spans of one text, often much smaller than what it is a difference of.
+    """
     stack, padded, task, side = learner
     documents = data.draw(examples(task))
     cut = data.draw(st.integers(1, len(documents) - 1))
     micro_batches = data.draw(st.permutations([documents[:cut], documents[cut:], []]))
-    assert_same_step(
-        stack, padded, micro_batches, padded.cross_entropy(documents, side, task), cancels=task == "belebele"
-    )
+    scores = padded.scores(documents, side, task)
+    terms = [functional.cross_entropy(each, torch.tensor(item.label)) for each, item in zip(scores, documents)]
+    loss = torch.stack(terms).mean()
+    addends = scores_apart(loss, scores) if task == "belebele" else ()
+    assert_same_step(stack, padded, micro_batches, loss, addends)
 
 
 def test_what_learns_the_task(learner):
@@ -284,6 +293,24 @@ def test_documents_without_a_label_count_in_no_accuracy(learner):
         none = stack(collated([replace(item, label=-1) for item in documents]), totals_of(documents)).moments
     stack.train()
     assert torch.equal(*moments) and stack.objective.measures(none) == {}
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_what_has_no_label_is_not_learned(folder: Path, tmp_path: Path, split: str):
+    """It is refused or skipped, in training and validation; else it would count among what the loss is a mean over."""
+    write_topics(tmp_path, "eng_Latn", train=8, dev=6)
+    table = tmp_path / "topics" / "eng_Latn" / f"{split}.tsv"
+    header, first, *others = table.read_text().splitlines()
+    table.write_text("\n".join([header, re.sub("\t[^\t]*\t", "\t-1\t", first, count=1), *others]))
+    source = f"sib200:{tmp_path}/topics"
+    config = finetuning_config(folder, "sib200", run={"dir": str(tmp_path / "run")})
+    config = replace(config, task=replace(config.task, train=source, validation=source))
+    message = refusal(config, finetune)
+    assert "key 0: it has no label to learn; leave it out, or set data.on_error" in message and "\n" not in message
+    finetune(replace(config, data=replace(config.data, on_error="skip")), ALONE)
+    *_, trained_row, validated = rows(tmp_path / "run")
+    assert (trained_row["skipped"] > 0) == (split == "train")
+    assert validated["validation_documents"] == 6 - (split == "dev")
 
 
 def examples_of(task: str, count: int = 4) -> list[Document]:
@@ -473,6 +500,33 @@ def test_targets_that_are_there_are_left_alone(stored: tuple[Path, Config]):
     before = [path.stat().st_mtime_ns for path in files]
     write_targets(config, ALONE)
     assert [path.stat().st_mtime_ns for path in files] == before
+
+
+def test_what_stored_targets_took_counts_as_cost(stored: tuple[Path, Config]):
+    """Two FLOPs for each of the decoder's weights and each token of both corpora, beside what the runs took."""
+    _, config = stored
+    llm = load_llm(config)
+    weights = sum(each.weight.numel() for each in llm.layers.modules() if isinstance(each, nn.Linear))
+    prepared = prepare(config)
+    corpora = [Path(path) for path in (*prepared.data.train, prepared.data.validation)]
+    flops = [2 * weights * num_teacher_tokens(prepared, corpus) for corpus in corpora]
+    manifests = [json.loads((corpus / "targets-states" / "manifest.json").read_text()) for corpus in corpora]
+    assert [each["flops"] for each in manifests] == flops and all(each["gpu_hours"] > 0 for each in manifests)
+    steps = [row for row in rows(Path(config.run.dir)) if "loss" in row]
+    taken = [(sum(row["step_s"] for row in steps) / 3600, sum(row["flops"] for row in steps))]
+    taken += [(each["gpu_hours"], each["flops"]) for each in manifests]
+    taken += [cost(Path(each)) for each in (config.model.start, config.model.teacher)]
+    assert cost(Path(config.run.dir) / "checkpoints" / "latest") == pytest.approx(tuple(map(sum, zip(*taken))))
+
+
+def num_teacher_tokens(config: Config, corpus: Path) -> int:
+    data = replace(config.data, validation=str(corpus))
+    tokenizer = PairTokenizer(config.model.encoder, config.model.decoder, max_length=data.max_length)
+    stream, count = open_stream(replace(config, data=data), tokenizer, ALONE, epochs=1), 0
+    while (work := agree(stream, ALONE, config.memory.max_tokens)).totals.documents:
+        count += work.teacher_tokens
+    stream.close()
+    return count
 
 
 def refusal(config: Config, command: Callable = train) -> str:

@@ -133,6 +133,15 @@ def test_without_stage_1_the_stack_starts_anew(path: Path):
     assert made["distil-7"].model.start == ""
 
 
+@pytest.mark.parametrize(("steps", "starts"), [(100, ["mine", "", "OUT/stage1/checkpoints/latest"]), (0, ["", "mine"])])
+def test_the_stacks_first_step_starts_from_a_shared_start(path: Path, steps: int, starts: list[str]):
+    """The LLM that learns the task does not: these are a stack's adapters."""
+    made = jobs(path, "model.start=mine", f"stage1.optim.steps={steps}", "recipe.seeds=[7]")
+    found = [config.model.start.replace(f"{path.parent}/out", "OUT") for config in made.values()]
+    assert found == [*starts, "OUT/distil-7/checkpoints/best"]
+    assert jobs(path, "model.start=mine", "finetune.model.start=own")["finetune-3"].model.start == "own"
+
+
 def test_stored_targets_are_a_job_before_stage_2(path: Path):
     """Of stage 2's own configuration, so that what is written is what is read."""
     made = recipe.load(path, ["distil.data.targets=teacher", "recipe.seeds=[7]"]).jobs

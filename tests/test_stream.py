@@ -52,13 +52,13 @@ def corpus(tmp_path_factory):
     return build
 
 
-def open_stream(folders, rank=0, size=1, *, seed=0, epochs=None, tokenizer=None, **options):
+def open_stream(folders, rank=0, size=1, *, seed=0, epochs=None, tokenizer=None, labelled=False, **options):
     """A stream of one rank; `folders` are one or several corpora."""
     folders = folders if isinstance(folders, list) else [folders]
     paths = {"train": tuple(map(str, folders))} if epochs is None else {"train": (), "validation": str(folders[0])}
     config = DataConfig(**paths, **{"lanes": 4, "pack_documents": 3, "max_length": LONGEST} | options)
-    stream = build_stream(config, tokenizer or Tokenizer(), build_world(rank, size), seed=seed, epochs=epochs)
-    return closing(stream)
+    more = {"seed": seed, "epochs": epochs, "labelled": labelled}
+    return closing(build_stream(config, tokenizer or Tokenizer(), build_world(rank, size), **more))
 
 
 def open_ranks(stack, folders, size, states=None, **options):
@@ -317,6 +317,19 @@ def test_bad_documents_raise(tmp_path, build, error, message):
     folder, _ = build(tmp_path / "corpus")
     with pytest.raises(error, match=message):
         read_all(folder, lanes=2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_document_without_a_label_is_a_bad_one_where_labels_are_learned(tmp_path, size):
+    labels = {number: -1 if number in (2, 5) else 0 for number in range(8)}
+    examples = [Example(key=str(number), text=str(number), label=label) for number, label in labels.items()]
+    pack(examples, tmp_path / "corpus", language=LANGUAGE, licence="")
+    assert len(flat(flat(read_all(tmp_path / "corpus", size)[0]))) == 8
+    options = {"lanes": 3, "pack_documents": 2, "labelled": True}
+    with pytest.raises(BadDocument, match=r'\.tar, key [25]: it has no label to learn; .* data.on_error="skip"'):
+        read_all(tmp_path / "corpus", size, **options)
+    steps, skipped = read_all(tmp_path / "corpus", size, on_error="skip", **options)
+    assert sorted(flat(flat(steps))) == [0, 1, 3, 4, 6, 7] and skipped == 2
 
 
 def test_skips_survive_a_stop(tmp_path):

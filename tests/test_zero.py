@@ -17,7 +17,7 @@ from mtllm_engine.train import train
 from mtllm_engine.world import World
 from stages import rows, run_stages, write_topics
 from tiny import build_config, build_corpus, build_decoder, build_encoder
-from zero_worker import ADAPTERS, UNDROPPED, bf16_config, evaluated, launch, losses, recorded_keys, run
+from zero_worker import ADAPTERS, ROOT, UNDROPPED, bf16_config, evaluated, launch, losses, recorded_keys, run
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 RESUME = ["stop_and_resume", "resume_other"]
@@ -71,6 +71,14 @@ def keys_by_step(folder: Path, scenario: str, size: int) -> list[list[str]]:
     """The document keys of each step over all ranks."""
     ranks = [result["keys"] for result in results(folder, scenario, size)]
     return [sorted(sum(step, [])) for step in zip(*ranks, strict=True)]
+
+
+def test_ranks_run_the_code_of_this_checkout(tmp_path: Path, monkeypatch):
+    """Not of another one, which the environment may have installed."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    launch(tmp_path, 1, ["code"])
+    (found,) = results(tmp_path, "code", 1)
+    assert found == {"engine": str(ROOT / "mtllm_engine" / "train.py"), "kernels": [str(ROOT / "kernels")]}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])

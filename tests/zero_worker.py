@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import mtllm_engine.kernels
 from mtllm_engine import train as training
 from mtllm_engine.config import Config
 from mtllm_engine.data.batch import collate
@@ -30,6 +31,7 @@ from tiny import build_config
 
 ADAPTERS = {"lora": {"rank": 4, "alpha": 8.0, "dropout": 0.05}}
 UNDROPPED = {"lora": {"dropout": 0.0}}
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def launch(folder: Path, world_size: int, scenarios: list[str], timeout_s: float = 300) -> None:
@@ -38,6 +40,7 @@ def launch(folder: Path, world_size: int, scenarios: list[str], timeout_s: float
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared["PYTHONPATH"] = ROOT  # a script's own folder is not the checkout's
     ranks = []
     for rank in range(world_size):
         environment = os.environ | {key: str(value) for key, value in shared.items()}
@@ -87,6 +90,10 @@ def run(config: Config, world: World, stop_at: int = 0) -> list[list[str]]:
     with recorded_keys(stop_at, folder / "STOP") as steps:
         training.train(config, world)
     return steps
+
+
+def code(folder: Path, world: World) -> dict:
+    return {"engine": training.__file__, "kernels": mtllm_engine.kernels.__path__}
 
 
 def ten_steps(folder: Path, world: World) -> dict:

@@ -27,15 +27,18 @@ the decoder, whatever the encoder knows; the two are told apart by that alone. T
 
 import json
 import multiprocessing
+import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing.synchronize import RLock
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -91,13 +94,9 @@ def build_sized(folder: Path, size: Size, seed: int) -> dict:
         ("sib200", lambda path: _write_task(path, world, size)),
     ):
         _once(folder / name, write)
-    # At these sizes a second thread only waits for the first: each model gets a process, with one.
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as processes:
-        models = (("llm", _build_llm), ("mt", _build_mt))
-        missing = [(folder / name, build) for name, build in models if not (folder / name).exists()]
-        building = [processes.submit(_build_model, path, build, seed, size) for path, build in missing]
-        for model in building:
-            model.result()
+    models = {folder / name: build for name, build in (("llm", _build_llm), ("mt", _build_mt))}
+    if missing := {path: build for path, build in models.items() if not path.exists()}:
+        _build_models(missing, size, seed)
     report = folder / "report.json"
     _once(report, lambda path: path.write_text(json.dumps(_report(folder, world, min(200, size.lines)), indent=1)))
     return json.loads((folder / "report.json").read_text())
@@ -166,20 +165,47 @@ def _write_task(folder: Path, world: World, size: Size) -> None:
             (place / "labels.txt").write_text("\n".join(CATEGORIES) + "\n")
 
 
-def _build_model(path: Path, build: Callable[[Path, World, Size], None], seed: int, size: Size) -> None:
-    """In a process of its own: the world is drawn again, which takes less than sending it."""
+def _build_models(builds: Mapping[Path, Callable], size: Size, seed: int) -> None:
+    """Side by side, with a bar each below one that counts them.
+
+    At these sizes a second thread only waits for the first: each model gets a process, with one.
+    """
+    context = multiprocessing.get_context("spawn")
+    tqdm.set_lock(context.RLock())
+    with (
+        tqdm(total=len(builds), desc="models", unit="model") as progress,
+        ProcessPoolExecutor(len(builds), context, _join, (tqdm.get_lock(),)) as processes,
+    ):
+        building = [
+            processes.submit(_build_model, path, build, size, seed, position)
+            for position, (path, build) in enumerate(builds.items(), start=1)
+        ]
+        for model in as_completed(building):
+            model.result()
+            progress.update()
+
+
+def _join(lock: RLock) -> None:
+    """Begins a process of `_build_models`. Args: lock: Of the terminal, which its bars share."""
+    torch.set_num_threads(1)
+    tqdm.set_lock(lock)
     disable_progress_bar()
-    _once(path, lambda draft: build(draft, build_world(seed, size.pairs), size))
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a warning among the bars: transformers looks for DeepSpeed
 
 
-def _build_llm(folder: Path, world: World, size: Size) -> None:
-    documents = world.documents("train", size.documents)
-    build_llm(folder, documents, steps=size.llm_steps, width=size.width, vocab_size=900, seed=world.seed)
+def _build_model(path: Path, build: Callable, size: Size, seed: int, position: int) -> None:
+    """In a process of its own: the world is drawn again, which takes less than sending it."""
+    _once(path, lambda draft: build(draft, build_world(seed, size.pairs), size, position))
 
 
-def _build_mt(folder: Path, world: World, size: Size) -> None:
+def _build_llm(folder: Path, world: World, size: Size, position: int) -> None:
+    documents, options = world.documents("train", size.documents), {"width": size.width, "seed": world.seed}
+    build_llm(folder, documents, steps=size.llm_steps, vocab_size=900, position=position, **options)
+
+
+def _build_mt(folder: Path, world: World, size: Size, position: int) -> None:
     said = {language.code: _said(world, language) for language in world.languages}
-    build_mt(folder, said, steps=size.mt_steps, width=size.width, seed=world.seed)
+    build_mt(folder, said, steps=size.mt_steps, width=size.width, seed=world.seed, position=position)
 
 
 def _said(world: World, language: Language) -> list[str]:

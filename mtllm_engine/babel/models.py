@@ -58,6 +58,7 @@ def build_llm(
     lr: float = 2e-3,
     seed: int = 0,
     title: str = "llm",
+    position: int = 0,
 ) -> list[float]:
     """Trains a Llama to predict next tokens and saves it with its tokenizer; returns the loss of each step."""
     tokenizer = train_llama_tokenizer(texts, vocab_size)
@@ -77,7 +78,7 @@ def build_llm(
     )
     model = LlamaForCausalLM(config)
     batches = token_batches(encode(tokenizer, texts), pad_id=0, batch_tokens=batch_tokens)
-    losses = train(model, next_token_loss(model), batches, steps=steps, lr=lr, title=title)
+    losses = train(model, next_token_loss(model), batches, steps=steps, lr=lr, title=title, position=position)
     _save(folder, model, tokenizer)
     return losses
 
@@ -99,6 +100,7 @@ def build_mt(
     lr: float = 3e-3,
     seed: int = 0,
     title: str = "mt",
+    position: int = 0,
 ) -> list[float]:
     """Trains an M2M-100 to translate and saves it with an NllbTokenizer; returns the loss of each step.
 
@@ -118,7 +120,16 @@ def build_mt(
     lines = {language: _source_ids(tokenizer, language, texts) for language, texts in said.items()}
     batches = _pair_batches(lines, pairs, (copies, pivot, temperature), tokenizer.pad_token_id)
     english_id = tokenizer.convert_tokens_to_ids(next(iter(said)))
-    losses = train(model, _mt_loss(model, weights, english_id), batches, steps=steps, lr=lr, warmup=100, title=title)
+    losses = train(
+        model,
+        _mt_loss(model, weights, english_id),
+        batches,
+        steps=steps,
+        lr=lr,
+        warmup=100,
+        title=title,
+        position=position,
+    )
     _save(folder, model, tokenizer)
     return losses
 
@@ -204,15 +215,20 @@ def train(
     steps: int,
     lr: float,
     title: str,
+    position: int = 0,
     warmup: int = 40,
 ) -> list[float]:
-    """Trains in place, with a linear warm-up (`warmup` steps) and decay; returns the loss of each step."""
+    """Trains in place, with a linear warm-up (`warmup` steps) and decay; returns the loss of each step.
+
+    Args:
+        position: Of the progress bar, in lines below the cursor; one below it is cleared in the end.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / steps)
     )
     losses = []
-    with tqdm(range(steps), desc=title, unit="step") as progress:
+    with tqdm(range(steps), desc=title, unit="step", position=position, leave=not position) as progress:
         for _ in progress:
             value = loss(*next(batches))
             optimizer.zero_grad()

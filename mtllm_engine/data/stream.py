@@ -63,6 +63,7 @@ class Mixture:
     seed: int
     epochs: int | None  # None: endless
     aligns: bool = False  # documents say which of their tokens are partners
+    labelled: bool = False  # a document without a label is a bad one
     targets: tuple[Targets, ...] = ()  # stored states of the teacher, by corpus
     orders: tuple[Order, ...] = field(init=False)
 
@@ -154,6 +155,8 @@ class Lane:
         corpus = self.mixture.corpora[place]
         (key, text), marks = corpus.read_example(shard, index)
         try:
+            if self.mixture.labelled and marks.label < 0:
+                raise ValueError('it has no label to learn; leave it out, or set data.on_error="skip"')
             tokens = self._tokens(text, corpus.manifest.language, marks)
         except ValueError as error:
             raise BadDocument(f"shard {corpus.path / corpus.manifest.shards[shard].name}, key {key}: {error}") from None
@@ -288,12 +291,14 @@ def build_stream(
     seed: int,
     epochs: int | None = None,
     aligns: bool = False,
+    labelled: bool = False,
     maker: Mapping[str, Any] | None = None,
 ) -> Stream:
     """The endless training stream, or with `epochs` the finite one over `data.validation`.
 
     Args:
         aligns: Documents say which of their tokens are partners.
+        labelled: A document without a label is a bad one.
         maker: What the stored states `data.targets` must have been made with.
 
     Raises:
@@ -317,6 +322,7 @@ def build_stream(
         seed=seed,
         epochs=epochs,
         aligns=aligns,
+        labelled=labelled,
         targets=tuple(Targets(Path(path), config.targets, maker or {}) for path in paths) if config.targets else (),
     )
     return Stream(mixture, world, config.prefetch)

@@ -1,7 +1,8 @@
 """Stored states of the teacher, beside the corpus that they were made from.
 
 `targets-NAME/` in a corpus' folder holds one .npy per shard, (samples, P, D), a row for each sample in the shard's
-order, and last a manifest.json that says whose states these are, of which text. Who changes either is refused.
+order, and last a manifest.json that says whose states these are, of which text, and what they took to make. Who changes
+whose or which is refused.
 """
 
 import json
@@ -89,13 +90,13 @@ class Writer:
             raise ValueError(f"{self.final}: a state of up to {np.abs(states_PD).max():.3g} does not fit float16")
         self._shards[shard][index] = stored_PD
 
-    def finish(self) -> Path:
-        """Puts the folder in its place, complete."""
+    def finish(self, *, gpu_hours: float, flops: float) -> Path:
+        """Puts the folder in its place, complete. Args: gpu_hours, flops: What the states took to make."""
         for states in self._shards:
             states.flush()
         self._shards.clear()
         with (self.draft / "manifest.json").open("w", encoding="utf-8") as file:
-            json.dump(self.record, file, indent=1)
+            json.dump(self.record | {"gpu_hours": gpu_hours, "flops": flops}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         shutil.rmtree(self.final, ignore_errors=True)
@@ -106,6 +107,12 @@ class Writer:
         states = np.lib.format.open_memmap(self.draft / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
         states[:] = np.nan
         return states
+
+
+def cost_of(corpus: Path, name: str) -> tuple[float, float]:
+    """GPU-hours and FLOPs that the states took to make. Raises: KeyError: They do not say."""
+    saved = json.loads((folder_of(corpus, name) / "manifest.json").read_text("utf-8"))
+    return saved["gpu_hours"], saved["flops"]
 
 
 def folder_of(corpus: Path, name: str) -> Path:

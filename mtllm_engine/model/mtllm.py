@@ -101,7 +101,7 @@ class Stack(nn.Module):
         """
         decoder = sum(each.weight.numel() for each in self.modules() if isinstance(each, LoraLinear))
         if not self.reads_stack:
-            return 0, 4 * decoder
+            return 0, (4 if self.learns else 2) * decoder
         below = (item for module in (self.encoder.layers, self.projection) for item in module.parameters())
         encoder = sum(item.numel() for item in below if item.dim() == 2)
         teaches = isinstance(self.objective, Distillation) and not stored_targets

@@ -81,9 +81,14 @@ class Dataset:
             ValueError: The start of a file is malformed.
         """
         named = {code for path in Path(folder).rglob("*") for code in CODE.findall(path.name)}
-        return [code for code in sorted({*self.languages.values(), *named}) if self._has(folder, split, code)]
+        return [code for code in sorted({*self.languages.values(), *named}) if self.has(folder, split, code)]
 
-    def _has(self, folder: Path | str, split: str, language: str) -> bool:
+    def has(self, folder: Path | str, split: str, language: str) -> bool:
+        """Whether a folder has examples of a split in one of our languages.
+
+        Raises:
+            ValueError: The start of a file is malformed.
+        """
         try:
             self.read(folder, split, language)
         except Absent:
