@@ -387,6 +387,40 @@ def test_a_sweep_in_english_alone_says_so(path: Path, launches):
     assert "foreign language" in error_of(lambda: recipe.sweep(path, ["stage1.optim.steps=0,100"]))
 
 
+def point(setting: str, measure: str, system: str, value: float, flops: float | None) -> dict:
+    costs = {"latency_s": None, "gpu_hours": 3.0, "flops": flops}
+    return {"setting": setting, "dataset": "xnli", "measure": measure, "system": system, "value": value} | {
+        **{"low": value - 0.1, "high": value + 0.1},
+        **costs,
+    }
+
+
+def test_each_measure_has_a_panel_and_each_place_one_label(tmp_path: Path, monkeypatch):
+    """Systems that settings leave alone have one point; hours are no FLOPs."""
+    from matplotlib import pyplot
+
+    shown = []
+    monkeypatch.setattr(pyplot, "close", shown.append)
+    points = [
+        point(setting, measure, system, value, flops)
+        for setting, more in (("steps=0", 0.0), ("steps=9", 0.2))
+        for measure, value in (("accuracy", 0.5), ("macro_f1", 0.3))
+        for system, value, flops in (
+            ("llm", value, 1e12),
+            ("stack", value + more, 2e12 + more),
+            ("unknown", value, None),
+        )
+    ]
+    recipe.plot_compute(points, tmp_path / "sweep")
+    (figure,) = shown
+    assert [axis.get_title().split(",")[0] for axis in figure.axes] == ["xnli: accuracy", "xnli: macro f1"]
+    for axis in figure.axes:
+        assert sorted(text.get_text() for text in axis.texts) == ["all settings", "steps=0", "steps=9"]
+        assert axis.get_xlim()[0] == 0 and axis.get_xlabel() == "FLOPs to make"
+    table = (tmp_path / "sweep.md").read_text()
+    assert "| steps=9 | xnli | accuracy | stack | 70.0 [60.0, 80.0] | - | 3 | 2e+12 |" in table
+
+
 def test_a_value_outside_its_interval_is_drawn(tmp_path: Path):
     """An interval of resampled values need not hold the value itself."""
     point = {"setting": "a=1", "dataset": "xnli", "measure": "macro_f1", "system": "stack", "value": 0.5}
