@@ -12,6 +12,7 @@ Stage 1 runs once; fine-tuning, distillation and evaluation run for each seed. A
 import hashlib
 import itertools
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,7 +82,7 @@ def run(recipe: Recipe) -> int:
         path = recipe.folder / f"{job.name}.toml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(dumps(job.config), encoding="utf-8")
-        if status := subprocess.run([*launcher(job.module, recipe.gpus), str(path)]).returncode:
+        if status := _launch([*launcher(job.module, recipe.gpus), str(path)]):
             print(f"mtllm: error: {job.name} failed; run the same command again to go on from there", file=sys.stderr)
             return status
         if stopped := _stopped_after(job):
@@ -119,6 +120,15 @@ def sweep(path: str | Path, settings: Sequence[str]) -> int:
     plot_compute(points, folder / "sweep")
     print(f"\n{folder / 'sweep.md'}\n\n{(folder / 'sweep.md').read_text()}")
     return 0
+
+
+def _launch(command: Sequence[str]) -> int:
+    """The exit status; Ctrl-C is for the ranks, which save first, and is waited for, also by the launcher."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return subprocess.run(command).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _settings(

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -248,6 +249,15 @@ def test_a_changed_step_that_is_done_is_refused_before_anything_runs(path: Path,
     not_done = recipe.load(path, ["distil.optim.lr=1e-3"])
     (path.parent / "fails").write_text("")
     assert recipe.run(not_done) == 0 and len(launches()) == 5
+
+
+def test_ctrl_c_is_for_the_ranks_and_waited_for(path: Path, monkeypatch, capsys):
+    """Neither this process nor the launcher leaves before the ranks have saved."""
+    hit = "kill -INT $PPID $$; exit 3"
+    monkeypatch.setattr(recipe, "launcher", lambda module, gpus: ["sh", "-c", hit])
+    before = signal.getsignal(signal.SIGINT)
+    assert recipe.run(recipe.load(path)) == 3 and signal.getsignal(signal.SIGINT) == before
+    assert "stage1 failed; run the same command again to go on from there" in capsys.readouterr().err
 
 
 PLAIN = st.text("abcXY01./_-", min_size=1, max_size=6)
