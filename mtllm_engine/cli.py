@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,6 +69,7 @@ def _launch(arguments: argparse.Namespace) -> int:
 
     command = launcher(arguments.module, arguments.gpus)
     sys.stdout.flush()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the ranks, which save first: the launcher waits
     os.execv(sys.executable, [*command, arguments.config, *arguments.overrides])
 
 

@@ -12,15 +12,17 @@ stack's first step starts from a `start` in [model]: stage 1, or without it (sta
 
 import hashlib
 import itertools
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mtllm_engine import checkpoint, results
 from mtllm_engine import config as configs
-from mtllm_engine import results
 from mtllm_engine.config import Config, dumps, from_dict
 from mtllm_engine.tables import AVERAGE, plot_compute
 from mtllm_engine.world import launcher
@@ -70,7 +72,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def run(recipe: Recipe) -> int:
-    """Runs what is not done yet; the exit status of the first job that fails, after which the rest is left.
+    """Runs what is not done yet; the exit status of the first job that fails or was stopped: the rest is left then.
 
     Raises:
         ValueError: A job that is done had another configuration.
@@ -81,27 +83,36 @@ def run(recipe: Recipe) -> int:
         path = recipe.folder / f"{job.name}.toml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(dumps(job.config), encoding="utf-8")
-        if status := subprocess.run([*launcher(job.module, recipe.gpus), str(path)]).returncode:
+        if status := _launch([*launcher(job.module, recipe.gpus), str(path)]):
             print(f"mtllm: error: {job.name} failed; run the same command again to go on from there", file=sys.stderr)
             return status
-        _marker(recipe, job).write_text(_digest(job) + "\n")
+        if stopped := _stopped_after(job):
+            print(
+                f"mtllm: error: {job.name} was stopped {stopped}; run the same command again to go on", file=sys.stderr
+            )
+            return 1
+        _mark_done(recipe, job)
     return 0
 
 
 def sweep(path: str | Path, settings: Sequence[str]) -> int:
     """Runs a recipe at every combination of settings `key=a,b`, and compares quality with what it took to make.
 
-    Writes sweep.csv, sweep.md and sweep.png into the recipe's folder.
+    Stage 1 and fine-tuning run once for all settings that have them alike. Writes sweep.csv, sweep.md and sweep.png
+    into the recipe's folder.
 
     Raises:
-        ValueError: As `load`; no key has several values.
+        ValueError: As `load`; no key has several values, or one is set twice.
     """
     fixed, varied = _varied(settings)
     if not varied:
         raise ValueError("no key has several values; write key=a,b, such as stage1.optim.steps=0,1000")
-    folder, points = load(path, fixed).folder, []
+    if "recipe.dir" in varied:
+        raise ValueError("recipe.dir takes one value: each setting has a folder in it")
+    folder, points, made = load(path, fixed).folder, [], {}
     for name, recipe in _settings(path, fixed, varied, folder / "sweep").items():
         print(f"\n{name}", flush=True)
+        _share(recipe, made)
         if status := run(recipe):
             return status
         points += [{"setting": name, **point} for point in _points(recipe)]
@@ -112,18 +123,53 @@ def sweep(path: str | Path, settings: Sequence[str]) -> int:
     return 0
 
 
+def _launch(command: Sequence[str]) -> int:
+    """The exit status; Ctrl-C is for the ranks, which save first, and is waited for, also by the launcher."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return subprocess.run(command).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _settings(
     path: str | Path, fixed: Sequence[str], varied: Mapping[str, Sequence[str]], folder: Path
 ) -> dict[str, Recipe]:
     """The recipe at each combination, by the name of its folder; all are read before the first runs."""
     found: dict[str, Recipe] = {}
+    short = _short_names(list(varied))
     for values in itertools.product(*varied.values()):
         chosen = [f"{key}={value}" for key, value in zip(varied, values)]
-        name = ",".join(f"{key.rpartition('.')[2]}={Path(value).name}" for key, value in zip(varied, values))
+        name = ",".join(f"{short[key]}={Path(value).name}" for key, value in zip(varied, values))
         if name in found:
             raise ValueError(f"two settings would share the folder {folder / name}; give values that end differently")
         found[name] = load(path, [*fixed, *chosen, f"recipe.dir={folder / name}"])
     return found
+
+
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Each key's shortest end, from a dot on, that no other key shares."""
+    parts = {key: key.split(".") for key in keys}
+    ends = {key: [".".join(each[first:]) for first in reversed(range(len(each)))] for key, each in parts.items()}
+    others = {key: {end for other in keys if other != key for end in ends[other]} for key in keys}
+    return {key: next((end for end in ends[key] if end not in others[key]), key) for key in keys}
+
+
+def _share(recipe: Recipe, made: dict[str, Path]) -> None:
+    """Links what an earlier setting made of the same configuration, of jobs that stand on no other job.
+
+    Args:
+        made: Configuration, but for its folder -> the folder that it was first made in; added to.
+    """
+    for job in recipe.jobs:
+        model, folder = job.config.model, recipe.folder / job.name
+        if model.start or model.teacher:
+            continue
+        first = made.setdefault(dumps(replace(job.config, run=replace(job.config.run, dir="-"))), folder)
+        if first != folder and not _is_done(recipe, job) and not folder.exists():
+            recipe.folder.mkdir(parents=True, exist_ok=True)
+            folder.symlink_to(os.path.relpath(first, recipe.folder))
+            _mark_done(recipe, job)
 
 
 def _points(recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -166,7 +212,7 @@ def _trees(
     start = shared.get("model", {}).get("start", "")
     task = shared.get("task", {})
     untasked = {name: table for name, table in shared.items() if name not in ("task", "evaluate")}
-    if steps["stage1"].get("optim", {}).get("steps", 1):
+    if str(steps["stage1"].get("optim", {}).get("steps", 1)) != "0":
         made = {"run": {"dir": str(folder / "stage1")}}
         yield "stage1", "train", _merged(untasked, steps["stage1"], made)
         start = str(folder / "stage1" / "checkpoints" / "latest")
@@ -217,6 +263,20 @@ def _digest(job: Job) -> str:
     return hashlib.sha256(dumps(job.config).encode()).hexdigest()
 
 
+def _mark_done(recipe: Recipe, job: Job) -> None:
+    _marker(recipe, job).write_text(_digest(job) + "\n")
+
+
+def _stopped_after(job: Job) -> str:
+    """How far a training got that was asked to stop, which ends it in order too; "" if it reached its last step."""
+    run = Path(job.config.run.dir)
+    latest = checkpoint.latest(run / "checkpoints")
+    if latest is None:
+        return ""
+    done, steps = int(latest.name.rpartition("-")[2]), configs.load(run / "config.toml").optim.steps
+    return f"after step {done} of {steps}" if done < steps else ""
+
+
 def _is_done(recipe: Recipe, job: Job) -> bool:
     marker = _marker(recipe, job)
     if not marker.is_file():
@@ -228,10 +288,13 @@ def _is_done(recipe: Recipe, job: Job) -> bool:
 
 def _varied(settings: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     """Settings of one value, as they are, and keys of several values."""
-    fixed, varied = [], {}
+    fixed, varied, seen = [], {}, set()
     for setting in settings:
         key, _, text = setting.partition("=")
         values = _split(text)
+        if key in seen:
+            raise ValueError(f"{key} is set twice; write it once, with all its values")
+        seen.add(key)
         if len(values) > 1:
             varied[key] = values
         else:

@@ -103,7 +103,7 @@ def plot(table: Table, path: Path) -> None:
 
 
 def plot_compute(points: Sequence[Mapping[str, object]], path: Path) -> None:
-    """Quality against what it took to make, over settings: PATH.csv, PATH.md and PATH.png.
+    """Quality against what it took to make, over settings: PATH.csv, PATH.md and PATH.png, a panel for each measure.
 
     Args:
         points: setting, dataset, measure, system, value, low, high, and COSTS, the same keys in each.
@@ -117,28 +117,58 @@ def plot_compute(points: Sequence[Mapping[str, object]], path: Path) -> None:
         writer = csv.DictWriter(file, list(points[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(points)
+    path.with_suffix(".md").write_text(_compute_table(points), encoding="utf-8")
+    panels = list(dict.fromkeys((point["dataset"], point["measure"]) for point in points))
+    size = (8, 4.5 * len(panels) + 0.5)
+    figure, axes = pyplot.subplots(len(panels), 1, figsize=size, layout="constrained", squeeze=False)
+    for axis, (dataset, measure) in zip(axes[:, 0], panels):
+        mine = [point for point in points if (point["dataset"], point["measure"]) == (dataset, measure)]
+        _plot_compute_panel(axis, mine)
+        axis.set_title(f"{dataset}: {measure.replace('_', ' ')}, 95 % intervals", fontsize=11)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+    pyplot.close(figure)
+
+
+def _compute_table(points: Sequence[Mapping[str, object]]) -> str:
     columns = ["setting", "dataset", "measure", "system", "average", *(COST_TITLES[name] for name in COSTS)]
     lines = [_line(columns), _line(["---"] * 4 + ["--:"] * 4)]
     for point in points:
-        costs = ["" if point[name] is None else f"{point[name]:.4g}" for name in COSTS]
+        costs = ["-" if point[name] is None else f"{point[name]:.4g}" for name in COSTS]
         average = f"{100 * point['value']:.1f} [{100 * point['low']:.1f}, {100 * point['high']:.1f}]"
         lines.append(_line([*(str(point[name]) for name in columns[:4]), average, *costs]))
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for number, system in enumerate(sorted({point["system"] for point in points})):
+    return "\n".join(lines) + "\n"
+
+
+def _plot_compute_panel(axis, points: Sequence[Mapping[str, object]]) -> None:
+    """A point for each system and setting; one whose cost is not known has no place."""
+    for index, system in enumerate(sorted({point["system"] for point in points})):
         mine = [point for point in points if point["system"] == system]
-        costs = [point["flops"] or point["gpu_hours"] or 0 for point in mine]
-        values = [100 * point["value"] for point in mine]
-        lows, highs = ([100 * point[name] for point in mine] for name in ("low", "high"))
+        costs = [float("nan") if point["flops"] is None else point["flops"] for point in mine]
+        values, lows, highs = ([100 * point[name] for point in mine] for name in ("value", "low", "high"))
         errors = _error_lengths(values, lows, highs)
-        axis.errorbar(costs, values, errors, fmt=MARKERS[number % len(MARKERS)], capsize=3, label=system, alpha=0.8)
-        for point, cost, value in zip(mine, costs, values):
-            axis.annotate(point["setting"], (cost, value), xytext=(5, 4), textcoords="offset points", fontsize=7)
-    axis.set(xlabel="FLOPs to make", ylabel="average over foreign languages, percent")
+        axis.errorbar(costs, values, errors, fmt=MARKERS[index % len(MARKERS)], capsize=3, label=system, alpha=0.8)
+    axis.set(xlabel=COST_TITLES["flops"], ylabel="average over foreign languages, percent")
+    axis.set_xlim(left=0)
     axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(path.with_suffix(".png"), dpi=120)
-    pyplot.close(figure)
+    for (cost, value), text in _place_labels(points).items():
+        is_left = cost < axis.get_xlim()[1] / 2  # its label is then on its right, where there is room
+        place = {"xytext": (6 if is_left else -6, 0), "ha": "left" if is_left else "right", "va": "center"}
+        axis.annotate(text, (cost, 100 * value), textcoords="offset points", fontsize=7, **place)
+
+
+def _place_labels(points: Sequence[Mapping[str, object]]) -> dict[tuple[float, float], str]:
+    """The settings at each place that has a point: a system that settings leave alone has one for all of them."""
+    settings = list(dict.fromkeys(point["setting"] for point in points))
+    places: dict[tuple[float, float], list[str]] = {}
+    for point in points:
+        if point["flops"] is not None:
+            places.setdefault((point["flops"], point["value"]), []).append(point["setting"])
+    labels = {place: list(dict.fromkeys(names)) for place, names in places.items()}
+    return {
+        place: "all settings" if names == settings and len(names) > 1 else "\n".join(names)
+        for place, names in labels.items()
+    }
 
 
 def _plot_panel(axis, table: Table, rows: Sequence[str], num_rows: int) -> None:

@@ -7,17 +7,21 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from mtllm_engine import evaluate as evaluation
 from mtllm_engine.config import Config
+from mtllm_engine.data.batch import Document
 from mtllm_engine.evaluate import Reader
 from mtllm_engine.finetune import finetune
+from mtllm_engine.objective import Outputs
 from mtllm_engine.tasks.sib200 import LABELS
 from mtllm_engine.train import train
 from tiny import WORDS, build_config, build_corpus, build_decoder, build_encoder, build_world, texts
 
 ALONE = build_world()
 SHORT = [word for word in WORDS if word.isalpha() and len(word) < 6]
-SOURCES = {"sib200": "sib200:{}/topics", "belebele": "belebele_training:{}/questions"}
+SOURCES = {"sib200": "sib200:{}/topics", "belebele": "belebele_training:{}/questions", "xquad": "squad:{}/squad"}
 
 
 def build_models(folder: Path) -> Path:
@@ -47,6 +51,38 @@ def write_questions(folder: Path, *, seed: int = 0, **counts: int) -> None:
     _write_table(folder / "questions" / "belebele_training_set.tsv", columns, rows)
 
 
+def write_belebele(path: Path, language: str) -> None:
+    """Belebele's file in a language: seven questions."""
+    path.parent.mkdir(exist_ok=True)
+    lines = []
+    for number, passage in enumerate(texts(7, seed=len(language))):
+        choices = {f"mc_answer{choice}": f"{'abcd'[choice - 1]} {number}" for choice in range(1, 5)}
+        row = {"flores_passage": passage, "question": "or?", "correct_answer_num": str(1 + number % 4)} | choices
+        lines.append(json.dumps(row))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_passages(path: Path, count: int, *, seed: int, longest: int = 12) -> None:
+    """SQuAD 1.1: the answer is the word behind the one that is asked for, and any other answer is accepted too."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(passages(count, seed=seed, longest=longest)))
+
+
+def passages(count: int, *, seed: int, longest: int = 12) -> dict:
+    """What `write_passages` writes."""
+    generator = random.Random(seed)
+    words = [word for word in dict.fromkeys(WORDS) if word.isalpha()]
+    paragraphs = []
+    for number in range(count):
+        passage = generator.sample(words, generator.randint(4, longest))
+        asked = generator.randrange(len(passage) - 1)
+        start = len(" ".join(passage[: asked + 1])) + 1
+        answers = [{"text": passage[asked + 1], "answer_start": start}, {"text": passage[0], "answer_start": 0}]
+        question = {"id": f"q{number}", "question": passage[asked], "answers": answers}
+        paragraphs.append({"context": " ".join(passage), "qas": [question]})
+    return {"data": [{"paragraphs": paragraphs}]}
+
+
 def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -72,7 +108,7 @@ def stage2_config(folder: Path, task: str, **sections) -> Config:
 def evaluation_config(folder: Path, task: str, test: str, **sections) -> Config:
     """Of the best checkpoints of both runs; Minangkabau in Arabic script is given to the encoder as Indonesian."""
     checkpoints = {"start": checkpoint(folder, f"distil-{task}"), "teacher": checkpoint(folder, f"finetune-{task}")}
-    model = {key: str(path) for key, path in checkpoints.items()}
+    model = {key: str(path) for key, path in checkpoints.items()} | sections.pop("model", {})
     sections = {"data": {"train": []}, "languages": {"fallback": {"min_Arab": "ind_Latn"}}} | sections
     return _config(folder, f"evaluate-{task}", model=model, task={"name": task, "test": [test]}, **sections)
 
@@ -92,14 +128,23 @@ def _config(folder: Path, name: str, learned: str = "", **sections) -> Config:
 
 @contextlib.contextmanager
 def recorded_scores() -> Iterator[dict[str, dict]]:
-    """What every reader says of every corpus, by the corpus' folder: `llm/sib200/eng_Latn`, `translated/...`."""
+    """What every reader says of every corpus, by the corpus' folder: `llm/sib200/eng_Latn`, `translated/...`.
+
+    Of a span task the scores are the answer's characters, and `states` what is pooled of the passage.
+    """
     found: dict[str, dict] = {}
 
     class RecordingReader(Reader):
+        def _found(self, documents: Sequence[Document], outputs: Outputs) -> Sequence[np.ndarray]:
+            scores, self.is_span = super()._found(documents, outputs), outputs.answers_N2 is not None
+            return list(map(np.concatenate, zip(scores, outputs.student_PD.numpy()))) if self.is_span else scores
+
         def __call__(self, corpus: Path) -> tuple:
             keys, labels, scores_NC = super().__call__(corpus)
-            name = "/".join(corpus.parts[-3:])
-            found[name] = {"keys": keys, "labels": labels.tolist(), "scores": scores_NC.tolist()}
+            states_ND = scores_NC[:, 2:] if self.is_span else scores_NC[:, :0]
+            scores_NC = scores_NC[:, :2].astype(int) if self.is_span else scores_NC
+            told = {"keys": keys, "labels": labels.tolist(), "scores": scores_NC.tolist()}
+            found["/".join(corpus.parts[-3:])] = told | {"states": states_ND.tolist()}
             return keys, labels, scores_NC
 
     evaluation.Reader = RecordingReader

@@ -1,5 +1,6 @@
 import os
 import runpy
+import signal
 import sys
 
 import pytest
@@ -19,7 +20,10 @@ def folder(tmp_path, monkeypatch):
     """The current folder, with a config `run.toml` and a text `a.txt`; launches are caught."""
 
     def execv(_, command):
+        assert signal.signal(signal.SIGINT, before) is signal.SIG_IGN  # Ctrl-C is for the ranks, which save first
         raise Launched(*command)
+
+    before = signal.getsignal(signal.SIGINT)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "execv", execv)

@@ -32,12 +32,12 @@ from stages import (
     recorded_scores,
     rows,
     run_stages,
+    write_belebele,
     write_questions,
     write_topics,
 )
 from test_finetune import Padded
 from test_model import assert_close, load_llm, mean_pool
-from tiny import texts
 
 LANGUAGES = {"eng_Latn": 5, "swh_Latn": 9, "min_Arab": 4, "nqo_Nkoo": 3}  # the last two: not NLLB's
 STATUS = {"eng_Latn": "known", "swh_Latn": "known", "min_Arab": "fallback"}
@@ -65,16 +65,6 @@ def folder(tmp_path_factory) -> Path:
     for task in ("sib200", "belebele"):
         run_stages(folder, task)
     return folder
-
-
-def write_belebele(path: Path, language: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    lines = []
-    for number, passage in enumerate(texts(7, seed=len(language))):
-        choices = {f"mc_answer{choice}": f"{'abcd'[choice - 1]} {number}" for choice in range(1, 5)}
-        row = {"flores_passage": passage, "question": "or?", "correct_answer_num": str(1 + number % 4)} | choices
-        lines.append(json.dumps(row))
-    path.write_text("\n".join(lines) + "\n")
 
 
 def topics_config(folder: Path, **sections) -> Config:

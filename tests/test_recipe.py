@@ -3,6 +3,7 @@
 import csv
 import itertools
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -226,6 +227,26 @@ def test_a_failure_stops_the_recipe_and_the_same_command_goes_on_from_there(path
     assert started == ["distil-3", "evaluate-3", "finetune-4", "distil-4", "evaluate-4"]
 
 
+def write_run(folder: Path, config: Config, *, step: int) -> None:
+    """What is left of a training run that ended after `step` steps."""
+    (folder / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    (folder / "checkpoints" / "latest").symlink_to(f"step-{step:08d}")
+    (folder / "config.toml").write_text(configs.dumps(config))
+
+
+def test_a_training_that_was_asked_to_stop_is_not_done(path: Path, launches, capsys):
+    """It ends in order, as one that is done does, but before its last step."""
+    write_run(path.parent / "out" / "stage1", jobs(path)["stage1"], step=40)
+    assert recipe.run(recipe.load(path)) == 1
+    assert [Path(started).stem for _, started in launches()] == ["stage1"]
+    assert "mtllm: error: stage1 was stopped after step 40 of 100; run the same" in capsys.readouterr().err
+    (path.parent / "out" / "stage1" / "checkpoints" / "latest").unlink()
+    (path.parent / "out" / "stage1" / "checkpoints" / "latest").symlink_to("step-00000100")
+    (path.parent / "out" / "stage1" / "checkpoints" / "step-00000100").mkdir()
+    assert recipe.run(recipe.load(path, ["recipe.seeds=[3]"])) == 0
+    assert [Path(started).stem for _, started in launches()] == ["stage1", "finetune-3", "distil-3", "evaluate-3"]
+
+
 def test_a_changed_step_that_is_done_is_refused_before_anything_runs(path: Path, launches):
     (path.parent / "fails").write_text("distil-3\n")
     recipe.run(recipe.load(path))
@@ -237,6 +258,15 @@ def test_a_changed_step_that_is_done_is_refused_before_anything_runs(path: Path,
     not_done = recipe.load(path, ["distil.optim.lr=1e-3"])
     (path.parent / "fails").write_text("")
     assert recipe.run(not_done) == 0 and len(launches()) == 5
+
+
+def test_ctrl_c_is_for_the_ranks_and_waited_for(path: Path, monkeypatch, capsys):
+    """Neither this process nor the launcher leaves before the ranks have saved."""
+    hit = "kill -INT $PPID $$; exit 3"
+    monkeypatch.setattr(recipe, "launcher", lambda module, gpus: ["sh", "-c", hit])
+    before = signal.getsignal(signal.SIGINT)
+    assert recipe.run(recipe.load(path)) == 3 and signal.getsignal(signal.SIGINT) == before
+    assert "stage1 failed; run the same command again to go on from there" in capsys.readouterr().err
 
 
 PLAIN = st.text("abcXY01./_-", min_size=1, max_size=6)
@@ -259,6 +289,27 @@ def test_a_sweep_needs_several_values(path: Path):
 def test_every_combination_is_checked_before_the_first_runs(path: Path, launches):
     message = error_of(lambda: recipe.sweep(path, ["stage1.optim.steps=0,-1"]))
     assert message.startswith("stage1: optim.steps") and launches() == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("stage1.optim.steps=0,", "stage1: optim.steps must be a whole number, not ''"),
+        ("stage1.optim.steps=0,1 stage1.optim.steps=2,3", "stage1.optim.steps is set twice"),
+        ("stage1.optim.steps=0,1 stage1.optim.steps=2", "stage1.optim.steps is set twice"),
+        ("recipe.dir=here,there", "recipe.dir takes one value"),
+        ("optim.lr=1,1", "two settings would share the folder"),
+        ("optim.lr", "no key has several values"),
+    ],
+)
+def test_a_mistake_in_what_is_varied_is_told_before_anything_runs(path: Path, launches, settings: str, message: str):
+    assert message in error_of(lambda: recipe.sweep(path, settings.split())) and launches() == []
+
+
+def test_settings_are_named_by_the_shortest_end_that_tells_keys_apart(path: Path):
+    varied = {"stage1.optim.lr": ["1e-3"], "distil.optim.lr": ["2e-3"], "model.decoder": ["a/b"]}
+    (name,) = recipe._settings(path, [], varied, path.parent)
+    assert name == "stage1.optim.lr=1e-3,distil.optim.lr=2e-3,decoder=b"
 
 
 def test_settings_that_would_share_a_folder_are_refused(path: Path, launches):
@@ -307,7 +358,10 @@ def evaluated(path: Path, launches) -> Path:
 
 def test_a_sweeps_table(evaluated: Path, launches, capsys):
     assert recipe.sweep(evaluated, ["stage1.optim.steps=0,100,1000", "recipe.seeds=[3]"]) == 0
-    assert len(launches()) == 3 + 4 + 4
+    assert [Path(started).stem for _, started in launches()] == [
+        *("finetune-3", "distil-3", "evaluate-3"),
+        *("stage1", "distil-3", "evaluate-3") * 2,  # the LLM is fine-tuned alike in all settings
+    ]
     out = evaluated.parent / "out"
     with (out / "sweep.csv").open() as file:
         points = list(csv.DictReader(file))
@@ -322,6 +376,23 @@ def test_a_sweeps_table(evaluated: Path, launches, capsys):
     assert os.path.getsize(out / "sweep.png") > 1000
 
 
+def test_what_settings_have_in_common_is_made_once(evaluated: Path, launches):
+    """Stage 1 too, where only what follows differs; and never of a run that has its folder."""
+    out = evaluated.parent / "out" / "sweep"
+    write_run(out / "lr=1e-3" / "stage1", jobs(evaluated)["stage1"], step=100)
+    write_run(out / "lr=1e-3" / "finetune-3", jobs(evaluated)["finetune-3"], step=0)
+    for value in ("1e-3", "2e-3"):
+        write_predictions(out / f"lr={value}" / "results")
+    settings = ["distil.optim.lr=1e-3,2e-3", "recipe.seeds=[3]"]
+    assert recipe.sweep(evaluated, settings) == 0
+    assert [Path(started).relative_to(out).with_suffix("") for _, started in launches()] == [
+        *(Path("lr=1e-3") / name for name in ("stage1", "finetune-3", "distil-3", "evaluate-3")),
+        *(Path("lr=2e-3") / name for name in ("distil-3", "evaluate-3")),
+    ]
+    assert (out / "lr=2e-3" / "stage1").resolve() == out / "lr=1e-3" / "stage1"
+    assert recipe.sweep(evaluated, settings) == 0 and launches() == []
+
+
 def test_a_failing_setting_stops_a_sweep(evaluated: Path, launches):
     (evaluated.parent / "fails").write_text("stage1\n")
     assert recipe.sweep(evaluated, ["stage1.optim.steps=0,100,1000", "recipe.seeds=[3]"]) == 1
@@ -333,6 +404,40 @@ def test_a_sweep_in_english_alone_says_so(path: Path, launches):
         folder = path.parent / "out" / "sweep" / f"steps={steps}" / "results"
         write_predictions(folder, languages=("eng_Latn",))
     assert "foreign language" in error_of(lambda: recipe.sweep(path, ["stage1.optim.steps=0,100"]))
+
+
+def point(setting: str, measure: str, system: str, value: float, flops: float | None) -> dict:
+    costs = {"latency_s": None, "gpu_hours": 3.0, "flops": flops}
+    return {"setting": setting, "dataset": "xnli", "measure": measure, "system": system, "value": value} | {
+        **{"low": value - 0.1, "high": value + 0.1},
+        **costs,
+    }
+
+
+def test_each_measure_has_a_panel_and_each_place_one_label(tmp_path: Path, monkeypatch):
+    """Systems that settings leave alone have one point; hours are no FLOPs."""
+    from matplotlib import pyplot
+
+    shown = []
+    monkeypatch.setattr(pyplot, "close", shown.append)
+    points = [
+        point(setting, measure, system, value, flops)
+        for setting, more in (("steps=0", 0.0), ("steps=9", 0.2))
+        for measure, value in (("accuracy", 0.5), ("macro_f1", 0.3))
+        for system, value, flops in (
+            ("llm", value, 1e12),
+            ("stack", value + more, 2e12 + more),
+            ("unknown", value, None),
+        )
+    ]
+    recipe.plot_compute(points, tmp_path / "sweep")
+    (figure,) = shown
+    assert [axis.get_title().split(",")[0] for axis in figure.axes] == ["xnli: accuracy", "xnli: macro f1"]
+    for axis in figure.axes:
+        assert sorted(text.get_text() for text in axis.texts) == ["all settings", "steps=0", "steps=9"]
+        assert axis.get_xlim()[0] == 0 and axis.get_xlabel() == "FLOPs to make"
+    table = (tmp_path / "sweep.md").read_text()
+    assert "| steps=9 | xnli | accuracy | stack | 70.0 [60.0, 80.0] | - | 3 | 2e+12 |" in table
 
 
 def test_a_value_outside_its_interval_is_drawn(tmp_path: Path):

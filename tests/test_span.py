@@ -1,7 +1,7 @@
 """Span heads: loss and answers against padded PyTorch and brute force; XQuAD learned, answered and scored."""
 
+import itertools
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from mtllm_engine.model.pretrained import build_stack, build_tokenizer
 from mtllm_engine.objective import LONGEST_ANSWER, SpanFinetuning, SpanHead, best_answers
 from mtllm_engine.report import read_metrics
 from mtllm_engine.tasks import Example, pack
+from stages import passages, recorded_scores, write_passages
+from test_evaluate import BATCHES
 from tiny import WORDS, build_config, build_decoder, build_encoder, build_world
 
 WORLD = build_world()
@@ -107,30 +109,13 @@ def test_the_best_answer_by_brute_force(sizes: list[tuple[int, int, int]], seed:
         assert tuple(answer) == max(pairs, key=lambda pair: float(scores_2S[0, pair[0]] + scores_2S[1, pair[1]]))
 
 
-def questions(count: int, *, seed: int, longest: int = 12) -> dict:
-    """SQuAD 1.1: the answer is the word behind the one that is asked for, and any other answer is accepted too."""
-    generator = random.Random(seed)
-    words = [word for word in dict.fromkeys(WORDS) if word.isalpha()]
-    paragraphs = []
-    for number in range(count):
-        passage = generator.sample(words, generator.randint(4, longest))
-        asked = generator.randrange(len(passage) - 1)
-        start = len(" ".join(passage[: asked + 1])) + 1
-        answers = [{"text": passage[asked + 1], "answer_start": start}, {"text": passage[0], "answer_start": 0}]
-        question = {"id": f"q{number}", "question": passage[asked], "answers": answers}
-        paragraphs.append({"context": " ".join(passage), "qas": [question]})
-    return {"data": [{"paragraphs": paragraphs}]}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("span")
     build_encoder(folder / "encoder")
     build_decoder(folder / "decoder")
-    (folder / "squad").mkdir()
-    content = json.dumps(questions(12, seed=0))
     for name in ("train-v1.1", "dev-v1.1", "xquad.en", "xquad.hi"):  # to answer what was learned is enough here
-        (folder / "squad" / f"{name}.json").write_text(content)
+        write_passages(folder / "squad" / f"{name}.json", 12, seed=0)
     return folder
 
 
@@ -164,22 +149,27 @@ def test_stack_and_llm_learn_where_answers_are(learned: Path, reader: str):
     assert (learned / reader / "checkpoints" / "latest" / "head.safetensors").is_file()
 
 
-def test_evaluation_answers_with_text_and_scores_it(learned: Path, capsys):
-    checkpoints = {key: str(learned / run / "checkpoints" / "latest") for key, run in ROLES.items()}
-    model = {side: str(learned / side) for side in ("encoder", "decoder")} | {"dtype": "float32"}
+def configure_evaluation(folder: Path, name: str, **sections) -> Config:
+    """Of both readers in both languages, into a folder of this name."""
+    checkpoints = {key: str(folder / run / "checkpoints" / "latest") for key, run in ROLES.items()}
+    model = {side: str(folder / side) for side in ("encoder", "decoder")} | {"dtype": "float32"}
     options = {
-        "run": {"dir": str(learned / "evaluation")},
+        "run": {"dir": str(folder / name)},
         "model": model | checkpoints,
         "objective": {},
-        "task": {"name": "xquad", "test": [f"xquad:{learned / 'squad'}"]},
+        "task": {"name": "xquad", "test": [f"xquad:{folder / 'squad'}"]},
         "evaluate": {"systems": ["llm", "stack"]},
     }
-    evaluate(configure(learned, "stack", **options), WORLD)
+    return configure(folder, "stack", **options | sections)
+
+
+def test_evaluation_answers_with_text_and_scores_it(learned: Path, capsys):
+    evaluate(configure_evaluation(learned, "evaluation"), WORLD)
     found = results.load(learned / "evaluation" / "results")
     assert {(each.system, each.language) for each in found} == {
         (system, language) for system in ("llm", "stack") for language in ("eng_Latn", "hin_Deva")
     }
-    paragraphs = questions(12, seed=0)["data"][0]["paragraphs"]
+    paragraphs = passages(12, seed=0)["data"][0]["paragraphs"]
     expected = {each["qas"][0]["id"]: [a["text"] for a in each["qas"][0]["answers"]] for each in paragraphs}
     for each in found:
         assert dict(zip(each.keys, each.labels)) == expected and each.metric == "exact_match_f1"
@@ -190,6 +180,21 @@ def test_evaluation_answers_with_text_and_scores_it(learned: Path, capsys):
     (table, *_) = results.summarise(found)
     assert table.measure == "exact_match" and table.scores["stack"]["eng_Latn"].value == 1
     assert "exact_match" in capsys.readouterr().out
+
+
+def test_answers_do_not_depend_on_the_batches(learned: Path):
+    runs = []
+    for name in ("more lanes than documents", "packs by tokens", "all at once", "one by one"):
+        with recorded_scores() as found:
+            evaluate(configure_evaluation(learned, name, **BATCHES[name]), WORLD)
+        runs.append(found)
+    expected = runs[0]
+    assert expected.keys() == {f"{side}/xquad/{code}" for side in ROLES.values() for code in ("eng_Latn", "hin_Deva")}
+    for found, (corpus, scores) in itertools.product(runs[1:], expected.items()):
+        assert [found[corpus][name] for name in ("keys", "scores")] == [scores[name] for name in ("keys", "scores")]
+        assert scores["keys"] == [f"q{number}" for number in range(12)]
+        states_ND, expected_ND = torch.tensor(found[corpus]["states"]), torch.tensor(scores["states"])
+        assert (states_ND - expected_ND).abs().max() <= 1e-5 * expected_ND.abs().max()
 
 
 def test_the_first_answer_that_was_not_cut_away_is_the_target(folder: Path, tmp_path: Path):
@@ -239,7 +244,7 @@ def test_a_mistake_is_one_line(learned: Path, change: dict, message: str):
 
 
 def test_a_test_set_without_answers_is_one_line(learned: Path):
-    content = questions(2, seed=1)
+    content = passages(2, seed=1)
     content["data"][0]["paragraphs"][1]["qas"][0]["answers"] = []
     (learned / "unanswered").mkdir()
     (learned / "unanswered" / "xquad.en.json").write_text(json.dumps(content))

@@ -13,9 +13,18 @@ import pytest
 import torch
 
 from mtllm_engine.config import dumps
+from mtllm_engine.finetune import finetune
 from mtllm_engine.train import train
 from mtllm_engine.world import World
-from stages import rows, run_stages, write_topics
+from stages import (
+    finetuning_config,
+    rows,
+    run_stages,
+    write_belebele,
+    write_passages,
+    write_questions,
+    write_topics,
+)
 from tiny import build_config, build_corpus, build_decoder, build_encoder
 from zero_worker import ADAPTERS, ROOT, UNDROPPED, bf16_config, evaluated, launch, losses, recorded_keys, run
 
@@ -46,7 +55,25 @@ def world_folder(tmp_path_factory) -> Path:
     for seed, (language, count) in enumerate({"eng_Latn": 3, "swh_Latn": 7, "nqo_Nkoo": 2}.items(), start=1):
         write_topics(folder, language, seed=seed, test=count)
     run_stages(folder, "sib200", **UNDROPPED)
+    learn_choices(folder)
+    learn_spans(folder)
     return folder
+
+
+def learn_choices(folder: Path) -> None:
+    write_questions(folder, train=16, dev=7)
+    for language in ("eng_Latn", "swh_Latn"):
+        write_belebele(folder / "belebele" / f"{language}.jsonl", language)
+    run_stages(folder, "belebele", **UNDROPPED)
+
+
+def learn_spans(folder: Path) -> None:
+    """By the LLM and by the stack."""
+    files = {"train-v1.1": 16, "dev-v1.1": 7, "xquad.en": 3, "xquad.hi": 9, "xquad.zh": 2}
+    for seed, (name, count) in enumerate(files.items()):
+        write_passages(folder / "squad" / f"{name}.json", count, seed=seed)
+    for reader, name in (("llm", "finetune-xquad"), ("stack", "finetune-xquad-stack")):
+        finetune(finetuning_config(folder, "xquad", reader, run={"dir": str(folder / name)}, **UNDROPPED), ALONE)
 
 
 def cut_corpus(folder: Path) -> None:
@@ -204,15 +231,18 @@ def plain_scores(worlds: Path) -> dict[str, dict]:
 def test_any_number_of_ranks_scores_every_document_once(worlds: Path, plain_scores: dict[str, dict], size: int):
     """In order, on every rank alike, and as plain PyTorch does; the same predictions are saved."""
     for found in results(worlds, "evaluation", size):
-        assert found.keys() == plain_scores.keys() and len(found) == 3 + 2 + 2
+        assert found.keys() == plain_scores.keys() and len(found) == (3 + 2 + 2) + 2 * 2 + 2 * 3
         for corpus, scores in found.items():
             expected = plain_scores[corpus]
             assert scores["keys"] == expected["keys"] and scores["labels"] == expected["labels"]
-            largest = torch.tensor(expected["scores"]).abs().max().item()
-            assert torch.tensor(scores["scores"]).sub(torch.tensor(expected["scores"])).abs().max() <= 1e-5 * largest
+            if "/xquad/" in corpus:
+                assert scores["scores"] == expected["scores"]
+            name = "states" if "/xquad/" in corpus else "scores"
+            difference = torch.tensor(scores[name]) - torch.tensor(expected[name])
+            assert difference.abs().max() <= 1e-5 * torch.tensor(expected[name]).abs().max()
     folders = [worlds / name / "results" for name in (f"evaluate_{size}_ranks", "evaluate_0")]
     saved = [{path.relative_to(folder): answers(path) for path in folder.rglob("*.jsonl")} for folder in folders]
-    assert saved[0] == saved[1] and len(saved[0]) == 7 + 1  # and one cache of translations
+    assert saved[0] == saved[1] and len(saved[0]) == 7 + 4 + 6 + 1  # and one cache of translations
 
 
 def answers(path: Path) -> list[dict]:

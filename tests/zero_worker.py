@@ -26,7 +26,7 @@ from mtllm_engine.model.mtllm import Stack
 from mtllm_engine.model.pretrained import build_stack, build_tokenizer
 from mtllm_engine.targets import write_targets
 from mtllm_engine.world import World, connect
-from stages import evaluation_config, finetuning_config, recorded_scores, stage2_config
+from stages import checkpoint, evaluation_config, finetuning_config, recorded_scores, stage2_config
 from tiny import build_config
 
 ADAPTERS = {"lora": {"rank": 4, "alpha": 8.0, "dropout": 0.05}}
@@ -188,14 +188,18 @@ def task_runs(folder: Path, world: World) -> dict:
 
 
 def evaluation(folder: Path, world: World) -> dict:
-    """Every system in every language, on these ranks."""
+    """Every system of every kind of task in every language, on these ranks."""
     return evaluated(folder, f"evaluate_{world.size}_ranks", world, stage=3)
 
 
 def evaluated(folder: Path, name: str, world: World, *, stage: int) -> dict:
     options = {"run": {"dir": str(folder / name)}, "zero": {"stage": stage}}
+    untranslated = options | {"evaluate": {"systems": ["llm", "stack"]}}
+    spans = untranslated | {"model": {"start": str(checkpoint(folder, "finetune-xquad-stack"))}}
     with recorded_scores() as found:
         evaluate(evaluation_config(folder, "sib200", f"sib200:{folder}/topics", **options), world)
+        evaluate(evaluation_config(folder, "belebele", f"belebele:{folder}/belebele", **untranslated), world)
+        evaluate(evaluation_config(folder, "xquad", f"xquad:{folder}/squad", **spans), world)
     return found
 
 
