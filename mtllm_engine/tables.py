@@ -151,10 +151,15 @@ def _plot_compute_panel(axis, points: Sequence[Mapping[str, object]]) -> None:
     axis.set(xlabel=COST_TITLES["flops"], ylabel="average over foreign languages, percent")
     axis.set_xlim(left=0)
     axis.grid(alpha=0.3)
-    for (cost, value), text in _place_labels(points).items():
+    bottom, top = axis.get_ylim()
+    free: dict[float, float] = {}  # cost -> from where on no label stands yet
+    for (cost, value), text in sorted(_place_labels(points).items()):
+        height = 0.03 * (top - bottom) * (1 + text.count("\n"))
+        foot = max(100 * value - height / 2, free.get(cost, bottom))
+        free[cost] = foot + height
         is_left = cost < axis.get_xlim()[1] / 2  # its label is then on its right, where there is room
-        place = {"xytext": (6 if is_left else -6, 0), "ha": "left" if is_left else "right", "va": "center"}
-        axis.annotate(text, (cost, 100 * value), textcoords="offset points", fontsize=7, **place)
+        place = {"xytext": (6 if is_left else -6, 0), "ha": "left" if is_left else "right", "va": "bottom"}
+        axis.annotate(text, (cost, foot), textcoords="offset points", fontsize=7, **place)
 
 
 def _place_labels(points: Sequence[Mapping[str, object]]) -> dict[tuple[float, float], str]:

@@ -440,6 +440,18 @@ def test_each_measure_has_a_panel_and_each_place_one_label(tmp_path: Path, monke
     assert "| steps=9 | xnli | accuracy | stack | 70.0 [60.0, 80.0] | - | 3 | 2e+12 |" in table
 
 
+def test_labels_of_settings_that_cost_the_same_stand_above_one_another(tmp_path: Path, monkeypatch):
+    from matplotlib import pyplot
+
+    shown = []
+    monkeypatch.setattr(pyplot, "close", shown.append)
+    settings = [(f"lr={number}", 0.5 + number / 1e4) for number in range(4)]
+    recipe.plot_compute([point(name, "accuracy", "stack", value, 1e12) for name, value in settings], tmp_path / "sweep")
+    (axis,) = shown[0].axes
+    heights = [text.xy[1] for text in axis.texts]
+    assert np.diff(heights).min() > 0.02 * np.diff(axis.get_ylim()) and len(heights) == 4
+
+
 def test_a_value_outside_its_interval_is_drawn(tmp_path: Path):
     """An interval of resampled values need not hold the value itself."""
     point = {"setting": "a=1", "dataset": "xnli", "measure": "macro_f1", "system": "stack", "value": 0.5}
