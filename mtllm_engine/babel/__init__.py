@@ -1,6 +1,9 @@
 """A synthetic multilingual world: two tiny trained models and benchmark files, in the formats of the real ones.
 
-The task, to tell the category that two named entities share, needs facts that only the LLM's English documents state.
+Two tasks need facts that only the LLM's English documents state: to tell the category that two named entities share
+(`sib200`), and whether what is said of two categories follows from a sentence that two named entities are in (`mnli` to
+train on, `xnli` to evaluate on). Figures below are of the first.
+
 The dials: lines of MT data (SKETCHES), cognates and relatives, vocabulary (how many pieces a name has), depth, steps,
 and in `build_mt` the shares of copies and of pairs without English and the weights of the loss's terms.
 
@@ -35,12 +38,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from mtllm_engine.babel.models import build_llm, build_mt, perplexity, translate
-from mtllm_engine.babel.world import CATEGORIES, ENGLISH, Clause, Language, World, build_world
+from mtllm_engine.babel.world import CATEGORIES, ENGLISH, RELATIONS, Clause, Inference, Language, World, build_world
 from mtllm_engine.data.sources import pack
 
 NAME = re.compile(r"\b[a-z]*[A-Z]\w*")
@@ -52,16 +57,21 @@ class Size:
 
     documents: int  # of corpus/train.jsonl
     pairs: float  # of MT training data, as a multiple of the languages' own numbers
-    examples: int  # of the task's training set
-    lines: int  # of each test set: the task's, and each of FLORES'
+    examples: int  # of SIB-200's training set
+    inferences: int  # of MNLI's
+    lines: int  # of each test set: the tasks', and each of FLORES'
     width: int
     mt_steps: int
     llm_steps: int
 
 
 SIZES = {
-    "small": Size(documents=6000, pairs=1.0, examples=1260, lines=420, width=128, mt_steps=1500, llm_steps=700),
-    "medium": Size(documents=12000, pairs=2.0, examples=2520, lines=840, width=192, mt_steps=4000, llm_steps=1500),
+    "small": Size(
+        documents=6000, pairs=1.0, examples=1260, inferences=5040, lines=420, width=128, mt_steps=1500, llm_steps=700
+    ),
+    "medium": Size(
+        documents=12000, pairs=2.0, examples=2520, inferences=10080, lines=840, width=192, mt_steps=4000, llm_steps=1500
+    ),
 }
 
 
@@ -89,6 +99,8 @@ def build_sized(folder: Path, size: Size, seed: int) -> dict:
         ("shards", lambda path: _pack_corpora(folder / "corpus", path)),
         ("flores200_dataset", lambda path: _write_flores(path, world, size)),
         ("sib200", lambda path: _write_task(path, world, size)),
+        ("mnli", lambda path: _write_mnli(path, world, size)),
+        ("xnli", lambda path: _write_xnli(path, world, size)),
     ):
         _once(folder / name, write)
     # At these sizes a second thread only waits for the first: each model gets a process, with one.
@@ -164,6 +176,32 @@ def _write_task(folder: Path, world: World, size: Size) -> None:
             rows = [f"{n}\t{category}\t{language.say(clause)}\n" for n, (clause, category) in enumerate(examples)]
             (place / f"{split}.tsv").write_text("".join(["index_id\tcategory\ttext\n", *rows]), encoding="utf-8")
             (place / "labels.txt").write_text("\n".join(CATEGORIES) + "\n")
+
+
+def _write_mnli(folder: Path, world: World, size: Size) -> None:
+    """The hub's layout; XNLI has what validates."""
+    examples = world.inferences("train", size.inferences)
+    _write_pairs(folder / "train-00000-of-00001.parquet", world.english, examples, idx=range(len(examples)))
+
+
+def _write_xnli(folder: Path, world: World, size: Size) -> None:
+    """The hub's layout; English goes by XNLI's code, the others, which have none, by ours."""
+    for split, name in (("dev", "validation"), ("test", "test")):
+        examples = world.inferences(split, size.lines)
+        for language in world.languages:
+            place = folder / ("en" if language.code == ENGLISH else language.code)
+            _write_pairs(place / f"{name}-00000-of-00001.parquet", language, examples)
+
+
+def _write_pairs(path: Path, language: Language, examples: Sequence[Inference], **columns: Sequence[int]) -> None:
+    """Labels are numbers, in the order of RELATIONS."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    said = {
+        "premise": [language.say(premise) for premise, _, _ in examples],
+        "hypothesis": [language.say(hypothesis) for _, hypothesis, _ in examples],
+        "label": [RELATIONS.index(relation) for _, _, relation in examples],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(said | columns), path)
 
 
 def _build_model(path: Path, build: Callable[[Path, World, Size], None], seed: int, size: Size) -> None:
