@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import math
 import os
 import pty
 import re
@@ -10,19 +11,23 @@ import shutil
 import subprocess
 import sys
 import termios
+from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaForCausalLM
 
 from mtllm_engine import babel, cli
 from mtllm_engine.babel.models import pooled_terms, token_distance, word_loss
-from mtllm_engine.babel.world import CATEGORIES, CONTENT, TOPICS, World, build_world
+from mtllm_engine.babel.world import CATEGORIES, CONTENT, RELATIONS, TOPICS, Clause, World, build_world
 from mtllm_engine.model.pretrained import build_stack
+from mtllm_engine.tasks import load_task
+from mtllm_engine.tasks.nli import LABELS
 from tiny import build_config
 
-TINY = babel.Size(documents=120, pairs=0.05, examples=84, lines=42, width=32, mt_steps=3, llm_steps=3)
+TINY = babel.Size(documents=120, pairs=0.05, examples=84, inferences=60, lines=42, width=32, mt_steps=3, llm_steps=3)
 SEEDS = [0, 7]
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,7 +61,11 @@ TOPIC_WORDS = set().union(*map(topics, CATEGORIES))
 def test_a_world_is_a_function_of_its_seed(seed: int):
     one, again, other = build_world(seed), build_world(seed), build_world(seed + 1)
     assert one == again and one.meanings == again.meanings
-    for draw in (lambda world: world.documents("train", 20), lambda world: world.task("test", 20)):
+    for draw in (
+        lambda world: world.documents("train", 20),
+        lambda world: world.task("test", 20),
+        lambda world: world.inferences("test", 20),
+    ):
         assert draw(one) == draw(again) != draw(other)
     assert all(ours.roots != theirs.roots for ours, theirs in zip(one.foreign, other.foreign))
     assert one.entities != other.entities
@@ -89,17 +98,67 @@ def test_the_task_needs_knowledge_that_only_documents_state(seed: int):
         assert not names(world, one) & names(world, other)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_documents_state_what_each_entity_has_to_do_with(seed: int):
-    world = build_world(seed)
-    facts = {world.english.name(entity.name): set() for entity in world.everyone}
+def told(world: World) -> dict[str, set[str]]:
+    """The topic words that documents put into one sentence with a name."""
+    facts = {name: set() for name in names(world, *world.entities)}
     for document in world.documents("train", 6000):
         for sentence in document.split("."):
             for name in words(sentence) & set(facts):
                 facts[name] |= words(sentence) & TOPIC_WORDS
+    return facts
+
+
+def categories(found: set[str]) -> set[str]:
+    return {category for category in CATEGORIES if found & topics(category)}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_documents_state_what_each_entity_has_to_do_with(seed: int):
+    world = build_world(seed)
+    facts = told(world)
     for entity in world.everyone:
         assert len(facts[world.english.name(entity.name)]) >= 3
         assert facts[world.english.name(entity.name)] <= topics(entity.category)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_inferences_follow_from_what_documents_state(seed: int):
+    world = build_world(seed)
+    facts = told(world)
+    for split in world.entities:
+        examples = world.inferences(split, 210)
+        assert Counter(relation for *_, relation in examples) == dict.fromkeys(RELATIONS, 70)
+        for premise, hypothesis, relation in examples:
+            said, claimed = words(world.english.say(premise)), words(world.english.say(hypothesis))
+            mentioned = said & facts.keys()
+            assert len(mentioned) == 2 and mentioned <= names(world, split) and not claimed & facts.keys()
+            real, topical = (categories(found) for found in (set().union(*map(facts.get, mentioned)), claimed))
+            assert len(real) == len(topical) == 2 and not said & TOPIC_WORDS
+            assert relation == ("contradiction", "neutral", "entailment")[len(real & topical)]
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["premise", "hypothesis"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_one_sentence_alone_does_not_tell_the_relation(seed: int, side: int):
+    """A naive Bayes learns nothing from a sentence's words and pairs of words, or what its names have to do with."""
+    world = build_world(seed)
+    facts = told(world)
+    seen = {relation: Counter() for relation in RELATIONS}
+    for example in world.inferences("train", 5040):
+        seen[example[2]].update(_features(world, example[side], facts))
+    right = 0
+    tests = world.inferences("test", 3000)
+    for example in tests:
+        found = _features(world, example[side], facts)
+        likely = {relation: sum(math.log(1 + counts[each]) for each in found) for relation, counts in seen.items()}
+        right += max(likely, key=likely.get) == example[2]
+    assert abs(right / len(tests) - 1 / 3) < 0.03
+
+
+def _features(world: World, clause: Clause, facts: dict[str, set[str]]) -> set:
+    said = words(world.english.say(clause))
+    known = said | categories(said).union(*(categories(facts[name]) for name in said & facts.keys()))
+    return known | set(itertools.combinations(sorted(known), 2))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -156,6 +215,41 @@ def test_files_have_their_published_layouts(folder: Path):
     for name in ("train", "validation", "long"):
         lines = (folder / "corpus" / f"{name}.jsonl").read_text().splitlines()
         assert all(set(json.loads(line)) == {"text"} for line in lines)
+
+
+def test_inferences_are_files_as_the_hub_has_them(folder: Path):
+    world = build_world(7, TINY.pairs)
+    (train,) = (folder / "mnli").iterdir()
+    assert train.name == "train-00000-of-00001.parquet"
+    columns = pyarrow.parquet.read_table(train)
+    assert columns.column_names == ["premise", "hypothesis", "label", "idx"]
+    assert columns["idx"].to_pylist() == list(range(TINY.inferences))
+    places = {language.code: language.code for language in world.languages} | {"eng_Latn": "en"}
+    assert {path.name for path in (folder / "xnli").iterdir()} == set(places.values())
+    for split, draw in (("validation", "dev"), ("test", "test")):
+        examples = world.inferences(draw, TINY.lines)
+        for language in world.languages:
+            found = pyarrow.parquet.read_table(
+                folder / "xnli" / places[language.code] / f"{split}-00000-of-00001.parquet"
+            )
+            assert found.to_pydict() == {
+                "premise": [language.say(premise) for premise, _, _ in examples],
+                "hypothesis": [language.say(hypothesis) for _, hypothesis, _ in examples],
+                "label": [LABELS.index(relation) for _, _, relation in examples],
+            }
+            assert list(map(str, found.schema.types)) == ["string", "string", "int64"]
+
+
+def test_the_readers_of_mnli_and_xnli_read_them(folder: Path):
+    world = build_world(7, TINY.pairs)
+    task = load_task("nli")
+    mnli, xnli = (task.datasets[name] for name in ("mnli", "xnli"))
+    assert len(list(mnli.read(folder / "mnli", "train", "eng_Latn"))) == TINY.inferences
+    for split in ("validation", "test"):
+        assert xnli.present(folder / "xnli", split) == sorted(language.code for language in world.languages)
+        for language in world.languages:
+            examples = list(xnli.read(folder / "xnli", split, language.code))
+            assert Counter(example.label for example in examples) == dict.fromkeys(range(3), TINY.lines / 3)
 
 
 def test_a_third_of_the_long_documents_is_cut():

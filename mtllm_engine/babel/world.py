@@ -13,6 +13,7 @@ from functools import cached_property
 
 ENGLISH = "eng_Latn"
 CATEGORIES = ("science/technology", "travel", "politics", "sports", "health", "entertainment", "geography")
+RELATIONS = ("entailment", "neutral", "contradiction")  # in the order of MNLI's labels
 
 NOUNS = ("farmer", "guest", "friend", "bird", "dog", "house", "garden", "window", "letter", "boat")
 ADJECTIVES = ("old", "small", "red", "quiet", "happy")
@@ -75,6 +76,9 @@ class Clause:
     tense: str
     place: tuple[str, Thing] | None = None
     time: str = ""
+
+
+Inference = tuple[Clause, Clause, str]  # premise, hypothesis and their relation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,10 +269,30 @@ class World:
         examples = []
         for number in range(count):
             category = CATEGORIES[number % len(CATEGORIES)]
-            members = [entity for entity in self.entities[split] if entity.category == category]
-            examples.append((_meeting(rng, rng.sample(members, 2)), category))
+            examples.append((_meeting(rng, rng.sample(self._members(split, category), 2)), category))
         rng.shuffle(examples)
         return examples
+
+    def inferences(self, split: str, count: int) -> list[Inference]:
+        """Premises, hypotheses and the relation between them; all three relations equally often.
+
+        A premise mentions two entities of the split and of two categories, a hypothesis two topics of two categories.
+        Whoever of the premise it is about, the hypothesis fits if the categories are the same and does not if none is;
+        if one is, it depends. So neither sentence tells the relation alone, whatever is known of its names.
+        """
+        rng = self._rng(f"inferences/{split}")
+        examples = []
+        for number in range(count):
+            start = number % len(RELATIONS)  # the less the two overlap, the further apart they start
+            categories = rng.sample(CATEGORIES, 4)
+            mentioned = [rng.choice(self._members(split, category)) for category in categories[:2]]
+            told = rng.sample(categories[start : start + 2], 2)
+            examples.append((_meeting(rng, mentioned), _claim(rng, told), RELATIONS[start]))
+        rng.shuffle(examples)
+        return examples
+
+    def _members(self, split: str, category: str) -> list[Entity]:
+        return [entity for entity in self.entities[split] if entity.category == category]
 
     def _plain_clauses(self, what: str) -> Iterator[Clause]:
         rng = self._rng(what)
@@ -354,6 +378,17 @@ def _fact(rng: random.Random, entity: Entity) -> Clause:
         object=_common(rng, nouns, plural=True),
         tense=rng.choice(TENSES),
         place=(rng.choice(PLACES), _common(rng, nouns)) if rng.random() < 0.3 else None,
+    )
+
+
+def _claim(rng: random.Random, categories: Sequence[str]) -> Clause:
+    """A clause without a name, with a topic of each of two categories."""
+    first, second = (TOPICS[category][0] for category in categories)
+    return Clause(
+        subject=_common(rng, first),
+        verb=rng.choice(VERBS),
+        object=_common(rng, second, plural=True),
+        tense=rng.choice(TENSES),
     )
 
 
