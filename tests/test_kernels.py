@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mtllm_engine.kernels.agreement import disagreements, random_upstream, run
-from mtllm_engine.kernels.attention import attention, select
+from mtllm_engine.kernels.attention import attention, grouped, select
 from mtllm_engine.kernels.contract import DTYPES, Implementation, Kernel, map_tensors, named_tensors
 from mtllm_engine.kernels.distill_loss import build_spans
 
@@ -330,6 +330,14 @@ def test_first_importable_implementation_runs_and_the_label_says_why():
 )
 def test_attention_backends(backend, device, label):
     assert select(backend, device).label(device).removesuffix(" (not yet run by its authors)") == label
+
+
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_varlen_attn_is_told_of_grouped_queries_where_it_can_be(is_grouped):
+    """torch 2.11 takes them as they are, and has no word for it."""
+    q_SHK, k_SGK = torch.empty(3, 4, 8), torch.empty(3, 2 if is_grouped else 4, 8)
+    assert grouped(lambda query, key, *, enable_gqa=False: None, q_SHK, k_SGK) == {"enable_gqa": is_grouped}
+    assert grouped(lambda query, key: None, q_SHK, k_SGK) == {}
 
 
 def test_attention_backends_agree():

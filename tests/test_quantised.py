@@ -290,6 +290,10 @@ def test_a_run_keeps_its_base(folder: Path):
     assert full.keys() == fp8.keys() and [key for key in full if full[key] != fp8[key]] == ["model.base"]
 
 
+def unable(*factors: torch.Tensor, **options: object) -> None:
+    raise RuntimeError("_scaled_mm only supports per-tensor scaling for CPU backend")
+
+
 def test_what_cannot_be_is_told_in_one_line(folder: Path, monkeypatch):
     with pytest.raises(ValueError, match=r"model.base='nf4' is not sharded: set zero.stage=0 .* model.base='full'"):
         build_config(folder, model={"base": "nf4"})
@@ -306,6 +310,11 @@ def test_what_cannot_be_is_told_in_one_line(folder: Path, monkeypatch):
     check_available("fp8", gpu, torch.bfloat16)
     with pytest.raises(ValueError, match="set model.dtype='bfloat16'"):
         check_available("fp8", gpu, torch.float32)
+    monkeypatch.setattr(torch, "_scaled_mm", unable)
+    with pytest.raises(
+        ValueError, match="model.base='fp8': torch .* cannot scale rows apart on a CPU; install torch 2.13"
+    ):
+        check_available("fp8", torch.device("cpu"), torch.float32)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes .* pip install 'mtllm-engine\[quantised\]'"):
         check_available("nf4", torch.device("cpu"), torch.float32)

@@ -139,12 +139,11 @@ def test_the_padding_free_stack_agrees_where_its_kernels_are_stood_in_for(folder
     drawn = documents.Drawn(lengths=documents.parse_lengths("20", 64), tokens=512, vocabularies=vocabularies)
     (work,) = drawn.works(1, world, config.memory.max_tokens)
     check = step.Check("float32", world)
-    for variant in (
-        step.Ours(config=config, world=world, engine=engine, module=built.stack),
-        baselines.build_baseline("stack", config, built, world),
-    ):
+    ours = step.Ours(config=config, world=world, engine=engine, module=built.stack)
+    recipe, stack = (baselines.build_baseline(name, config, built, world) for name in ("recipe", "stack"))
+    for variant in (ours, recipe, stack):  # each as if the others were not there
         check(variant.name, 0, variant.run(work))
-    assert len(work.micro_batches) > 1 and check.worst["stack"] < 1e-5
+    assert len(work.micro_batches) > 1 and max(check.worst["recipe"], check.worst["stack"]) < 1e-5
 
 
 def test_a_quantised_base_beside_full_baselines(folder: Path, capsys):
