@@ -25,7 +25,7 @@ quickstart: $(INSTALLED)
 	@$(BIN)/mtllm run configs/quickstart.toml
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 prove: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.babel

@@ -40,7 +40,7 @@ setup(
         "triton": ["triton"],
         "benchmarks": ["liger-kernel", "peft"],  # what ours is measured beside
         "quantised": ["bitsandbytes>=0.46"],  # model.base = "nf4"
-        "dev": ["pytest", "hypothesis", "ruff", "peft", "triton", "bitsandbytes>=0.46"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "peft", "triton", "bitsandbytes>=0.46"],
         "quickstart": ["sentencepiece"],
     },
     entry_points={"console_scripts": ["mtllm = mtllm_engine.cli:main"]},

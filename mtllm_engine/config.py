@@ -66,8 +66,8 @@ class LoraConfig:
 class DataConfig:
     """Corpora (folders of shards) and how documents become packs; exactly one of the two pack sizes is above 0."""
 
-    train: tuple[str, ...] = ()  # with `task.train`: left empty, for the task's files are packed into the run's folder
-    weights: tuple[float, ...] = ()  # of the corpora in the mixture; empty: by number of documents
+    train: tuple[str, ...] = ()  # with `task.train`, whose files are packed into the run's folder: what stage 2 adds
+    weights: tuple[float, ...] = ()  # of the corpora in the mixture, the task's first; empty: by number of documents
     validation: str = ""
     targets: str = ""  # name of stored teacher states beside the corpora (`mtllm targets`); "": the teacher runs
     lanes: int = 64
@@ -327,7 +327,10 @@ def _check(config: Config) -> None:
     data, optim, lora, memory = config.data, config.optim, config.lora, config.memory
     rules = [
         *_task_rules(config),
-        (not data.weights or len(data.weights) == len(data.train), "data.weights must have one weight per data.train"),
+        (
+            len(data.weights) in (0, len(data.train) + bool(config.task.train)),
+            "data.weights must have one weight per data.train, after one for task.train if there is one",
+        ),
         (all(weight > 0 for weight in data.weights), "data.weights must be above 0"),
         (data.lanes >= 1, "data.lanes must be at least 1"),
         (data.max_length >= 4, "data.max_length must be at least 4 (special tokens and a word)"),
@@ -388,7 +391,10 @@ def _task_rules(config: Config) -> list[tuple[object, str]]:
     finetunes = objective.kind == "finetune"
     return [
         (data.train or task.train or task.test, "data.train names no corpus"),
-        (not (data.train and task.train), "task.train and data.train are both set; leave data.train empty"),
+        (
+            not (data.train and task.train and finetunes),
+            "data.train has no labels to fine-tune on beside task.train; leave it empty, or set it for stage 2 alone",
+        ),
         *(
             (task.name or not getattr(task, key), f"task.{key} needs task.name")
             for key in ("train", "validation", "test")

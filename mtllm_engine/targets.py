@@ -75,14 +75,16 @@ def _teacher(config: Config, world: World) -> Teacher:
 
 
 def _write(config: Config, world: World, teacher: Teacher, corpus: Path, maker: dict) -> None:
-    spans = max(1, load_task(config.task.name).num_choices) if config.task.name else 1
+    manifest = Manifest.load(corpus)
+    is_task = config.task.name and "spans" in manifest.fields  # else whole documents are pooled
+    spans = max(1, load_task(config.task.name).num_choices) if is_task else 1
     dtype = np.dtype(np.float32 if config.model.dtype == "float32" else np.float16)
     data = replace(config.data, validation=str(corpus), targets="")
     stream = world.together(lambda: build_stream(data, teacher.tokenizer, world, seed=config.run.seed, epochs=1))
     writer = world.on_main(lambda: None)
     if world.is_main:
         writer = Writer(corpus, config.data.targets, maker, (spans, teacher.width), dtype)
-    progress = tqdm(total=Manifest.load(corpus).samples, unit="document", desc=corpus.name, disable=not world.is_main)
+    progress = tqdm(total=manifest.samples, unit="document", desc=corpus.name, disable=not world.is_main)
     start_s, flops = time.perf_counter(), 0
     with teacher.engine.evaluating(), progress:
         while (work := agree(stream, world, config.memory.max_tokens)).totals.documents:

@@ -83,7 +83,8 @@ def prepare(config: Config) -> Config:
     """
     if config.task.train:
         task, corpus = load_task(config.task.name), Path(config.run.dir) / "corpus"
-        data = replace(config.data, train=(str(_pack(task, config.task.train, "train", corpus)),))
+        texts = str(_pack(task, config.task.train, "train", corpus))
+        data = replace(config.data, train=(texts, *config.data.train))
         if config.task.validation:
             data = replace(data, validation=str(_pack(task, config.task.validation, "validation", corpus)))
         config = replace(config, data=data, task=replace(config.task, train="", validation=""))

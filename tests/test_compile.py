@@ -34,7 +34,7 @@ def compiled(request) -> list[dict]:
     with ThreadPoolExecutor(2) as pool:
         rows = [row for found in pool.map(lambda job: job(), jobs) for row in found]
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print("\n" + table([row for row in rows if "error" not in row]))
+        print("\n" + table([row for row in rows if "error" not in row]), file=sys.stderr)  # workers have no stdout
     return rows
 
 

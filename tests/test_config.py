@@ -262,6 +262,14 @@ def test_fallbacks_are_declared_as_a_table_or_one_by_one(override):
     assert table.languages.fallback == one_by_one.languages.fallback == expected
 
 
+def test_text_beside_a_tasks_is_for_stage_2_alone(override):
+    beside = ["task.name=nli", "task.train=mnli:data", "data.train=[fineweb]"]
+    assert override(*beside, "data.weights=[1, 2]").data.weights == (1.0, 2.0)
+    assert "after one for task.train" in message_of(override, *beside, "data.weights=[1]")
+    message = message_of(override, *beside, "objective.kind=finetune")
+    assert message.startswith("data.train has no labels to fine-tune on beside task.train; leave it empty, or")
+
+
 def test_packs_that_can_hold_no_document_or_no_micro_batch(override):
     packs = ["data.pack_documents=0", "data.pack_tokens=100"]
     assert "data.pack_tokens=100 cannot hold data.max_length=512" in message_of(override, *packs)

@@ -26,7 +26,7 @@ from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.evaluate import cost
 from mtllm_engine.finetune import finetune
 from mtllm_engine.model.mtllm import Stack
-from mtllm_engine.model.pretrained import build_stack
+from mtllm_engine.model.pretrained import build_stack, build_tokenizer
 from mtllm_engine.targets import write_targets
 from mtllm_engine.tasks import load_task, pack_split
 from mtllm_engine.train import open_stream, prepare, train
@@ -56,7 +56,7 @@ from test_model import (
     their_name,
     trained,
 )
-from tiny import WORDS
+from tiny import WORDS, build_corpus
 from zero_worker import losses, run
 
 TASKS = ("sib200", "belebele")
@@ -426,6 +426,32 @@ def test_stage_2_is_distillation_from_teacher_into_start(distilling: tuple[Confi
         teachers_PD = torch.cat(teacher.pooled(documents, "teacher"))
     loss = (students_PD - teachers_PD).square().mean()
     assert_same_step(stack, student, [documents[:cut], [], documents[cut:]], loss)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_stage_2_reads_more_text_than_the_tasks(finetuned: Path, task: str, tmp_path: Path):
+    """Whole documents beside the task's spans, the teacher live or stored: both are learned alike."""
+    more = build_corpus(tmp_path / "more", 24)
+    data = {"train": [str(more)], "weights": [1.0, 3.0], "pack_documents": 2}
+    config = stage2_config(finetuned, task, run={"dir": str(tmp_path / "live")}, data=data, lora={"dropout": 0.0})
+    prepared = prepare(config)
+    assert prepared.data.train == (str(tmp_path / "live" / "corpus" / "train"), str(more))
+    stream = open_stream(prepared, build_tokenizer(prepared, build(prepared)), ALONE)
+    drawn = [document for _ in range(6) for part in agree(stream, ALONE, 512).micro_batches for document in part]
+    stream.close()
+    spans = {len(document.teacher_spans_P2) for document in drawn if document.label >= 0}
+    plain = [document for document in drawn if document.label < 0]
+    assert spans == {OUTPUTS[task] if task == "belebele" else 1} and 0.6 < len(plain) / len(drawn) < 0.9
+    assert all(len(document.teacher_spans_P2) == 1 for document in plain)
+    train(config, ALONE)
+    stored = replace(config, run=replace(config.run, dir=str(tmp_path / "stored")))
+    stored = replace(stored, data=replace(stored.data, targets="states"))
+    write_targets(stored, ALONE)
+    train(stored, ALONE)
+    live, from_files = (rows(tmp_path / name) for name in ("live", "stored"))
+    for before, after in zip(live, from_files, strict=True):
+        for key in before.keys() & {"loss", "fvu", "validation_fvu", "validation_accuracy"}:
+            assert after[key] == pytest.approx(before[key], rel=1e-6), key
 
 
 def saved_projection(config: Config) -> nn.Linear:

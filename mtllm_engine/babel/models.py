@@ -39,7 +39,7 @@ NEW_TOKENS = 40  # of a translation, at most
 class Weights:
     """Of the terms of the MT model's loss."""
 
-    translation: float = 0.003  # what the decoder says: so little that it errs, above all where there is little data
+    translation: float = 0.01  # what the decoder says: so little that it errs, above all where there is little data
     words: float = 3.0  # what single states tell of the pivot's words
     contrast: float = 1.0  # between the means of lines' states
     distance: float = 1.0  # between them too
