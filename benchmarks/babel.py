@@ -4,9 +4,8 @@
 
 Each seed is a world of its own, with its own languages, names, facts, models and training. In each,
 configs/quickstart.toml runs as it is, and again without stage 1; then twice with stage 1 on long documents, cut to
-aligned texts or each side on its own, and stage 2 on the task's texts alone. A step that is done is not run again, so
-seeds may also run one by one before all are asked for. Examples of all seeds are taken together, and bootstrap
-intervals are over them.
+aligned texts or each side on its own. A step that is done is not run again, so seeds may also run one by one before
+all are asked for. Examples of all seeds are taken together, and bootstrap intervals are over them.
 """
 
 import argparse
@@ -27,13 +26,7 @@ from mtllm_engine.world import connect
 
 RECIPE = "configs/quickstart.toml"
 LOW = tuple(sketch.code for sketch in SKETCHES if sketch.pairs < 1000)  # the low-resource languages
-LONG = [
-    "stage1.data.max_length=512",
-    "stage1.data.pack_documents=1",
-    "stage1.optim.steps=150",
-    "distil.data.train=[]",  # what stage 1 learned shall not be learned again from short documents
-    "distil.optim.steps=160",
-]
+LONG = ["stage1.data.max_length=512", "stage1.data.pack_documents=1", "stage1.optim.steps=150"]
 VARIANTS = {  # folder: what differs, beside the name that tables give to the stack
     "whole": [],
     "stage2": ["evaluate.stack_name=stage-2-alone", "stage1.optim.steps=0"],
@@ -168,7 +161,7 @@ def _places(world: Path, corpus: str) -> list[str]:
         f"task.validation={task}",
         f'task.test=["{task}"]',
         f'stage1.data.train=["{world / "shards" / corpus}"]',
-        f'distil.data.train=["{world / "shards" / corpus}"]',
+        f'distil.data.train=["{world / "shards" / "train"}"]',
         f"stage1.data.validation={world / 'shards' / 'validation'}",
         f"stage1.probe.folder={world / 'flores200_dataset'}",
     ]

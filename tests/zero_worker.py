@@ -34,7 +34,7 @@ UNDROPPED = {"lora": {"dropout": 0.0}}
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def launch(folder: Path, world_size: int, scenarios: list[str], timeout_s: float = 300) -> None:
+def launch(folder: Path, world_size: int, scenarios: list[str], timeout_s: float = 900) -> None:
     """Starts the ranks of a world and waits; a failing rank's output is the error."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -338,7 +338,7 @@ def saved_tensors(root) -> list[torch.Tensor]:
 
 if __name__ == "__main__":
     target, names = Path(sys.argv[1]), sys.argv[2:]
-    this_world = connect(timeout_s=120)
+    this_world = connect(timeout_s=300)
     for scenario in names:
         result = globals()[scenario](target, this_world)
         (target / f"{scenario}_{this_world.size}_{this_world.rank}.json").write_text(json.dumps(result))
