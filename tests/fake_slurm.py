@@ -7,12 +7,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "configs" / "slurm"
+JOB = str(os.getpid())  # its rendezvous' port comes from it: other tests that run now have another
 TASKS = 2
 
 COMMANDS = {
     "sbatch": r"""#!/usr/bin/env bash
 # Runs a batch script; warns its shell once, when METRICS has 3 lines; runs it again when it was put back.
-export SLURM_JOB_ID=7 SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2 SLURM_GPUS_ON_NODE=2 SLURM_JOB_NODELIST=here
+export SLURM_JOB_ID=$JOB SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2 SLURM_GPUS_ON_NODE=2 SLURM_JOB_NODELIST=here
 bash "$@" & batch=$!
 if [[ ${METRICS:-} ]]; then
     until [[ $(wc -l 2>&1 < "$METRICS") -ge 3 ]]; do
@@ -53,6 +54,12 @@ def submit(folder: Path, script: str, *arguments: str, **variables: str) -> subp
     """`sbatch configs/slurm/SCRIPT ARGUMENTS` from the root, to its end; requeues are noted in `requeued`."""
     (folder / "requeued").unlink(missing_ok=True)
     paths = [str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
-    here = {"PATH": os.pathsep.join(paths), "FAKE": str(folder), "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    here = {
+        "PATH": os.pathsep.join(paths),
+        "FAKE": str(folder),
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "JOB": JOB,
+    }
     command = ["sbatch", str(SCRIPTS / script), *arguments]
     return subprocess.run(command, cwd=ROOT, env=os.environ | here | variables, capture_output=True, text=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fake_slurm import ROOT, SCRIPTS, install, submit
+from fake_slurm import JOB, ROOT, SCRIPTS, install, submit
 from mtllm_engine.config import Config, dumps
 from mtllm_engine.train import train
 from tiny import build_config, build_corpus, build_decoder, build_encoder, build_world
@@ -46,7 +46,7 @@ def test_a_warned_job_stops_in_order_and_is_continued_to_its_end(slurm: Path, sc
     config = [str(slurm / "config.toml"), f"run.dir={run}"]
     done = submit(slurm, script, *config, METRICS=str(run / "metrics.jsonl"))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert (slurm / "requeued").read_text() == "7\n"
+    assert (slurm / "requeued").read_text() == f"{JOB}\n"
     assert losses(run) == pytest.approx(losses(slurm / "undisturbed"), rel=1e-5)
     assert not (run / "STOP").exists()
 

@@ -141,7 +141,7 @@ def _claim(folder: Path, identity: dict) -> None:
 
 
 def _write_corpus(folder: Path, world: World, size: Size) -> None:
-    """Stage 1's text; of `long.jsonl`, a third of the documents or more have over 512 tokens on either side."""
+    """Stage 1's text; of `long.jsonl`, a quarter of the documents or more have over 512 tokens on either side."""
     folder.mkdir()
     held_out = max(1, size.documents // 20)
     long = max(1, size.documents // 4)  # with fewer, stage 1 on them learns little, however they are cut
