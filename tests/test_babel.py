@@ -252,11 +252,11 @@ def test_the_readers_of_mnli_and_xnli_read_them(folder: Path):
             assert Counter(example.label for example in examples) == dict.fromkeys(range(3), TINY.lines / 3)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_quarter_of_the_long_documents_is_cut(seed: int):
-    long = build_world(seed).documents("long", 1500, sentences=(5, 200))
+@pytest.mark.parametrize("seed", [*SEEDS, 8, 9])
+def test_a_third_of_the_long_documents_is_cut(seed: int):
+    long = build_world(seed).documents("long", 1500, sentences=babel.LONG)
     lengths = [len(re.findall(r"\w+|\.", text)) for text in long]  # no tokenizer makes fewer tokens than words
-    assert sum(length > 512 for length in lengths) >= 0.25 * len(lengths)
+    assert sum(length > 512 for length in lengths) >= 0.3 * len(lengths)
 
 
 def test_models_are_ordinary_checkpoints(folder: Path):

@@ -57,6 +57,7 @@ from mtllm_engine.babel.models import build_llm, build_mt, perplexity, translate
 from mtllm_engine.babel.world import CATEGORIES, ENGLISH, RELATIONS, Clause, Inference, Language, World, build_world
 from mtllm_engine.data.sources import pack
 
+LONG = (8, 240)  # sentences of a long document
 NAME = re.compile(r"\b[a-z]*[A-Z]\w*")
 
 
@@ -141,14 +142,14 @@ def _claim(folder: Path, identity: dict) -> None:
 
 
 def _write_corpus(folder: Path, world: World, size: Size) -> None:
-    """Stage 1's text; of `long.jsonl`, a quarter of the documents or more have over 512 tokens on either side."""
+    """Stage 1's text; of `long.jsonl`, a third of the documents or more have over 512 tokens on either side."""
     folder.mkdir()
     held_out = max(1, size.documents // 20)
     long = max(1, size.documents // 4)  # with fewer, stage 1 on them learns little, however they are cut
     for name, count, sentences in (
         ("train", size.documents, (1, 3)),
         ("validation", held_out, (1, 3)),
-        ("long", long, (5, 200)),
+        ("long", long, LONG),
     ):
         texts = world.documents(name, count, sentences=sentences)
         lines = (json.dumps({"text": text}) + "\n" for text in texts)
