@@ -339,6 +339,12 @@ def test_a_mistake_is_one_line(arguments: str, message: str, tmp_path: Path, cap
     assert len(errors) == 1 and message in errors[0]
 
 
+def test_a_file_is_no_folder(tmp_path: Path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["babel", "build", str(tmp_path / "file")]) == 1
+    assert f"{tmp_path / 'file'} is a file; name a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_words_are_likely_where_some_state_tells_them(seed: int):
     generator = torch.Generator().manual_seed(seed)

@@ -92,7 +92,7 @@ def build(folder: Path, size: str = "small", seed: int = 0) -> dict:
         What `table` shows: how well the models do, by language.
 
     Raises:
-        ValueError: There is no such size, or the folder holds another world.
+        ValueError: There is no such size, the folder is a file, or it holds another world.
     """
     if size not in SIZES:
         raise ValueError(f"--size {size} is none of {', '.join(SIZES)}")
@@ -131,6 +131,8 @@ def table(report: dict) -> str:
 
 def _claim(folder: Path, identity: dict) -> None:
     """Makes the folder this world's."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "babel.json"
     _once(path, lambda draft: draft.write_text(json.dumps(identity)))
