@@ -1,9 +1,9 @@
 """Predictions in files, and what they come to: one table of every system in every language, with intervals.
 
 A system's value in a language is its mean over seeds. Its interval is the 95 % percentile bootstrap over the examples;
-seeds share the examples, so they are resampled together. An average counts every language alike, but
-English, which the task was learned in; languages are resampled independently of each other, also where their test sets
-are translations of one another.
+seeds, systems and languages that share the examples' keys are resampled together, since test sets are mostly
+translations of one another: what is hard in one language is in the others. An average counts every language alike, but
+English, which the task was learned in.
 """
 
 import json
@@ -12,18 +12,18 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mtllm_engine.scores import (
-    bootstrap,
+    bootstrap_weights,
     exact_match,
     generator_for,
     interval,
     macro_f1,
-    mean_statistic,
     token_f1,
     weighted_macro_f1,
 )
@@ -136,7 +136,7 @@ def compare(
     for dataset, systems in _cells(predictions).items():
         if ours in systems and theirs in systems:
             for measure in MEASURES[_metric(dataset, systems)]:
-                scores = _differences(dataset, measure, systems[ours], systems[theirs], resamples, seed)
+                scores = _differences(measure, systems[ours], systems[theirs], resamples, seed)
                 comparisons.append(
                     Comparison(dataset=dataset, measure=measure, ours=ours, theirs=theirs, scores=scores)
                 )
@@ -205,25 +205,19 @@ class _Cell:
             }
         return dict(zip(seeds, self.values(measure).mean(axis=1).tolist()))
 
+    def resampled(self, measure: str, resamples: int, seed: int) -> np.ndarray:
+        """The mean over seeds in each of the resamples (X,), which are the same ones for all cells of these keys."""
+        weights_XN = _weights(tuple(self.keys), resamples, seed)
+        if measure != "macro_f1":
+            return weights_XN @ self.values(measure).mean(axis=0) / len(self.keys)
+        labels_N = np.array(self.labels)
+        runs = (weighted_macro_f1(labels_N, np.array(run), self.num_classes, weights_XN) for run in self.predictions)
+        return np.mean(list(runs), axis=0)
 
-def _resample(measure: str, signed: Sequence[tuple[int, _Cell]], resamples: int, name: tuple) -> np.ndarray:
-    """The signed sum of cells' values in each of the resamples (X,); the cells have the same examples."""
-    options = {"resamples": resamples, "generator": generator_for(*name)}
-    if measure != "macro_f1":
-        values_N = sum(sign * cell.values(measure).mean(axis=0) for sign, cell in signed)
-        return bootstrap(values_N[:, None], mean_statistic, **options)
-    shares = [sign / len(cell.runs) for sign, cell in signed for _ in cell.runs]
-    columns = [signed[0][1].labels, *(answers for _, cell in signed for answers in cell.predictions)]
-    num_classes = signed[0][1].num_classes
 
-    def statistic(outcomes_UM: np.ndarray, weights_XU: np.ndarray) -> np.ndarray:
-        labels_U, *answers = outcomes_UM.T
-        return sum(
-            share * weighted_macro_f1(labels_U, answers_U, num_classes, weights_XU)
-            for share, answers_U in zip(shares, answers)
-        )
-
-    return bootstrap(np.array(columns).T, statistic, **options)
+@lru_cache(maxsize=1)  # languages mostly share their keys
+def _weights(keys: tuple[str, ...], resamples: int, seed: int) -> np.ndarray:
+    return bootstrap_weights(len(keys), resamples, generator_for(seed, keys))
 
 
 def _cells(predictions: Sequence[Predictions]) -> dict[str, dict[str, dict[str, _Cell]]]:
@@ -257,10 +251,7 @@ def _table(dataset: str, measure: str, systems: Mapping[str, Mapping[str, _Cell]
     averaged = {name: members for name, members in averaged.items() if members}
     scores, costs = {}, {}
     for system, cells in systems.items():
-        samples = {
-            language: _resample(measure, [(1, cell)], resamples, (seed, dataset, measure, system, language))
-            for language, cell in cells.items()
-        }
+        samples = {language: cell.resampled(measure, resamples, seed) for language, cell in cells.items()}
         by_seed = {language: cell.by_seed(measure) for language, cell in cells.items()}
         scores[system] = {language: _score(by_seed[language], samples[language]) for language in cells}
         for name, members in averaged.items():
@@ -282,14 +273,14 @@ def _table(dataset: str, measure: str, systems: Mapping[str, Mapping[str, _Cell]
 
 
 def _differences(
-    dataset: str, measure: str, ours: Mapping[str, _Cell], theirs: Mapping[str, _Cell], resamples: int, seed: int
+    measure: str, ours: Mapping[str, _Cell], theirs: Mapping[str, _Cell], resamples: int, seed: int
 ) -> dict[str, Score]:
     samples, values = {}, {}
     for language in sorted(set(ours) & set(theirs)):
         pair = (ours[language], theirs[language])
         _check_same(pair[0], pair[1].keys, pair[1].labels, pair[1].name)
-        name = (seed, dataset, measure, pair[0].name, pair[1].name)
-        samples[language] = _resample(measure, [(1, pair[0]), (-1, pair[1])], resamples, name)
+        first_X, second_X = (cell.resampled(measure, resamples, seed) for cell in pair)
+        samples[language] = first_X - second_X
         means = [np.mean(list(cell.by_seed(measure).values())) for cell in pair]
         values[language] = float(means[0] - means[1])
     systems = {"ours": ours, "theirs": theirs}

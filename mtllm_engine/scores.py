@@ -1,13 +1,13 @@
 """What predictions are worth: macro-F1, exact match, token F1; and how sure a value is (bootstrap).
 
-Shapes, beside the project's legend (data/batch.py): N examples, U distinct outcomes, X resamples, C classes.
+Shapes, beside the project's legend (data/batch.py): N examples, X resamples, C classes.
 """
 
 import hashlib
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,14 +22,14 @@ def macro_f1(labels_N: np.ndarray, predictions_N: np.ndarray, num_classes: int) 
 
 
 def weighted_macro_f1(
-    labels_U: np.ndarray, predictions_U: np.ndarray, num_classes: int, weights_XU: np.ndarray
+    labels_N: np.ndarray, predictions_N: np.ndarray, num_classes: int, weights_XN: np.ndarray
 ) -> np.ndarray:
-    """`macro_f1` of X samples (X,), each of which holds outcome u `weights_XU[x, u]` times."""
+    """`macro_f1` of X samples (X,), each of which holds example n `weights_XN[x, n]` times."""
     classes_C = np.arange(num_classes)
-    labelled_UC = labels_U[:, None] == classes_C
-    predicted_UC = predictions_U[:, None] == classes_C
-    both_UC = np.concatenate([labelled_UC & predicted_UC, labelled_UC.astype(float) + predicted_UC], axis=1)
-    hits_XC, either_XC = np.split(weights_XU @ both_UC, 2, axis=1)
+    labelled_NC = labels_N[:, None] == classes_C
+    predicted_NC = predictions_N[:, None] == classes_C
+    both_NC = np.concatenate([labelled_NC & predicted_NC, labelled_NC.astype(weights_XN.dtype) + predicted_NC], axis=1)
+    hits_XC, either_XC = np.split(weights_XN @ both_NC, 2, axis=1)
     return np.mean(2 * hits_XC / np.maximum(either_XC, 1), axis=1)
 
 
@@ -47,29 +47,10 @@ def token_f1(prediction: str, answers: Sequence[str]) -> float:
     return max((_word_f1(_normalised(prediction), _normalised(answer)) for answer in answers), default=0.0)
 
 
-def bootstrap(
-    outcomes_NM: np.ndarray,
-    statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    *,
-    resamples: int,
-    generator: np.random.Generator,
-) -> np.ndarray:
-    """A statistic of `resamples` samples, each of N examples drawn with replacement; float64 (X,).
-
-    Examples with equal outcomes are interchangeable, so what is drawn is how often each distinct outcome comes up.
-
-    Args:
-        outcomes_NM: What the statistic needs to know of each example, a row each.
-        statistic: Takes the distinct rows (U, M) and their counts in each sample (X, U); returns (X,).
-    """
-    distinct_UM, counts_U = np.unique(outcomes_NM, axis=0, return_counts=True)
-    weights_XU = generator.multinomial(len(outcomes_NM), counts_U / len(outcomes_NM), size=resamples)
-    return statistic(distinct_UM, weights_XU.astype(float))
-
-
-def mean_statistic(outcomes_UM: np.ndarray, weights_XU: np.ndarray) -> np.ndarray:
-    """The mean of the only column of the outcomes, for `bootstrap`."""
-    return weights_XU @ outcomes_UM[:, 0] / weights_XU.sum(axis=1)
+def bootstrap_weights(num_examples: int, resamples: int, generator: np.random.Generator) -> np.ndarray:
+    """How often each example comes up in each of the samples, drawn with replacement; float32 (X, N)."""
+    drawn_XN = generator.multinomial(num_examples, np.full(num_examples, 1 / num_examples), size=resamples)
+    return drawn_XN.astype(np.float32)  # whole numbers, so exact
 
 
 def interval(values_X: np.ndarray) -> tuple[float, float]:

@@ -116,6 +116,22 @@ def test_a_difference_is_paired():
     assert score.value == pytest.approx(gained) and 0 < score.low < gained < score.high and score.excludes_zero
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
+def test_languages_with_the_same_examples_are_resampled_together(metric: str):
+    """Four copies of a test set tell no more than one; four of other examples tell twice as much."""
+    codes = ("deu_Latn", "fra_Latn", "nld_Latn", "swh_Latn")
+    one = build(n=400, right=0.6, metric=metric)
+    copies = [replace(one, language=code) for code in codes]
+    (alone, *_), (together, *_) = results.summarise([one]), results.summarise(copies)
+    score = together.scores["mt-llm"][AVERAGE]
+    assert (score.low, score.high) == pytest.approx(
+        (alone.scores["mt-llm"]["swh_Latn"].low, alone.scores["mt-llm"]["swh_Latn"].high)
+    )
+    others = [replace(item, keys=[f"{item.language}-{key}" for key in item.keys]) for item in copies]
+    apart = results.summarise(others)[0].scores["mt-llm"][AVERAGE]
+    assert 2 * (apart.high - apart.low) == pytest.approx(score.high - score.low, rel=0.2)
+
+
 def test_intervals_do_not_depend_on_what_else_is_summarised():
     items = [build(metric="macro_f1"), build("llm", metric="macro_f1"), build(language="deu_Latn", metric="macro_f1")]
     alone = results.summarise(items[:1])[0].scores["mt-llm"]["swh_Latn"]
