@@ -42,7 +42,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.synchronize import RLock
 from pathlib import Path
 
@@ -57,7 +57,8 @@ from mtllm_engine.babel.models import build_llm, build_mt, perplexity, translate
 from mtllm_engine.babel.world import CATEGORIES, ENGLISH, RELATIONS, Clause, Inference, Language, World, build_world
 from mtllm_engine.data.sources import pack
 
-LONG = (8, 240)  # sentences of a long document
+LONG = (2, 60)  # sentences of a long document
+FINER = 500  # pieces of the second LLM's vocabulary
 NAME = re.compile(r"\b[a-z]*[A-Z]\w*")
 
 
@@ -121,6 +122,18 @@ def build_sized(folder: Path, size: Size, seed: int) -> dict:
     return json.loads((folder / "report.json").read_text())
 
 
+def build_finer_llm(folder: Path, size: str, seed: int) -> Path:
+    """A second LLM on a built world's documents, for questions that need tokenizers which differ; its folder.
+
+    The world's own LLM and MT model have nearly every English word whole; this one has pieces of all but the most
+    common words, and so reads half as many tokens again.
+    """
+    path = folder / "llm-finer"
+    if not path.exists():
+        _build_models({path: _build_finer_llm}, SIZES[size], seed)
+    return path
+
+
 def table(report: dict) -> str:
     """The languages, one a line, and the LLM."""
     rows = [list(report["languages"][0]), *(list(map(_cell, row.values())) for row in report["languages"])]
@@ -144,14 +157,12 @@ def _claim(folder: Path, identity: dict) -> None:
 
 
 def _write_corpus(folder: Path, world: World, size: Size) -> None:
-    """Stage 1's text; of `long.jsonl`, a third of the documents or more have over 512 tokens on either side."""
+    """Stage 1's text; of `long.jsonl`, 30 % of the documents or more have over 128 tokens on either side."""
     folder.mkdir()
-    held_out = max(1, size.documents // 20)
-    long = max(1, size.documents // 4)  # with fewer, stage 1 on them learns little, however they are cut
     for name, count, sentences in (
         ("train", size.documents, (1, 3)),
-        ("validation", held_out, (1, 3)),
-        ("long", long, LONG),
+        ("validation", max(1, size.documents // 20), (1, 3)),
+        ("long", size.documents // 2, LONG),
     ):
         texts = world.documents(name, count, sentences=sentences)
         lines = (json.dumps({"text": text}) + "\n" for text in texts)
@@ -246,9 +257,14 @@ def _build_model(path: Path, build: Callable, size: Size, seed: int, position: i
     _once(path, lambda draft: build(draft, build_world(seed, size.pairs), size, position))
 
 
-def _build_llm(folder: Path, world: World, size: Size, position: int) -> None:
+def _build_llm(folder: Path, world: World, size: Size, position: int, vocab_size: int = 900) -> None:
     documents, options = world.documents("train", size.documents), {"width": size.width, "seed": world.seed}
-    build_llm(folder, documents, steps=size.llm_steps, vocab_size=900, position=position, **options)
+    build_llm(folder, documents, steps=size.llm_steps, vocab_size=vocab_size, position=position, **options)
+
+
+def _build_finer_llm(folder: Path, world: World, size: Size, position: int) -> None:
+    """It learns for longer, because names have pieces that other names share."""
+    _build_llm(folder, world, replace(size, llm_steps=2 * size.llm_steps), position, vocab_size=FINER)
 
 
 def _build_mt(folder: Path, world: World, size: Size, position: int) -> None:
