@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from mtllm_engine.data.languages import FLORES_200, is_well_formed
 from mtllm_engine.data.rows import Absent
 from mtllm_engine.data.shards import Corpus
+from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.tasks import SPLITS, Example, load_task, pack, pack_split, task_names
 from mtllm_engine.tasks.belebele import compose
+from tiny import build_decoder, build_encoder
 
 BOM = "\ufeff"
 SQUAD = '{"data": [{"paragraphs": [{"context": "a", "qas": [{"id": "1", "question": "b", "answers": []}]}]}]}'
@@ -189,6 +191,22 @@ def test_americasnli(tmp_path):
     assert dataset("americasnli").present(tmp_path / "one", "validation") == ["grn_Latn", "shp_Latn"]
 
 
+def test_a_blank_sentence_of_a_pair_is_read_to_the_end(tmp_path):
+    """As published: three premises of Nahuatl's test set are one space. Both tokenizers read the other sentence."""
+    write(tmp_path / "test" / "nah.tsv", "nah\t \tquena, amo\tneutral\nnah\ttle amo\t\tentailment\n")
+    examples = read("americasnli", tmp_path, "test", "nah_Latn")
+    assert inferences(examples) == [(" ", "quena, amo", 1), ("tle amo", "", 0)]
+    pack(examples, tmp_path / "corpus", language="spa_Latn", licence="")
+    folders = build_encoder(tmp_path / "encoder"), build_decoder(tmp_path / "decoder")
+    tokenizer = PairTokenizer(*folders, max_length=64)
+    for index, example in enumerate(examples):
+        sample, marks = Corpus(tmp_path / "corpus").read_example(0, index)
+        for reading in tokenizer.example(sample.text, "spa_Latn", marks):
+            tokens = [example.text[start:end] for start, end in reading.offsets_S2]
+            assert "".join("".join(tokens).split()) == "".join(example.text.split())
+            assert reading.spans_P2.tolist() == [[0, len(tokens)]]
+
+
 @pytest.mark.parametrize(
     ("name", "path", "content"),
     [
@@ -316,6 +334,7 @@ def test_nusax(tmp_path):
 def test_pawsx(tmp_path):
     header = "id\tsentence1\tsentence2\tlabel\n"
     lines = '1\tEr sagt "ja.\tJa, sagt er\t1\n2\tNS\tzwei\t0\n3\tdrei\tNS\t1\n4\t"vier"\tNSA\t0\n'
+    lines += "5\t\t\t0\n6\tsechs\t\t1\n"
     for name in ("translated_train", "dev_2k", "test_2k"):
         write(tmp_path / "x-final" / "de" / f"{name}.tsv", header + lines)
     write(tmp_path / "x-final" / "en" / "train.tsv", header + lines)
@@ -424,8 +443,8 @@ MALFORMED = {
     "empty": (
         "xnli",
         "xnli.test.tsv",
-        XNLI_LINES + xnli_line("en", "neutral", " ", "b"),
-        r"tsv:3: column 'sentence1' should be text, not ' '",
+        XNLI_LINES + xnli_line("en", "neutral", "", " "),
+        r"tsv:3: column 'sentence2' should be text, not ' '",
     ),
     "no column": (
         "xnli",

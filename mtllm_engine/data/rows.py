@@ -26,10 +26,10 @@ class Row(NamedTuple):
             raise ValueError(f"{self.place}: no column {column!r} among {', '.join(map(repr, self.values))}")
         return self.values[column]
 
-    def text(self, column: str) -> str:
-        """Raises ValueError: The column is not there, or holds no text, or only white space."""
+    def text(self, column: str, *, may_be_blank: bool = False) -> str:
+        """Raises ValueError: The column is not there, or holds no text, or (unless it may) only white space."""
         value = self.value(column)
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or not (value.strip() or may_be_blank):
             raise self.wrong(column, "text")
         if any("\ud800" <= char <= "\udfff" for char in value):
             raise self.wrong(column, "text without half a surrogate pair")
@@ -42,7 +42,7 @@ class Row(NamedTuple):
             return ""
         if isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
-        return value if isinstance(value, str) and not value.strip() else self.text(column)
+        return self.text(column, may_be_blank=True)
 
     def number(self, column: str, least: int, most: int) -> int:
         """A whole number, also where it is written as text (`"2"`), or as pandas does (`2.0`).

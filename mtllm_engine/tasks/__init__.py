@@ -137,9 +137,13 @@ def join(first: str, second: str) -> tuple[str, Range]:
 
 
 def pairs(rows: Iterable[Row], first: str, second: str, label: str, names: Sequence[str]) -> Iterator[Example]:
-    """Classified pairs of sentences in the columns of these names, numbered from 0 in the order of the rows."""
+    """Classified pairs of sentences in the columns of these names, numbered from 0 in the order of the rows.
+
+    One sentence of a pair may be blank, as three premises of AmericasNLI's Nahuatl test set are published.
+    """
     for number, row in enumerate(rows):
-        text, cut = join(row.text(first), row.text(second))
+        sentence = row.text(first, may_be_blank=True)
+        text, cut = join(sentence, row.text(second, may_be_blank=bool(sentence.strip())))
         yield Example(key=str(number), text=text, label=row.label(label, names), cut=cut)
 
 

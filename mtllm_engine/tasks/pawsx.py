@@ -9,13 +9,15 @@ from mtllm_engine.tasks import Dataset, Example, Task, pairs
 
 LABELS = ("different", "paraphrase")
 FILES = {"train": "translated_train.tsv", "validation": "dev_2k.tsv", "test": "test_2k.tsv"}
-UNTRANSLATED = "NS"  # stands in either column for a sentence that the translators left out
+UNTRANSLATED = ("NS", "")  # stand in either column for a sentence that the translators left out
 
 
 def _read(folder: Path, split: str, code: str) -> Iterator[Example]:
+    """Without the rows that lack a translation: of `NS`, and (`translated_train`) of nothing at all."""
     name = "train.tsv" if (code, split) == ("en", "train") else FILES[split]
     path, *_ = find(folder, f"x-final/{code}/{name}", f"{code}/{name}")
-    rows = (row for row in read(path) if UNTRANSLATED not in (row.value("sentence1"), row.value("sentence2")))
+    rows = read(path)
+    rows = (row for row in rows if not {row.value("sentence1"), row.value("sentence2")}.intersection(UNTRANSLATED))
     return pairs(rows, "sentence1", "sentence2", "label", LABELS)
 
 
