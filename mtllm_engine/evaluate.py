@@ -120,10 +120,9 @@ def evaluate(config: Config, world: World) -> None:
             translator = _translator(config, world) if system == "translate_test" else None
             for test in tests:
                 found = _predict(config, world, task, reader, translator, test)
-                if found is not None:
-                    costs = {"gpu_hours": spent[0], "flops": spent[1]}
-                    name = config.evaluate.stack_name if system == "stack" else system
-                    world.on_main(partial(results.save, folder, replace(found, system=name, **costs)))
+                costs = {"gpu_hours": spent[0], "flops": spent[1]}
+                name = config.evaluate.stack_name if system == "stack" else system
+                world.on_main(partial(results.save, folder, replace(found, system=name, **costs)))
     world.on_main(lambda: print(results.write(folder, baseline=_baseline(folder)).read_text()))
 
 
@@ -173,7 +172,7 @@ def _tests(config: Config, task: Task, tokenizer: PairTokenizer) -> list[Test]:
     """Each test set in those of the languages asked for that it has; in all that it has, where none is asked for.
 
     Raises:
-        ValueError: A language is in no test set, or a test set has none of the languages.
+        ValueError: A language is in no test set, or a test set has none of the languages that a system can read.
     """
     asked, known = config.evaluate.languages, (tokenizer.languages, config.languages.fallback)
     found: dict[str, list[Test]] = {}
@@ -192,6 +191,9 @@ def _tests(config: Config, task: Task, tokenizer: PairTokenizer) -> list[Test]:
         if not part:
             asked_for = " of evaluate.languages; leave it out, or add one that it has" if asked else ""
             raise ValueError(f"task.test: {source} has no test examples in any language{asked_for}")
+        if "llm" not in config.evaluate.systems and not any(test.resolved.given for test in part):
+            told = f"task.test: the encoder has no token for any language of {source}"
+            raise ValueError(f"{told}; declare languages.fallback, or leave it out")
     return tests
 
 
@@ -203,12 +205,15 @@ def _translator(config: Config, world: World) -> Translator:
 
 def _predict(
     config: Config, world: World, task: Task, reader: Reader, translator: Translator | None, test: Test
-) -> Predictions | None:
-    """What one reader says of a test set; None where its language has no token and the encoder is needed."""
+) -> Predictions:
+    """What one reader says of a test set: nothing where its language has no token and the encoder is needed."""
     needs_encoder = translator is not None or reader.config.objective.reader == "stack"
-    given = test.resolved.given
+    given, status = test.resolved
+    about = {"system": "stack", "dataset": test.dataset.name, "language": test.language}
+    about |= {"seed": config.run.seed, "metric": task.metric}
+    about |= {"language_status": status, "language_given": given} if needs_encoder else {}
     if needs_encoder and given is None:
-        return None
+        return Predictions(**about, keys=(), labels=(), predictions=())
     start_s, cached, examples = time.perf_counter(), 0, test.examples
     if translator is not None and test.language != ENGLISH:
         examples, cached = translate_examples(list(examples), translator, source=given)
@@ -225,16 +230,8 @@ def _predict(
         columns = {"keys": keys, **world.together(lambda: _texts(test, keys, found))}
     else:
         columns = {"keys": keys, "labels": labels, "predictions": found.argmax(1), "num_classes": found.shape[1]}
-    return Predictions(
-        system="stack",
-        dataset=test.dataset.name,
-        language=test.language,
-        seed=config.run.seed,
-        metric=task.metric,
-        **columns,
-        language_status=test.resolved.status if needs_encoder else None,
-        latency_s=None if cached else 1000 * wall_s / len(keys),  # translations from a file took no time
-    )
+    # Translations from a file took no time.
+    return Predictions(**about, **columns, latency_s=None if cached else 1000 * wall_s / len(keys))
 
 
 def _answered(example: Example) -> Example:

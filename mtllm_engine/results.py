@@ -43,6 +43,8 @@ _NAME = re.compile(r"\w[\w.+-]*")
 class Predictions:
     """What one system (with one seed) says of one dataset in one language.
 
+    There are no rows where it can say nothing, for its encoder has no token for the language: status "unknown".
+
     Raises:
         ValueError: The numbers of rows differ, a key repeats, a class is out of range, or a name fits no file name.
     """
@@ -57,6 +59,7 @@ class Predictions:
     predictions: np.ndarray | Sequence[str]  # int64 (N,); for exact_match_f1 the answer given
     num_classes: int = 0
     language_status: str | None = None  # one of STATUSES: has the encoder the language; None without an encoder
+    language_given: str | None = None  # the language whose token the encoder got
     latency_s: float | None = None  # for 1,000 examples
     gpu_hours: float | None = None  # that the system took to make; the same in each of its files
     flops: float | None = None
@@ -114,9 +117,9 @@ def summarise(predictions: Sequence[Predictions], *, resamples: int = 1000, seed
     """
     tables = []
     for dataset, systems in _cells(predictions).items():
-        metric = _metric(dataset, systems)
-        for measure in MEASURES[metric]:
-            tables.append(_table(dataset, measure, systems, resamples, seed))
+        runs = [item for item in predictions if item.dataset == dataset]
+        for measure in MEASURES[_metric(dataset, systems)]:
+            tables.append(_table(measure, runs, systems, resamples, seed))
     return tables
 
 
@@ -221,9 +224,9 @@ def _weights(keys: tuple[str, ...], resamples: int, seed: int) -> np.ndarray:
 
 
 def _cells(predictions: Sequence[Predictions]) -> dict[str, dict[str, dict[str, _Cell]]]:
-    """Dataset -> system -> language -> cell, each in alphabetical order."""
+    """Dataset -> system -> language -> cell, each in alphabetical order, of what has rows."""
     runs: dict[tuple, list[Predictions]] = defaultdict(list)
-    for item in predictions:
+    for item in filter(lambda item: len(item.keys), predictions):
         runs[item.dataset, item.system, item.language].append(item)
     cells: dict[str, dict[str, dict[str, _Cell]]] = {}
     for (dataset, system, language), items in sorted(runs.items()):
@@ -243,8 +246,12 @@ def _metric(dataset: str, systems: Mapping[str, Mapping[str, _Cell]]) -> str:
     return kinds[0][0]
 
 
-def _table(dataset: str, measure: str, systems: Mapping[str, Mapping[str, _Cell]], resamples: int, seed: int) -> Table:
-    languages = {language: _status(systems, language) for language in sorted(set().union(*systems.values()))}
+def _table(
+    measure: str, runs: Sequence[Predictions], systems: Mapping[str, Mapping[str, _Cell]], resamples: int, seed: int
+) -> Table:
+    """Of one dataset. Args: runs: all, those without rows too."""
+    dataset = runs[0].dataset
+    languages = {language: _status(runs, language) for language in sorted({run.language for run in runs})}
     foreign = [language for language in languages if language != TRAINED]
     common = [language for language in foreign if all(language in cells for cells in systems.values())]
     averaged = {AVERAGE: common, KNOWN: [language for language in common if languages[language] == "known"]}
@@ -265,6 +272,7 @@ def _table(dataset: str, measure: str, systems: Mapping[str, Mapping[str, _Cell]
         dataset=dataset,
         measure=measure,
         languages=languages,
+        given={language: _given(runs, language) for language in languages},
         averaged=averaged,
         scores=scores,
         costs=costs,
@@ -283,9 +291,9 @@ def _differences(
         samples[language] = first_X - second_X
         means = [np.mean(list(cell.by_seed(measure).values())) for cell in pair]
         values[language] = float(means[0] - means[1])
-    systems = {"ours": ours, "theirs": theirs}
+    runs = [run for cells in (ours, theirs) for cell in cells.values() for run in cell.runs]
     foreign = [language for language in values if language != TRAINED]
-    known = [language for language in foreign if _status(systems, language) == "known"]
+    known = [language for language in foreign if _status(runs, language) == "known"]
     scores = {language: _score({}, samples[language], values[language]) for language in values}
     for name, members in ((AVERAGE, foreign), (KNOWN, known)):
         if members:
@@ -307,11 +315,15 @@ def _average_by_seed(languages: Sequence[Mapping[int, float]]) -> dict[int, floa
     return {seed: float(np.mean([by_seed[seed] for by_seed in languages])) for seed in common}
 
 
-def _status(systems: Mapping[str, Mapping[str, _Cell]], language: str) -> str | None:
+def _status(runs: Sequence[Predictions], language: str) -> str | None:
     """The worst that a system reports of the language."""
-    runs = [run for cells in systems.values() if language in cells for run in cells[language].runs]
-    found = [STATUSES.index(run.language_status) for run in runs if run.language_status]
+    found = [STATUSES.index(run.language_status) for run in runs if run.language == language and run.language_status]
     return STATUSES[max(found)] if found else None
+
+
+def _given(runs: Sequence[Predictions], language: str) -> str:
+    """What encoders got for the language: more than one, where systems have different ones; "" for none."""
+    return " and ".join(sorted({run.language_given for run in runs if run.language == language} - {None}))
 
 
 def _costs(runs: Sequence[Predictions]) -> dict[str, float | None]:
@@ -342,12 +354,13 @@ def _problem(item: Predictions) -> str | None:
         return f"metric {item.metric!r} is none of {', '.join(MEASURES)}"
     if item.language_status not in (None, *STATUSES):
         return f"language_status {item.language_status!r} is none of {', '.join(STATUSES)}"
-    if not len(item.keys) == len(item.labels) == len(item.predictions) > 0:
+    least = 0 if item.language_status == "unknown" else 1
+    if not len(item.keys) == len(item.labels) == len(item.predictions) >= least:
         return f"{len(item.keys)} keys, {len(item.labels)} labels, {len(item.predictions)} predictions"
     if len(set(item.keys)) < len(item.keys):
         seen: set[str] = set()
         return f"key {next(key for key in item.keys if key in seen or seen.add(key))!r} comes twice"
-    if item.metric == "exact_match_f1":
+    if item.metric == "exact_match_f1" or not len(item.keys):
         return None
     for name in ("labels", "predictions"):
         classes = np.asarray(getattr(item, name))

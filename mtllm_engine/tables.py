@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class Table:
     dataset: str
     measure: str
     languages: Mapping[str, str | None]  # with the worst status that a system reports
+    given: Mapping[str, str]  # language -> the one whose token encoders got; "" for none
     averaged: Mapping[str, Sequence[str]]  # AVERAGE and KNOWN (every system's encoder has it) -> their languages
     scores: Mapping[str, Mapping[str, Score]]  # system -> language or average -> score
     costs: Mapping[str, Mapping[str, float | None]]  # system -> COSTS, means over its files
@@ -60,14 +61,15 @@ def csv_text(tables: Sequence[Table]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [system + kind for system in systems for kind in kinds]
-    writer.writerow(["dataset", "measure", "language", "status", "languages", *names])
+    writer.writerow(["dataset", "measure", "language", "status", "given", "languages", *names])
     for table in tables:
         for row in [*table.languages, *table.averaged]:
             scores = [table.scores.get(system, {}).get(row) for system in systems]
             found = [getattr(score, name, None) for score in scores for name in kinds.values()]
             cells = ["" if value is None else f"{value:.6f}" for value in found]
             count = len(table.averaged.get(row, [row]))
-            writer.writerow([table.dataset, table.measure, row, table.languages.get(row) or "", count, *cells])
+            encoded = (table.languages.get(row) or "", table.given.get(row, ""))
+            writer.writerow([table.dataset, table.measure, row, *encoded, count, *cells])
     return text.getvalue()
 
 
@@ -216,13 +218,14 @@ def _panels(rows: Sequence[str]) -> list[Sequence[str]]:
 
 
 def _ranked(table: Table) -> list[str]:
-    """Languages by the mean over their systems, the best first."""
+    """Languages by the mean over their systems, the best first; those that no system could read are left out."""
 
     def mean(language: str) -> float:
         values = [scores[language].value for scores in table.scores.values() if language in scores]
         return sum(values) / len(values)
 
-    return sorted(table.languages, key=lambda language: (-mean(language), language))
+    read = set(table.languages) & set().union(*table.scores.values())
+    return sorted(read, key=lambda language: (-mean(language), language))
 
 
 def _label(table: Table, row: str) -> str:
@@ -240,7 +243,16 @@ def _table_section(table: Table) -> str:
         values = [table.costs[system][name] for system in systems]
         if any(value is not None for value in values):
             lines.append(_line([COST_TITLES[name], *("-" if value is None else f"{value:.4g}" for value in values)]))
-    return "\n".join(lines)
+    return "\n\n".join(["\n".join(lines), *_notes(table)])
+
+
+def _notes(table: Table) -> Iterator[str]:
+    """What encoders got for languages that they lack."""
+    for language, status in table.languages.items():
+        if table.given[language] not in ("", language):
+            yield f"* {language} was given to the encoder as {table.given[language]}"
+        if status == "unknown":
+            yield f"† {language} was not given to an encoder, which has no token for it"
 
 
 def _comparison_section(comparison: Comparison) -> str:

@@ -40,7 +40,12 @@ from test_finetune import Padded
 from test_model import assert_close, load_llm, mean_pool
 
 LANGUAGES = {"eng_Latn": 5, "swh_Latn": 9, "min_Arab": 4, "nqo_Nkoo": 3}  # the last two: not NLLB's
-STATUS = {"eng_Latn": "known", "swh_Latn": "known", "min_Arab": "fallback"}
+GIVEN = {  # to an encoder
+    "eng_Latn": ("known", "eng_Latn"),
+    "swh_Latn": ("known", "swh_Latn"),
+    "min_Arab": ("fallback", "ind_Latn"),
+    "nqo_Nkoo": ("unknown", None),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,15 +93,21 @@ def saved(results_folder: Path) -> dict[tuple[str, str], Predictions]:
 
 
 def test_a_language_that_the_encoder_lacks_is_for_the_llm_alone(evaluated: tuple[Path, dict]):
-    found = {pair: item.language_status for pair, item in saved(evaluated[0]).items()}
-    expected = {("llm", language): None for language in LANGUAGES}
-    expected |= {(system, language): STATUS[language] for system in ("stack", "translate_test") for language in STATUS}
-    assert found == expected
+    found = saved(evaluated[0])
+    told = {pair: (item.language_status, item.language_given) for pair, item in found.items()}
+    expected = {("llm", language): (None, None) for language in LANGUAGES}
+    expected |= {(system, language): GIVEN[language] for system in ("stack", "translate_test") for language in GIVEN}
+    assert told == expected
+    assert [pair for pair, item in found.items() if not item.keys] == [
+        ("stack", "nqo_Nkoo"),
+        ("translate_test", "nqo_Nkoo"),
+    ]
 
 
 def test_what_is_saved_is_the_best_class_of_every_example(folder: Path, evaluated: tuple[Path, dict]):
     results_folder, scores = evaluated
-    for (system, language), item in saved(results_folder).items():
+    found = {pair: item for pair, item in saved(results_folder).items() if item.keys}
+    for (system, language), item in found.items():
         examples = list(SIB200.read(folder / "topics", "test", language))
         reader = scores[f"{'translated' if system == 'translate_test' else system}/sib200/{language}"]
         assert list(item.keys) == reader["keys"] == [example.key for example in examples]
@@ -108,6 +119,7 @@ def test_what_is_saved_is_the_best_class_of_every_example(folder: Path, evaluate
 def test_tables_mark_the_fallback_and_average_the_foreign_languages(evaluated: tuple[Path, dict]):
     text = (evaluated[0] / "results.md").read_text()
     assert "| min_Arab* |" in text and "| swh_Latn |" in text and "| average (2) |" in text
+    assert "| nqo_Nkoo† |" in text and "* min_Arab was given to the encoder as ind_Latn" in text
     assert "sib200, accuracy: stack - translate_test" in text
     content = json.loads((evaluated[0] / "results.json").read_text())
     assert content["tables"][0]["averaged"]["average, known"] == ["swh_Latn"]
@@ -256,6 +268,11 @@ def test_what_a_copied_checkpoint_took_is_not_known(folder: Path, tmp_path: Path
             "evaluate",
             {"languages": ("swh_Latn", "deu_Latn")},
             "evaluate.languages has deu_Latn, which is in no test set of sib200:",
+        ),
+        (
+            "evaluate",
+            {"systems": ("stack",), "languages": ("nqo_Nkoo",)},
+            "task.test: the encoder has no token for any language of sib200:",
         ),
     ],
 )

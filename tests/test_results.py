@@ -232,6 +232,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
         ({"labels": np.array([0.5, 0])}, "labels has 0.5"),
         ({"keys": ["a", "a"]}, "key 'a' comes twice"),
         ({"keys": ["a"]}, "1 keys, 2 labels, 2 predictions"),
+        ({"keys": [], "labels": [], "predictions": [], "language_status": "known"}, "0 keys, 0 labels, 0 predictions"),
         ({"system": "a/b"}, "'a/b' is no name"),
         ({"metric": "f1"}, "metric 'f1' is none of accuracy"),
         ({"language_status": "no"}, "language_status 'no' is none of known"),
@@ -260,17 +261,21 @@ def test_a_picture_shows_every_row_once(num_rows):
 
 
 def test_the_table_is_written_as_csv_json_markdown_and_picture(tmp_path: Path):
+    known = {"language_status": "known", "language_given": "deu_Latn"}
     for system, language in [("llm", "deu_Latn"), ("mt-llm", "deu_Latn"), ("mt-llm", "nij_Latn")]:
-        status = "fallback" if language == "nij_Latn" else "known"
+        encoded = {"language_status": "fallback", "language_given": "ind_Latn"} if language == "nij_Latn" else known
         for seed in (42, 43):
-            results.save(tmp_path, build(system, language, seed, language_status=status, latency_s=2.0))
+            results.save(tmp_path, build(system, language, seed, latency_s=2.0, **encoded))
+    results.save(tmp_path, build("mt-llm", "bbc_Latn", n=0, language_status="unknown"))
     path = results.write(tmp_path, baseline="llm", resamples=200)
     (table,) = results.summarise(results.load(tmp_path), resamples=200)
     score = table.scores["mt-llm"]["nij_Latn"]
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
-    assert [row["language"] for row in rows] == ["deu_Latn", "nij_Latn", AVERAGE, KNOWN]
-    assert rows[1]["llm"] == "" and rows[1]["status"] == "fallback" and rows[2]["languages"] == "1"
-    assert [float(rows[1][f"mt-llm{kind}"]) for kind in ("", " low", " high", " sd")] == pytest.approx(
+    assert [row["language"] for row in rows] == ["bbc_Latn", "deu_Latn", "nij_Latn", AVERAGE, KNOWN]
+    told = [(row["status"], row["given"]) for row in rows]
+    assert told == [("unknown", ""), ("known", "deu_Latn"), ("fallback", "ind_Latn"), ("", ""), ("", "")]
+    assert rows[2]["llm"] == rows[0]["mt-llm"] == "" and rows[3]["languages"] == "1"
+    assert [float(rows[2][f"mt-llm{kind}"]) for kind in ("", " low", " high", " sd")] == pytest.approx(
         [score.value, score.low, score.high, score.sd], abs=1e-6
     )
     stored = json.loads((tmp_path / "results.json").read_text())
@@ -282,5 +287,7 @@ def test_the_table_is_written_as_csv_json_markdown_and_picture(tmp_path: Path):
     text = path.read_text()
     cell = f"{100 * score.value:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}] ± {100 * score.sd:.1f}"
     assert f"| nij_Latn* | - | {cell} |" in text and "| s for 1,000 examples | 2 | 2 |" in text
+    assert "| bbc_Latn† | - | - |" in text and "\n\n† bbc_Latn was not given to an encoder, which has" in text
+    assert "\n\n* nij_Latn was given to the encoder as ind_Latn\n" in text and "* deu_Latn" not in text
     assert (tmp_path / "results-xnli-accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.rglob(".*"))
