@@ -48,6 +48,14 @@ class Test:
     def examples(self) -> Iterator[Example]:
         return self.dataset.read(self.folder, "test", self.language)
 
+    def check(self, task: Task) -> None:
+        """Raises: ValueError: A row is malformed, or an example has nothing to compare a prediction with."""
+        for example in self.examples:
+            if not (example.answers if task.head == "span" else example.label >= 0):
+                wanted = "accepted answer" if task.head == "span" else "label"
+                where = f"{self.dataset.name}:{self.folder} in {self.language}"
+                raise ValueError(f"task.test: {where}: example {example.key} has no {wanted}; leave this test set out")
+
 
 class Reader:
     """The LLM, or the stack, with a task's head, loaded once for all test sets.
@@ -109,7 +117,7 @@ def evaluate(config: Config, world: World) -> None:
         ValueError: A checkpoint, a test set or a model is missing or unfit.
     """
     folder = results_folder(config)
-    task, tests, tokenizer = world.together(lambda: _prepare(config))
+    task, tests = world.together(lambda: _prepare(config))
     for kind, checkpoint in (("llm", config.model.teacher), ("stack", config.model.start)):
         systems = [system for system in config.evaluate.systems if (system == "stack") == (kind == "stack")]
         if not systems:
@@ -149,8 +157,8 @@ def cost(checkpoint: Path) -> tuple[float | None, float | None]:
     return hours + sum(each[0] for each in below), flops + sum(each[1] for each in below)
 
 
-def _prepare(config: Config) -> tuple[Task, list[Test], PairTokenizer]:
-    """Raises: ValueError: Something that evaluation needs is not configured, or has no test set."""
+def _prepare(config: Config) -> tuple[Task, list[Test]]:
+    """Raises: ValueError: Something that evaluation needs is not configured, or a test set is not fit for it."""
     needed = {"llm": "model.teacher", "translate_test": "model.teacher", "stack": "model.start"}
     for system in config.evaluate.systems:
         key = needed[system]
@@ -165,14 +173,15 @@ def _prepare(config: Config) -> tuple[Task, list[Test], PairTokenizer]:
         told = f"task {task.name} is answered with a piece of the text, and a translation has other pieces"
         raise ValueError(f"evaluate.systems has 'translate_test', but {told}; leave it out")
     tokenizer = PairTokenizer(config.model.encoder, config.model.decoder, max_length=config.data.max_length)
-    return task, _tests(config, task, tokenizer), tokenizer
+    return task, _tests(config, task, tokenizer)
 
 
 def _tests(config: Config, task: Task, tokenizer: PairTokenizer) -> list[Test]:
     """Each test set in those of the languages asked for that it has; in all that it has, where none is asked for.
 
     Raises:
-        ValueError: A language is in no test set, or a test set has none of the languages that a system can read.
+        ValueError: A language is in no test set, or a test set has none of the languages that a system can read, or is
+            malformed, or has no labels.
     """
     asked, known = config.evaluate.languages, (tokenizer.languages, config.languages.fallback)
     found: dict[str, list[Test]] = {}
@@ -194,6 +203,8 @@ def _tests(config: Config, task: Task, tokenizer: PairTokenizer) -> list[Test]:
         if "llm" not in config.evaluate.systems and not any(test.resolved.given for test in part):
             told = f"task.test: the encoder has no token for any language of {source}"
             raise ValueError(f"{told}; declare languages.fallback, or leave it out")
+    for test in tests:
+        test.check(task)
     return tests
 
 
@@ -217,8 +228,6 @@ def _predict(
     start_s, cached, examples = time.perf_counter(), 0, test.examples
     if translator is not None and test.language != ENGLISH:
         examples, cached = translate_examples(list(examples), translator, source=given)
-    if task.head == "span":
-        examples = map(_answered, examples)
     # The LLM alone has no use for the encoder's token: any will do for the side that nobody reads.
     language = given if reader.config.objective.reader == "stack" else ENGLISH
     corpus = results_folder(config) / "corpus" / ("translated" if translator else reader.config.objective.reader)
@@ -232,13 +241,6 @@ def _predict(
         columns = {"keys": keys, "labels": labels, "predictions": found.argmax(1), "num_classes": found.shape[1]}
     # Translations from a file took no time.
     return Predictions(**about, **columns, latency_s=None if cached else 1000 * wall_s / len(keys))
-
-
-def _answered(example: Example) -> Example:
-    """Raises: ValueError: The example has no accepted answer that a prediction could be compared with."""
-    if not example.answers:
-        raise ValueError(f"example {example.key} has no accepted answer; this is no test set with labels")
-    return example
 
 
 def _texts(test: Test, keys: Sequence[str], answers_N2: np.ndarray) -> dict[str, list]:

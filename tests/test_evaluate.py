@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+from mtllm_engine import evaluate as evaluation
 from mtllm_engine import results
 from mtllm_engine.config import Config
 from mtllm_engine.data.batch import Document
@@ -286,6 +287,24 @@ def test_what_is_missing_is_named_before_any_model_runs(
         evaluate(config, ALONE)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("9\t-1\tor", "task.test: sib200:{}/topics in swh_Latn: example 9 has no label; leave this test set out"),
+        ("9\tsport\tor", "{}/topics/swh_Latn/test.tsv:5: column 'category' should be one of science/technology, "),
+    ],
+)
+def test_every_test_set_is_read_before_any_model_is(folder: Path, tmp_path: Path, monkeypatch, row: str, message: str):
+    for language in ("eng_Latn", "swh_Latn"):
+        write_topics(tmp_path, language, test=3)
+    with (tmp_path / "topics" / "swh_Latn" / "test.tsv").open("a") as file:
+        file.write(f"{row}\n")
+    monkeypatch.setattr(evaluation, "Reader", None)
+    with pytest.raises(ValueError) as error:
+        evaluate(evaluation_config(folder, "sib200", f"sib200:{tmp_path}/topics"), ALONE)
+    assert str(error.value).startswith(message.format(tmp_path)) and "\n" not in str(error.value)
 
 
 def test_languages_are_those_of_each_test_set(folder: Path, tmp_path: Path):
