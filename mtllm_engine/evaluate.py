@@ -225,22 +225,23 @@ def _predict(
     about |= {"language_status": status, "language_given": given} if needs_encoder else {}
     if needs_encoder and given is None:
         return Predictions(**about, keys=(), labels=(), predictions=())
-    start_s, cached, examples = time.perf_counter(), 0, test.examples
-    if translator is not None and test.language != ENGLISH:
-        examples, cached = translate_examples(list(examples), translator, source=given)
+    examples, translation_s, is_translated = test.examples, 0.0, translator is not None and test.language != ENGLISH
+    if is_translated:
+        examples, translation_s = translate_examples(list(examples), translator, source=given)
+    start_s = time.perf_counter()
     # The LLM alone has no use for the encoder's token: any will do for the side that nobody reads.
     language = given if reader.config.objective.reader == "stack" else ENGLISH
     corpus = results_folder(config) / "corpus" / ("translated" if translator else reader.config.objective.reader)
     corpus = corpus / test.dataset.name / test.language
     world.on_main(lambda: _pack_anew(examples, corpus, language, test.dataset.licence))
     keys, labels, found = reader(corpus)
-    wall_s = time.perf_counter() - start_s
+    wall_s = translation_s + time.perf_counter() - start_s
     if task.head == "span":
         columns = {"keys": keys, **world.together(lambda: _texts(test, keys, found))}
     else:
         columns = {"keys": keys, "labels": labels, "predictions": found.argmax(1), "num_classes": found.shape[1]}
-    # Translations from a file took no time.
-    return Predictions(**about, **columns, latency_s=None if cached else 1000 * wall_s / len(keys))
+    is_timed = is_translated or translator is None  # English, as it is, does not show what translating takes
+    return Predictions(**about, **columns, latency_s=1000 * wall_s / len(keys) if is_timed else None)
 
 
 def _texts(test: Test, keys: Sequence[str], answers_N2: np.ndarray) -> dict[str, list]:

@@ -60,7 +60,7 @@ class Predictions:
     num_classes: int = 0
     language_status: str | None = None  # one of STATUSES: has the encoder the language; None without an encoder
     language_given: str | None = None  # the language whose token the encoder got
-    latency_s: float | None = None  # for 1,000 examples
+    latency_s: float | None = None  # for 1,000 examples, translating included, whichever run did it
     gpu_hours: float | None = None  # that the system took to make; the same in each of its files
     flops: float | None = None
 

@@ -326,6 +326,25 @@ def test_languages_are_those_of_each_test_set(folder: Path, tmp_path: Path):
         evaluate(config("swh_Latn"), ALONE)
 
 
+def test_latency_has_what_translating_took_when_it_was_done(folder: Path, tmp_path: Path, monkeypatch):
+    """Whichever run that was; English, which is not translated, has no part in it."""
+    spent_s = []
+
+    def recorded(*args, **options):
+        examples, wall_s = translate_examples(*args, **options)
+        spent_s.append(wall_s)
+        return examples, wall_s
+
+    monkeypatch.setattr(evaluation, "translate_examples", recorded)
+    options = {"systems": ["translate_test"], "languages": ["eng_Latn", "swh_Latn"], "results": str(tmp_path)}
+    for seed in (0, 1):
+        evaluate(topics_config(folder, evaluate=options, run={"dir": str(tmp_path), "seed": seed}), ALONE)
+    assert spent_s[0] == pytest.approx(spent_s[1]) and spent_s[0] > 0
+    found = {(item.language, item.seed): item for item in results.load(tmp_path)}
+    assert [found["eng_Latn", seed].latency_s for seed in (0, 1)] == [None, None]
+    assert min(found["swh_Latn", seed].latency_s for seed in (0, 1)) > 1000 * spent_s[0] / LANGUAGES["swh_Latn"]
+
+
 class Shouting:
     """Stands for the translator: longer, in capitals, and nothing at all for some texts."""
 
@@ -336,8 +355,8 @@ class Shouting:
         assert (source, target) == ("swh_Latn", "eng_Latn")
         assert not any("\n" in text or "\r" in text for text in texts), "SentencePiece would read a space"
         self.asked += texts
-        counts = {"translated": len(texts), "cached": 3, "cut": 0, "unfinished": 0, "tokens": 0}
-        return Translations(texts=tuple(map(shouted, texts)), wall_s=0.0, **counts)
+        counts = {"translated": len(texts), "cached": 0, "cut": 0, "unfinished": 0, "tokens": 0}
+        return Translations(texts=tuple(map(shouted, texts)), wall_s=3.0, **counts)
 
 
 def shouted(core: str) -> str:
@@ -358,8 +377,8 @@ def lines_said(text: str) -> str:
 
 
 def moved(*examples: Example) -> list[Example]:
-    made, cached = translate_examples(examples, Shouting(), source="swh_Latn")
-    assert cached == 3
+    made, wall_s = translate_examples(examples, Shouting(), source="swh_Latn")
+    assert wall_s == 3.0
     return made
 
 

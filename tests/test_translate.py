@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -129,12 +130,34 @@ def test_what_is_cached_is_read_and_the_model_is_not_even_loaded(checkpoint, tmp
     again = translator(SHORT[3::-1], source=SOURCE)
     assert again.texts == first.texts[::-1]
     assert (again.translated, again.cached, again.tokens) == (0, 4, 0)
+    assert again.wall_s == pytest.approx(first.wall_s) and first.wall_s > 0
     assert "_model" not in vars(translator)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == before
     more = run(checkpoint, tmp_path, SHORT)
     assert (more.translated, more.cached, more.cut, more.unfinished) == (2, 4, 1, 1)
     cached = run(checkpoint, tmp_path, SHORT)
     assert (cached.translated, cached.cached, cached.cut, cached.unfinished) == (0, 6, 1, 1)
+
+
+def test_seconds_are_those_of_translating_whoever_did_it(checkpoint, tmp_path, monkeypatch):
+    """By a clock that only the model's work moves on: 100 s to load it, 2 s a batch, here of one text."""
+    now_s = [0.0]
+
+    def taking(seconds: float, function: Callable) -> Callable:
+        def slow(*args, **options):
+            now_s[0] += seconds
+            return function(*args, **options)
+
+        return slow
+
+    monkeypatch.setattr(translation, "time", SimpleNamespace(perf_counter=lambda: now_s[0]))
+    monkeypatch.setattr(translation, "_load", taking(100.0, translation._load))
+    monkeypatch.setattr(Translator, "_generate", taking(2.0, Translator._generate))
+    options = {"cache": tmp_path, "world": build_world(), "max_tokens": 1}
+    assert Translator(checkpoint, **options)(SHORT[:4], source=SOURCE).wall_s == pytest.approx(8.0)
+    translator = Translator(checkpoint, **options)
+    assert translator(SHORT[:3], source=SOURCE).wall_s == pytest.approx(6.0)
+    assert translator(SHORT, source=SOURCE).wall_s == pytest.approx(12.0)
 
 
 def test_each_language_pair_setting_and_checkpoint_has_a_cache_file(checkpoint, tmp_path):
