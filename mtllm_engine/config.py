@@ -137,6 +137,7 @@ class EvaluateConfig:
     translator: str = ""  # an NLLB model, folder or hub id; "": model.encoder
     num_beams: int = 1
     results: str = ""  # a folder, which several seeds may share; "": `results` in run.dir
+    translations: str = ""  # a folder, which any runs may share; "": `translations` in results
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -209,7 +209,7 @@ def _tests(config: Config, task: Task, tokenizer: PairTokenizer) -> list[Test]:
 
 
 def _translator(config: Config, world: World) -> Translator:
-    cache = results_folder(config) / "translations"
+    cache = Path(config.evaluate.translations or results_folder(config) / "translations")
     model = config.evaluate.translator or config.model.encoder
     return Translator(model, cache=cache, world=world, num_beams=config.evaluate.num_beams)
 

@@ -98,8 +98,8 @@ def run(recipe: Recipe) -> int:
 def sweep(path: str | Path, settings: Sequence[str]) -> int:
     """Runs a recipe at every combination of settings `key=a,b`, and compares quality with what it took to make.
 
-    Stage 1 and fine-tuning run once for all settings that have them alike. Writes sweep.csv, sweep.md and sweep.png
-    into the recipe's folder.
+    Stage 1 and fine-tuning run once for all settings that have them alike, and a text is translated once. Writes
+    sweep.csv, sweep.md and sweep.png into the recipe's folder.
 
     Raises:
         ValueError: As `load`; no key has several values, or one is set twice.
@@ -109,7 +109,10 @@ def sweep(path: str | Path, settings: Sequence[str]) -> int:
         raise ValueError("no key has several values; write key=a,b, such as stage1.optim.steps=0,1000")
     if "recipe.dir" in varied:
         raise ValueError("recipe.dir takes one value: each setting has a folder in it")
-    folder, points, made = load(path, fixed).folder, [], {}
+    shared = load(path, fixed)
+    folder, points, made = shared.folder, [], {}
+    translations = shared.jobs[-1].config.evaluate.translations or folder / "sweep" / "translations"
+    fixed = [f"evaluate.translations={translations}", *fixed]
     for name, recipe in _settings(path, fixed, varied, folder / "sweep").items():
         print(f"\n{name}", flush=True)
         _share(recipe, made)

@@ -336,13 +336,17 @@ def test_latency_has_what_translating_took_when_it_was_done(folder: Path, tmp_pa
         return examples, wall_s
 
     monkeypatch.setattr(evaluation, "translate_examples", recorded)
-    options = {"systems": ["translate_test"], "languages": ["eng_Latn", "swh_Latn"], "results": str(tmp_path)}
-    for seed in (0, 1):
-        evaluate(topics_config(folder, evaluate=options, run={"dir": str(tmp_path), "seed": seed}), ALONE)
+    options = {"systems": ["translate_test"], "languages": ["eng_Latn", "swh_Latn"]}
+    options |= {"translations": str(tmp_path / "translations")}
+    found = []
+    for name in ("first", "second"):
+        evaluate(topics_config(folder, evaluate=options | {"results": str(tmp_path / name)}), ALONE)
+        found.append(saved(tmp_path / name))
     assert spent_s[0] == pytest.approx(spent_s[1]) and spent_s[0] > 0
-    found = {(item.language, item.seed): item for item in results.load(tmp_path)}
-    assert [found["eng_Latn", seed].latency_s for seed in (0, 1)] == [None, None]
-    assert min(found["swh_Latn", seed].latency_s for seed in (0, 1)) > 1000 * spent_s[0] / LANGUAGES["swh_Latn"]
+    assert [each["translate_test", "eng_Latn"].latency_s for each in found] == [None, None]
+    latencies_s = [each["translate_test", "swh_Latn"].latency_s for each in found]
+    assert min(latencies_s) > 1000 * spent_s[0] / LANGUAGES["swh_Latn"]
+    assert [path.parent.name for path in tmp_path.rglob("swh_Latn-*.jsonl")] == ["translations"]
 
 
 class Shouting:

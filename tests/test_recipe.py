@@ -393,6 +393,18 @@ def test_what_settings_have_in_common_is_made_once(evaluated: Path, launches):
     assert recipe.sweep(evaluated, settings) == 0 and launches() == []
 
 
+@pytest.mark.parametrize("given", ["", "mine"])
+def test_all_settings_of_a_sweep_share_their_translations(evaluated: Path, launches, given: str):
+    """In a folder of the sweep, or the one that the recipe has."""
+    if given:
+        evaluated.write_text(evaluated.read_text().replace("[evaluate]", f'[evaluate]\ntranslations = "{given}"'))
+    assert recipe.sweep(evaluated, ["stage1.optim.steps=0,100", "recipe.seeds=[3, 4]"]) == 0
+    sweep = evaluated.parent / "out" / "sweep"
+    found = [configs.load(path).evaluate for path in sweep.glob("*/evaluate-*.toml")]
+    assert len(found) == 4 and {each.translations for each in found} == {given or str(sweep / "translations")}
+    assert jobs(evaluated)["evaluate-3"].evaluate.translations == given
+
+
 def test_a_failing_setting_stops_a_sweep(evaluated: Path, launches):
     (evaluated.parent / "fails").write_text("stage1\n")
     assert recipe.sweep(evaluated, ["stage1.optim.steps=0,100,1000", "recipe.seeds=[3]"]) == 1
