@@ -72,8 +72,8 @@ class DataConfig:
     targets: str = ""  # name of stored teacher states beside the corpora (`mtllm targets`); "": the teacher runs
     lanes: int = 64
     pack_documents: int = 0  # exactly k documents a pack
-    pack_tokens: int = 0  # as many whole documents as fit, on both sides
-    max_length: int = 512  # tokens of one document, on each side
+    pack_tokens: int = 0  # as many whole documents as fit, on each side that is read
+    max_length: int = 512  # tokens of one document, on each side that is read
     truncation: typing.Literal["aligned", "independent"] = "aligned"
     on_error: typing.Literal["raise", "skip"] = "raise"
     prefetch: int = 2  # steps read ahead

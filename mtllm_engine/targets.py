@@ -68,7 +68,7 @@ def _teacher(config: Config, world: World) -> Teacher:
     task = config.task if model.start else replace(config.task, name="", test=())
     alone = replace(config, model=model, objective=objective, lora=lora, task=task)
     stack, weights = world.together(lambda: build_stack(alone))
-    tokenizer = world.together(lambda: build_tokenizer(alone, stack))
+    tokenizer = world.together(lambda: build_tokenizer(config, stack))  # texts as stage 2 cuts them
     width, (_, flops) = stack.objective.norm.shape[0], stack.flops(stored_targets=True)
     engine = build_engine(alone, shard(stack, weights, alone, world), world)
     return Teacher(engine=engine, tokenizer=tokenizer, width=width, flops=flops)

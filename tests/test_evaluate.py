@@ -232,6 +232,33 @@ def test_choices_do_not_depend_on_the_batches_either(folder: Path):
         assert_same_scores(scores, runs[1][corpus])
 
 
+@pytest.mark.parametrize("systems", [["stack"], ["llm", "stack"]])
+def test_what_another_tokenizer_would_make_of_a_text_cuts_nothing(folder: Path, tmp_path: Path, systems: list[str]):
+    """Of Odia the LLM's makes many more tokens: too many for choices alone, which are scored nevertheless."""
+    words = ["ଓଡ଼ିଆ", "ଭାଷା", "ପାଠ"]
+    row = {"flores_passage": " ".join(words), "question": "ପ୍ରଶ୍ନ?", "correct_answer_num": "2"}
+    row |= {f"mc_answer{number}": " ".join(words[:number]) for number in range(1, 4)} | {"mc_answer4": "ନା"}
+    (tmp_path / "belebele").mkdir()
+    (tmp_path / "belebele" / "ory_Orya.jsonl").write_text(json.dumps(row) + "\n")
+    runs = []
+    for length in (64, 256):
+        data = {"train": [], "max_length": length, "pack_documents": 1}
+        options = {"systems": systems, "results": str(tmp_path / str(length))}
+        with recorded_scores() as found:
+            config = evaluation_config(
+                folder,
+                "belebele",
+                f"belebele:{tmp_path}/belebele",
+                evaluate=options,
+                data=data,
+                memory={"max_tokens": 256},
+            )
+            evaluate(config, ALONE)
+        runs.append(found)
+    assert len(runs[0]) == len(systems)
+    assert_same_scores(*(run["stack/belebele/ory_Orya"] for run in runs))
+
+
 def test_cost_is_that_of_all_runs_below(folder: Path, evaluated: tuple[Path, dict]):
     """The stack stands on stage 1 and on the fine-tuned LLM; on one rank, hours are the steps' own."""
     taken = {}

@@ -277,8 +277,9 @@ def world(tmp_path_factory):
         return tokenizer
 
     @cache
-    def build(max_length, truncation="aligned"):
-        pair = PairTokenizer(folder / "encoder", folder / "decoder", max_length=max_length, truncation=truncation)
+    def build(max_length, truncation="aligned", reader=None):
+        options = {"max_length": max_length, "truncation": truncation, "reader": reader}
+        pair = PairTokenizer(folder / "encoder", folder / "decoder", **options)
         normalised(pair.encoder)
         return pair
 
@@ -286,6 +287,7 @@ def world(tmp_path_factory):
     return build, (nllb, AutoTokenizer.from_pretrained(folder / "decoder"))
 
 
+TRUNCATIONS = ("aligned", "independent")
 PIECE = st.sampled_from([*(word for text in WORLD for word in [*text.split(), text[:7], text[-9:-3]]), "1", "2 2", "."])
 PIECES = st.builds(str.join, st.sampled_from([" ", "", "\n", "  "]), st.lists(PIECE, max_size=6))
 
@@ -379,6 +381,53 @@ def test_independent_shortens_each_side_alone(world, example_, max_length):
     readings = build(max_length, "independent").example(text, SWAHILI, marks)
     for reading, tokenizer, remaining in zip(readings, tokenizers, kept):
         check_reading(reading, tokenizer, text, remaining, marks)
+
+
+@pytest.mark.parametrize("reader", ["stack", "llm"])
+@given(example_=examples(), max_length=st.sampled_from([24, 32, 40]), truncation=st.sampled_from(TRUNCATIONS))
+def test_a_text_is_cut_for_those_alone_who_read_it(world, reader, example_, max_length, truncation):
+    build, (text, marks) = world[0], example_
+    tokenizer = world[1][reader == "llm"]
+    kept = kept_of_passage(text, marks.cut, [tokenizer], max_length)
+    pair = build(max_length, truncation, reader)
+    reading, same = pair.example(text, SWAHILI, marks)
+    assert same.ids_S.tolist() == reading.ids_S.tolist() and same.spans_P2.tolist() == reading.spans_P2.tolist()
+    if kept == -1:  # of each choice its start is left
+        assert max_length // 2 < len(reading.ids_S) <= max_length
+        starts = [reading.offsets_S2[first].tolist() for first, _ in reading.spans_P2]
+        assert all(first <= place < last for (place, _), (first, last) in zip(marks.spans, starts))
+    else:
+        check_reading(reading, tokenizer, text, kept, marks)
+    student_ids_S, _ = pair(text, SWAHILI)
+    whole = tokenizer(text)["input_ids"]
+    assert len(whole) > max_length or student_ids_S.tolist() == whole
+
+
+def test_the_longest_parts_of_a_text_are_shortened_alike(world):
+    """A passage, a question and two choices; no word is left over but for the tokens that remain of each part."""
+    parts = ["passage " * 30, "q ", "\n", "1 " + "reads " * 30, "\n", "2 b"]
+    ends = np.cumsum([len(part) for part in parts]).tolist()
+    marks = Marks(
+        spans=((ends[2], ends[3]), (ends[4], ends[5])), cut=(0, ends[0]), answers=((0, 7), (ends[0] - 9, ends[0]))
+    )
+    build, (_, llama) = world
+    reading, _ = build(40, "aligned", "llm").example("".join(parts), SWAHILI, marks)
+    counts = np.bincount(np.searchsorted(ends, reading.offsets_S2[1:, 0], side="right"), minlength=6)
+    whole = [len(llama(part, add_special_tokens=False)["input_ids"]) for part in parts]
+    assert counts[0] == counts[3] < min(whole[0], whole[3]) and len(reading.ids_S) > 37
+    assert counts[[1, 2, 4, 5]].tolist() == [whole[place] for place in (1, 2, 4, 5)]
+    assert len(reading.answers_A2) == 1  # the other one was cut away
+
+
+def test_of_a_passage_that_is_asked_about_something_remains(world):
+    """Beside a question so long that nothing fits behind it; what both sides read is an error."""
+    question = "reads " * 21
+    text = f"{question}\nteacher and student"
+    span = (len(question) + 1, len(text))
+    for reader in ("stack", "llm"):
+        for reading in world[0](24, "aligned", reader).example(text, SWAHILI, Marks(spans=(span,), cut=span)):
+            ((first, last),) = reading.spans_P2
+            assert last > first and len(reading.ids_S) <= 24
 
 
 @given(words=st.lists(PIECE, min_size=1, max_size=30), max_length=st.sampled_from([24, 200]), data=st.data())

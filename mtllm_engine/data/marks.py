@@ -42,22 +42,25 @@ NONE = Marks()
 
 
 class Removed(NamedTuple):
-    """The characters [start, end) that were taken out of a text to make it fit."""
+    """What was taken out of a text to make it fit."""
 
-    start: int
-    end: int
+    ranges: tuple[Range, ...] = ()  # in order and disjoint
 
     def without(self, text: str) -> str:
-        return text[: self.start] + text[self.end :]
+        for start, end in reversed(self.ranges):
+            text = text[:start] + text[end:]
+        return text
 
     def touches(self, span: Range) -> bool:
-        return span[0] < self.end and self.start < span[1]
+        return any(span[0] < end and start < span[1] for start, end in self.ranges)
 
     def restored(self, offsets_S2: np.ndarray) -> np.ndarray:
         """Ranges of what is left, as ranges of the text."""
-        starts_S, ends_S = offsets_S2.T
-        is_behind_S2 = np.stack([starts_S >= self.start, ends_S > self.start], axis=1)
-        return offsets_S2 + (self.end - self.start) * is_behind_S2
+        for start, end in self.ranges:
+            starts_S, ends_S = offsets_S2.T
+            is_behind_S2 = np.stack([starts_S >= start, ends_S > start], axis=1)
+            offsets_S2 = offsets_S2 + (end - start) * is_behind_S2
+        return offsets_S2
 
 
 def token_range(span: Range, text: str, offsets_S2: np.ndarray) -> Range | None:

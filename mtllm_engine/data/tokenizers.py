@@ -1,10 +1,12 @@
 """Text to token ids for both models, cut at the same character so that teacher and student read the same text."""
 
 import bisect
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import regex
@@ -16,7 +18,6 @@ from mtllm_engine.data.marks import Marks, Range, Removed, token_range, token_sp
 
 GRAPHEME = regex.compile(r"\X(?=.)", regex.DOTALL)  # not the last one looked at, which may go on
 WORD_END = re.compile(r"(?<=\S)(?=\s)")
-READERS = ("encoder", "LLM")  # student's and teacher's, in messages
 LONGEST_WORD = 1024  # characters looked at beyond what fits, for the next end of a word
 
 
@@ -24,6 +25,7 @@ LONGEST_WORD = 1024  # characters looked at beyond what fits, for the next end o
 class Side:
     """One tokenizer with its special tokens: `prefix + tokens + suffix`."""
 
+    name: str  # of who reads it, in messages
     backend: Tokenizer
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
@@ -77,11 +79,22 @@ class PairTokenizer:
     `aligned`: both read exactly `text[:c]`, c the largest end of a word at which both limits hold (the end of a
     grapheme where words end too rarely: within the last half of what fits there is none, as in Chinese or Thai).
     `independent`: each side keeps its own first tokens, as the reference code of arXiv 2406.12739 does.
+
+    Args:
+        reader: Who alone reads a text, "stack" the encoder's tokens or "llm" the LLM's own: it is cut for these, and
+            they stand for the side that nobody reads too. None: student and teacher both read.
     """
 
     def __init__(
-        self, encoder: str | Path, decoder: str | Path, *, max_length: int, truncation: str = "aligned"
+        self,
+        encoder: str | Path,
+        decoder: str | Path,
+        *,
+        max_length: int,
+        truncation: str = "aligned",
+        reader: Literal["stack", "llm"] | None = None,
     ) -> None:
+        self.reader = reader
         self.max_length = max_length
         self.truncation = truncation
         self.encoder = load_tokenizer(encoder)
@@ -113,12 +126,19 @@ class PairTokenizer:
             if token not in self.languages:
                 raise ValueError(f"the encoder's tokenizer has no token for the language {language}")
             prefix = (self.encoder.convert_tokens_to_ids(token),)
-            self._students[language] = Side(self.encoder.backend_tokenizer, prefix, (self.encoder.eos_token_id,))
+            backend, suffix = self.encoder.backend_tokenizer, (self.encoder.eos_token_id,)
+            self._students[language] = Side("encoder", backend, prefix, suffix)
         return self._students[language]
+
+    def _sides(self, language: str) -> tuple[Side, Side]:
+        if self.reader == "llm":
+            return self.teacher, self.teacher
+        student = self.student(language)
+        return student, student if self.reader == "stack" else self.teacher
 
     def __call__(self, text: str, language: str) -> tuple[np.ndarray, np.ndarray]:
         """Student ids (S,) and teacher ids (T,), int32."""
-        sides = (self.student(language), self.teacher)
+        sides = self._sides(language)
         encodings = self._encode(text, sides)
         student_ids, teacher_ids = (side.ids(encoding, self.max_length) for side, encoding in zip(sides, encodings))
         return student_ids, teacher_ids
@@ -128,22 +148,23 @@ class PairTokenizer:
 
         A token belongs to a range if it overlaps it, white space at the range's ends aside; special tokens belong to
         none. Where the text is too long, `marks.cut` is shortened from its end, at the end of a word or else of a
-        grapheme, until it fits; a text with no ranges is cut as a document is.
+        grapheme, until it fits; a text with no ranges is cut as a document is. What is too long whatever of `cut` goes
+        is an error, or to a `reader` alone its longest parts are shortened alike: an answer is asked for all the same.
 
         Raises:
             ValueError: A range is not in the text, the text is too long whatever may be shortened, or nothing of a span
                 is left to pool.
         """
         marks.check(text)
-        sides = (self.student(language), self.teacher)
+        sides = self._sides(language)
         fitted = self._fit(text, sides, marks)
         offsets = [side.offsets(encoding, self.max_length, removed) for side, (encoding, removed) in zip(sides, fitted)]
         answers = _kept_answers(marks.answers, text, offsets, [removed for _, removed in fitted])
         readings = []
-        for name, side, (encoding, _), offsets_S2, answers_A2 in zip(READERS, sides, fitted, offsets, answers):
+        for side, (encoding, _), offsets_S2, answers_A2 in zip(sides, fitted, offsets, answers):
             ids_S = side.ids(encoding, self.max_length)
             whole = np.array([[0, len(ids_S)]], np.int32)
-            spans_P2 = token_spans(marks.spans, text, offsets_S2, name) if marks.spans else whole
+            spans_P2 = token_spans(marks.spans, text, offsets_S2, side.name) if marks.spans else whole
             readings.append(Reading(ids_S=ids_S, offsets_S2=offsets_S2, spans_P2=spans_P2, answers_A2=answers_A2))
         student, teacher = readings
         return student, teacher
@@ -151,11 +172,11 @@ class PairTokenizer:
     def _fit(self, text: str, sides: Sequence[Side], marks: Marks) -> list[tuple[Encoding, Removed]]:
         """Each side's encoding, and what was taken out of the text for it: the same for both, if aligned."""
         if not marks.has_ranges:
-            return [(encoding, Removed(len(text), len(text))) for encoding in self._encode(text, sides)]
+            return [(encoding, Removed()) for encoding in self._encode(text, sides)]
         if self.truncation == "independent":
-            alone = [self._encode_shortened(text, [side], marks.cut) for side in sides]
+            alone = [self._encode_shortened(text, [side], marks) for side in sides]
             return [(encodings[0], removed) for encodings, removed in alone]
-        encodings, removed = self._encode_shortened(text, sides, marks.cut)
+        encodings, removed = self._encode_shortened(text, sides, marks)
         return [(encoding, removed) for encoding in encodings]
 
     def _encode(self, text: str, sides: Sequence[Side]) -> list[Encoding]:
@@ -183,24 +204,44 @@ class PairTokenizer:
                 return encodings
         raise ValueError(f"the first character of the text needs more than data.max_length={self.max_length} tokens")
 
-    def _encode_shortened(self, text: str, sides: Sequence[Side], cut: Range | None) -> tuple[list[Encoding], Removed]:
+    def _encode_shortened(self, text: str, sides: Sequence[Side], marks: Marks) -> tuple[list[Encoding], Removed]:
         """Encodings of a text of which nothing but `cut` may be shortened, and what that took out of it."""
         encodings = [side.encode(text) for side in sides]
         if self._all_fit(sides, encodings):
-            return encodings, Removed(len(text), len(text))
-        start, end = cut or (0, 0)
-        shortest = [side.encode(Removed(start, end).without(text)) for side in sides]
+            return encodings, Removed()
+        start, end = marks.cut or (0, 0)
+        shortest = [side.encode(Removed(((start, end),)).without(text)) for side in sides]
+        if self.reader and not self._all_fit(sides, shortest):
+            return self._encode_parts(text, sides, marks)
         if not self._all_fit(sides, shortest):
-            what = "without what may be shortened of it" if cut else "and may not be cut"
+            what = "without what may be shortened of it" if marks.cut else "and may not be cut"
             raise ValueError(f"the text needs more than data.max_length={self.max_length} tokens {what}")
         read = zip(sides, encodings)
         reaches = [side.reach_within(encoding, self.max_length, (start, end)) for side, encoding in read]
         for kept in _cuts(text[start:end], min(reaches)):
-            removed = Removed(start + kept, end)
+            removed = Removed(((start + kept, end),))
             encodings = [side.encode(removed.without(text)) for side in sides]
             if self._all_fit(sides, encodings):
                 return encodings, removed
-        return shortest, Removed(start, end)
+        if self.reader and marks.cut in marks.spans:  # of which something must remain to be pooled
+            return self._encode_parts(text, sides, marks)
+        return shortest, Removed(((start, end),))
+
+    def _encode_parts(self, text: str, sides: Sequence[Side], marks: Marks) -> tuple[list[Encoding], Removed]:
+        """Encodings of a text of whose parts, ranges and what lies between them, only the first k tokens remain: as
+        many as fit, so that the longest parts lose most.
+        """
+        edges = sorted({0, len(text), *itertools.chain(*marks.spans, marks.cut or ())})
+        offsets, room = sides[0].encode(text).offsets, self.max_length - sides[0].num_special
+        parts = [([at for at, _ in offsets if start <= at < end], end) for start, end in itertools.pairwise(edges)]
+        for kept in range(room, 0, -1):
+            if sum(min(kept, len(starts)) for starts, _ in parts) > room:
+                continue
+            removed = Removed(tuple((starts[kept], end) for starts, end in parts if len(starts) > kept))
+            encodings = [side.encode(removed.without(text)) for side in sides]
+            if self._all_fit(sides, encodings):
+                return encodings, removed
+        raise ValueError(f"data.max_length={self.max_length} tokens do not hold one of each part of the text")
 
     def _all_fit(self, sides: Sequence[Side], encodings: Sequence[Encoding]) -> bool:
         return all(side.fits(encoding, self.max_length) for side, encoding in zip(sides, encodings))
@@ -246,7 +287,7 @@ def _plain_side(tokenizer: PreTrainedTokenizerFast) -> Side:
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
-    return Side(tokenizer.backend_tokenizer, tuple(full[:start]), tuple(full[start + len(bare) :]))
+    return Side("LLM", tokenizer.backend_tokenizer, tuple(full[:start]), tuple(full[start + len(bare) :]))
 
 
 def _cuts(text: str, reach: int) -> Iterator[int]:

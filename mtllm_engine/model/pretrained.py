@@ -267,7 +267,7 @@ def has_head(checkpoint: Checkpoint) -> bool:
 
 
 def build_tokenizer(config: Config, stack: Stack) -> PairTokenizer:
-    """Both tokenizers.
+    """Both tokenizers; they cut a text for those who read it: student and teacher, or `objective.reader` alone.
 
     Raises:
         ValueError: A tokenizer is missing or has more ids than its model has embeddings.
@@ -277,6 +277,7 @@ def build_tokenizer(config: Config, stack: Stack) -> PairTokenizer:
         resolve(config.model.decoder),
         max_length=config.data.max_length,
         truncation=config.data.truncation,
+        reader=None if config.objective.kind == "distil" else config.objective.reader,
     )
     sides = [("model.decoder", tokenizer.largest_teacher_id, stack.decoder.embedding)]
     if stack.reads_stack:
