@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,14 +24,14 @@ from mtllm_engine.data.batch import Document, collate
 from mtllm_engine.data.languages import Resolved, resolve_language
 from mtllm_engine.data.stream import agree, build_stream
 from mtllm_engine.data.targets import cost_of
-from mtllm_engine.data.tokenizers import PairTokenizer
+from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
 from mtllm_engine.engine import build_engine, shard
-from mtllm_engine.model.pretrained import build_stack, build_tokenizer, has_head, read_lora, run_checkpoint
+from mtllm_engine.model.pretrained import build_stack, build_tokenizer, has_head, read_lora, resolve, run_checkpoint
 from mtllm_engine.objective import Outputs
 from mtllm_engine.results import Predictions
 from mtllm_engine.tasks import ENGLISH, Dataset, Example, Task, find_dataset, load_task, pack
 from mtllm_engine.train import run_command
-from mtllm_engine.translate import Translator, translate_examples
+from mtllm_engine.translate import Translator, find_model, translate_examples
 from mtllm_engine.world import Agreed, World
 
 
@@ -166,24 +166,37 @@ def _prepare(config: Config) -> tuple[Task, list[Test]]:
         if not checkpoint or not has_head(run_checkpoint(checkpoint)):
             found = f"{checkpoint} has none" if checkpoint else "it is empty"
             raise ValueError(f"evaluate.systems has {system!r}, which needs {key}, a checkpoint with a head; {found}")
+    return find_tests(config)
+
+
+def find_tests(config: Config) -> tuple[Task, list[Test]]:
+    """The task and its test sets, by all that evaluation needs besides checkpoints.
+
+    Raises:
+        ValueError: A test set, a language or the translator is missing, or the task takes no translation.
+    """
     if not config.task.test:
         raise ValueError("task.test names no test set; write DATASET:FOLDER")
     task = load_task(config.task.name)
     if task.head == "span" and "translate_test" in config.evaluate.systems:
         told = f"task {task.name} is answered with a piece of the text, and a translation has other pieces"
         raise ValueError(f"evaluate.systems has 'translate_test', but {told}; leave it out")
-    tokenizer = PairTokenizer(config.model.encoder, config.model.decoder, max_length=config.data.max_length)
-    return task, _tests(config, task, tokenizer)
+    if "translate_test" in config.evaluate.systems:
+        find_model(_translator_name(config))
+    return task, _tests(config, task, language_tokens(load_tokenizer(resolve(config.model.encoder))))
 
 
-def _tests(config: Config, task: Task, tokenizer: PairTokenizer) -> list[Test]:
+def _tests(config: Config, task: Task, languages: Collection[str]) -> list[Test]:
     """Each test set in those of the languages asked for that it has; in all that it has, where none is asked for.
+
+    Args:
+        languages: Those of the encoder's tokenizer.
 
     Raises:
         ValueError: A language is in no test set, or a test set has none of the languages that a system can read, or is
             malformed, or has no labels.
     """
-    asked, known = config.evaluate.languages, (tokenizer.languages, config.languages.fallback)
+    asked, known = config.evaluate.languages, (languages, config.languages.fallback)
     found: dict[str, list[Test]] = {}
     for source in config.task.test:
         dataset, folder = find_dataset(task, source)
@@ -210,8 +223,11 @@ def _tests(config: Config, task: Task, tokenizer: PairTokenizer) -> list[Test]:
 
 def _translator(config: Config, world: World) -> Translator:
     cache = Path(config.evaluate.translations or results_folder(config) / "translations")
-    model = config.evaluate.translator or config.model.encoder
-    return Translator(model, cache=cache, world=world, num_beams=config.evaluate.num_beams)
+    return Translator(_translator_name(config), cache=cache, world=world, num_beams=config.evaluate.num_beams)
+
+
+def _translator_name(config: Config) -> str:
+    return config.evaluate.translator or config.model.encoder
 
 
 def _predict(

@@ -24,7 +24,10 @@ from typing import Any
 from mtllm_engine import checkpoint, results
 from mtllm_engine import config as configs
 from mtllm_engine.config import Config, dumps, from_dict
+from mtllm_engine.evaluate import find_tests
+from mtllm_engine.model.pretrained import run_checkpoint
 from mtllm_engine.tables import AVERAGE, plot_compute
+from mtllm_engine.train import check_files
 from mtllm_engine.world import launcher
 
 TABLES = ("stage1", "finetune", "distil")
@@ -75,9 +78,9 @@ def run(recipe: Recipe) -> int:
     """Runs what is not done yet; the exit status of the first job that fails or was stopped: the rest is left then.
 
     Raises:
-        ValueError: A job that is done had another configuration.
+        ValueError: As `check`.
     """
-    pending = [job for job in recipe.jobs if not _is_done(recipe, job)]
+    pending = check(recipe)
     for number, job in enumerate(pending, start=1):
         print(f"\n[{number}/{len(pending)}] {job.name}", flush=True)
         path = recipe.folder / f"{job.name}.toml"
@@ -93,6 +96,28 @@ def run(recipe: Recipe) -> int:
             return 1
         _mark_done(recipe, job)
     return 0
+
+
+def check(recipe: Recipe) -> list[Job]:
+    """The jobs that are not done yet, once all that they read and that no job makes has been found to be there.
+
+    Raises:
+        ValueError: A job that is done had another configuration; a task, its files, a corpus, a checkpoint or a model
+            of another is missing or unfit.
+    """
+    pending = [job for job in recipe.jobs if not _is_done(recipe, job)]
+    for job in pending:
+        model, data = job.config.model, job.config.data
+        try:
+            for path in _given(recipe, model.start, model.teacher):
+                run_checkpoint(path)
+            if job.module.endswith("evaluate"):
+                find_tests(job.config)
+            else:
+                check_files(replace(job.config, data=replace(data, train=_given(recipe, *data.train))))
+        except ValueError as error:
+            raise ValueError(f"{job.name}: {error}") from error
+    return pending
 
 
 def sweep(path: str | Path, settings: Sequence[str]) -> int:
@@ -112,8 +137,10 @@ def sweep(path: str | Path, settings: Sequence[str]) -> int:
     shared = load(path, fixed)
     folder, points, made = shared.folder, [], {}
     translations = shared.jobs[-1].config.evaluate.translations or folder / "sweep" / "translations"
-    fixed = [f"evaluate.translations={translations}", *fixed]
-    for name, recipe in _settings(path, fixed, varied, folder / "sweep").items():
+    recipes = _settings(path, [f"evaluate.translations={translations}", *fixed], varied, folder / "sweep")
+    for recipe in recipes.values():
+        check(recipe)
+    for name, recipe in recipes.items():
         print(f"\n{name}", flush=True)
         _share(recipe, made)
         if status := run(recipe):
@@ -156,6 +183,11 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
     ends = {key: [".".join(each[first:]) for first in reversed(range(len(each)))] for key, each in parts.items()}
     others = {key: {end for other in keys if other != key for end in ends[other]} for key in keys}
     return {key: next((end for end in ends[key] if end not in others[key]), key) for key in keys}
+
+
+def _given(recipe: Recipe, *paths: str) -> tuple[str, ...]:
+    """Of paths, "" aside, those that no job makes: all but what lies in the recipe's folder."""
+    return tuple(path for path in paths if path and not Path(path).is_relative_to(recipe.folder))
 
 
 def _share(recipe: Recipe, made: dict[str, Path]) -> None:

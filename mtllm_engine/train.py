@@ -29,10 +29,10 @@ from mtllm_engine.engine import PlainEngine, ZeroEngine, build_engine, learning_
 from mtllm_engine.metrics import Metrics, Record, environment, print_table
 from mtllm_engine.model.lora import quantised_weights
 from mtllm_engine.model.mtllm import Stack
-from mtllm_engine.model.pretrained import Weights, build_stack, build_tokenizer
+from mtllm_engine.model.pretrained import Weights, build_stack, build_tokenizer, find_task
 from mtllm_engine.probe import Probe, open_probe
 from mtllm_engine.report import write_report
-from mtllm_engine.tasks import ENGLISH, Task, load_task, pack_split
+from mtllm_engine.tasks import ENGLISH, Task, find_dataset, load_task, pack_split
 from mtllm_engine.world import Agreed, World, connect
 
 
@@ -97,6 +97,21 @@ def prepare(config: Config) -> Config:
     if not config.optim.steps:
         raise ValueError("optim.epochs or optim.steps must be above 0")
     return config
+
+
+def check_files(config: Config) -> None:
+    """Looks for what training will read, and makes nothing.
+
+    Raises:
+        ValueError: The task, one of its files or a corpus is missing or unfit.
+    """
+    task = find_task(config) if config.task.name else None
+    for split, source in (("train", config.task.train), ("validation", config.task.validation)):
+        if source:
+            dataset, folder = find_dataset(task, source)
+            dataset.read(folder, split, ENGLISH)
+    for corpus in filter(None, (*config.data.train, not config.task.validation and config.data.validation)):
+        Manifest.load(corpus)
 
 
 def _pack(task: Task, source: str, split: str, corpus: Path) -> Path:

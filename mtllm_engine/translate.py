@@ -95,7 +95,7 @@ class Translator:
     ) -> None:
         if num_beams < 1 or max_tokens < 1:
             raise ValueError(f"num_beams={num_beams} and max_tokens={max_tokens} must be at least 1")
-        self.folder, self.cache, self.world = world.together(lambda: resolve(str(model))), Path(cache), world
+        self.folder, self.cache, self.world = world.together(lambda: find_model(model)), Path(cache), world
         self.max_tokens, self.num_beams = max_tokens, num_beams
         self.dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
         self.settings = world.together(self._settings)
@@ -130,8 +130,6 @@ class Translator:
 
     def _settings(self) -> dict[str, Any]:
         """All that a translation depends on but its text and languages."""
-        if not (self.folder / "config.json").is_file():
-            raise ValueError(f"{self.folder} is no model: it has no config.json")
         files = [self.folder / name for name in TOKENIZER_FILES]
         tokenizer = hashlib.sha256(b"".join(path.read_bytes() for path in files if path.is_file())).hexdigest()
         return {
@@ -318,6 +316,14 @@ def _replaced(example: Example, pieces: Mapping[int, str], known: Mapping[str, s
 
 def _has_letters(piece: str) -> bool:
     return any(character.isalpha() for character in piece)
+
+
+def find_model(model: str | Path) -> Path:
+    """A translator's folder. Raises: ValueError: There is no such model."""
+    folder = resolve(str(model))
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no model: it has no config.json")
+    return folder
 
 
 def plan_batches(costs: Sequence[int], budget: int) -> list[list[int]]:

@@ -16,6 +16,7 @@ from mtllm_engine import config as configs
 from mtllm_engine import recipe, results
 from mtllm_engine.config import Config
 from mtllm_engine.results import Predictions
+from stages import build_models, write_passages, write_topics
 
 TEXT = """
 [recipe]
@@ -188,6 +189,12 @@ def test_a_recipe_without_a_folder_is_refused(path: Path):
     assert error_of(lambda: recipe.load(path)) == f"missing key: recipe.dir in {path}"
 
 
+def without_files(monkeypatch) -> None:
+    """Nothing that the jobs read is looked for: there is none of it."""
+    for name in ("run_checkpoint", "find_tests", "check_files"):
+        monkeypatch.setattr(recipe, name, lambda _: None)
+
+
 @pytest.fixture
 def launches(tmp_path: Path, monkeypatch) -> Callable[[], list[tuple[str, str]]]:
     """Stands for the launcher: what was started since the last call; a job fails whose name is in the file `fails`."""
@@ -195,6 +202,7 @@ def launches(tmp_path: Path, monkeypatch) -> Callable[[], list[tuple[str, str]]]
     fails.touch(), log.touch()
     script.write_text(f'echo "$1 $2" >> {log}; ! grep -qx "$(basename "$2" .toml)" {fails}\n')
     monkeypatch.setattr(recipe, "launcher", lambda module, gpus: ["sh", str(script), module])
+    without_files(monkeypatch)
 
     def since() -> list[tuple[str, str]]:
         lines = log.read_text().splitlines()
@@ -264,9 +272,62 @@ def test_ctrl_c_is_for_the_ranks_and_waited_for(path: Path, monkeypatch, capsys)
     """Neither this process nor the launcher leaves before the ranks have saved."""
     hit = "kill -INT $PPID $$; exit 3"
     monkeypatch.setattr(recipe, "launcher", lambda module, gpus: ["sh", "-c", hit])
+    without_files(monkeypatch)
     before = signal.getsignal(signal.SIGINT)
     assert recipe.run(recipe.load(path)) == 3 and signal.getsignal(signal.SIGINT) == before
     assert "stage1 failed; run the same command again to go on from there" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def topics(tmp_path_factory) -> Path:
+    """A recipe whose files are all there, beside what it reads."""
+    folder = build_models(tmp_path_factory.mktemp("topics"))
+    write_topics(folder, "eng_Latn", train=4, dev=2, test=2)
+    write_topics(folder, "swh_Latn", test=2)
+    write_passages(folder / "squad" / "train-v1.1.json", 2, seed=0)
+    write_passages(folder / "squad" / "xquad.en.json", 2, seed=0)
+    text = TEXT.format(folder=folder / "out").replace("validation =", "#").replace('"nli"', '"sib200"')
+    for before, after in (("mnli:data/mnli", "sib200:topics"), ("xnli:data/xnli", "sib200:topics")):
+        text = text.replace(before, after.replace("topics", str(folder / "topics")))
+    for name, path in (("nllb", "encoder"), ("llama", "decoder"), ("fineweb", "train")):
+        text = text.replace(f'"{name}"', f'"{folder / path}"')
+    (folder / "recipe.toml").write_text(text)
+    return folder / "recipe.toml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("task.name=nil", "finetune-3: unknown task 'nil'; did you mean nli?"),
+        ("task.test=sib:x", "evaluate-3: 'sib:x': write DATASET:FOLDER; data sets of sib200 are sib200"),
+        ("task.train=sib200:/nope", "finetune-3: /nope has no data/annotated/eng_Latn/train.tsv nor "),
+        ("task.validation=sib200:/nope", "finetune-3: /nope has no data/annotated/eng_Latn/dev.tsv nor "),
+        ("evaluate.languages=xx", "evaluate-3: evaluate.languages has xx, which is in no test set of sib200:"),
+        (
+            "evaluate.systems=translate_test evaluate.translator=/nope",
+            "evaluate-3: /nope is neither a folder nor a model the hub gives",
+        ),
+        ("distil.data.train=/nope", "distil-3: no manifest.json in /nope"),
+        ("stage1.model.start=/nope", "stage1: /nope is no checkpoint of a run"),
+        (
+            "task.name=xquad task.train=squad:HERE/squad task.test=xquad:HERE/squad",
+            "distil-3: task xquad asks for a piece of the text, which no pooled state holds",
+        ),
+    ],
+)
+def test_what_no_job_makes_must_be_there_before_the_first_runs(topics: Path, monkeypatch, overrides: str, message: str):
+    monkeypatch.setattr(recipe, "launcher", lambda module, gpus: pytest.fail("a job was launched"))
+    overrides = overrides.replace("HERE", str(topics.parent)).split()
+    assert error_of(lambda: recipe.run(recipe.load(topics, overrides))).startswith(message)
+    settings = [*overrides, "stage1.optim.steps=0,10", "distil.optim.lr=1e-3,2e-3"]
+    if not overrides[0].startswith("stage1"):
+        assert error_of(lambda: recipe.sweep(topics, settings)).startswith(message)
+
+
+def test_what_jobs_make_need_not_be_there_yet(topics: Path):
+    corpus = topics.parent / "out" / "finetune-3" / "corpus" / "train"
+    pending = recipe.check(recipe.load(topics, [f"distil.data.train={corpus}", "recipe.seeds=[3]"]))
+    assert [job.name for job in pending] == ["stage1", "finetune-3", "distil-3", "evaluate-3"]
 
 
 PLAIN = st.text("abcXY01./_-", min_size=1, max_size=6)

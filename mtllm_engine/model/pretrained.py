@@ -20,7 +20,7 @@ from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.model.encoder import ACTIVATIONS
 from mtllm_engine.model.lora import initial_adapter
 from mtllm_engine.model.mtllm import Stack, TaskParts
-from mtllm_engine.tasks import load_task
+from mtllm_engine.tasks import Task, load_task
 
 FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "*.model")
 RUN_FILES = ("adapter_model.safetensors", "projection.safetensors", "head.safetensors")
@@ -221,19 +221,25 @@ def _check_adapters(config: Config, start: Checkpoint) -> None:
 
 
 def _task_parts(config: Config, start: Checkpoint | None, teacher: Checkpoint | None) -> TaskParts:
-    """Raises: ValueError: The task is unknown, or the teacher's checkpoint is not of a fine-tuned LLM."""
+    """Raises: ValueError: As `find_task`, or the teacher's checkpoint is not of a fine-tuned LLM."""
     adapters = read_lora(teacher.folder) if teacher else None
     if not config.task.name or (config.objective.kind == "distil" and teacher is None):
         return TaskParts(teacher=adapters)
-    task = load_task(config.task.name)
+    task = find_task(config)
     head_of = {"distil": teacher, "finetune": None, "evaluate": start}[config.objective.kind]
     if head_of and not has_head(head_of):
         raise ValueError(f"{head_of.folder} has no head.safetensors; it takes a run of `mtllm finetune`")
+    outputs = {"classification": len(task.labels), "choice": task.num_choices, "span": 2}[task.head]
+    return TaskParts(outputs=outputs, head=task.head, teacher=adapters)
+
+
+def find_task(config: Config) -> Task:
+    """Raises: ValueError: The task is unknown, or none that can be distilled, where that is asked for."""
+    task = load_task(config.task.name)
     if task.head == "span" and config.objective.kind == "distil":
         told = f"task {task.name} asks for a piece of the text, which no pooled state holds"
         raise ValueError(f'{told}: learn it directly, with objective.kind="finetune" and objective.reader="stack"')
-    outputs = {"classification": len(task.labels), "choice": task.num_choices, "span": 2}[task.head]
-    return TaskParts(outputs=outputs, head=task.head, teacher=adapters)
+    return task
 
 
 def run_checkpoint(folder: str | Path) -> Checkpoint:
