@@ -7,7 +7,8 @@ A recipe is a training configuration shared by all steps, and what each step has
     [stage1.data] [stage1.optim] [finetune.optim] [distil.optim] ...
 
 Stage 1 runs once; fine-tuning, distillation and evaluation run for each seed. A step that is done is not run again. The
-stack's first step starts from a `start` in [model]: stage 1, or without it (stage1.optim.steps = 0) distillation.
+stack's first step starts from a `start` in [model]: stage 1, or without it (its optim.steps = 0) distillation. A step
+that sets steps or epochs of its own means neither of the shared ones.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from typing import Any
 
 from mtllm_engine import checkpoint, results
 from mtllm_engine import config as configs
-from mtllm_engine.config import Config, dumps, from_dict
+from mtllm_engine.config import Config, OptimConfig, dumps, from_dict
 from mtllm_engine.evaluate import find_tests
 from mtllm_engine.model.pretrained import run_checkpoint
 from mtllm_engine.tables import AVERAGE, plot_compute
@@ -31,6 +32,7 @@ from mtllm_engine.train import check_files
 from mtllm_engine.world import launcher
 
 TABLES = ("stage1", "finetune", "distil")
+LENGTHS = {"steps", "epochs"}  # of [optim]: one of them is above 0
 KEYS = {"dir": str, "gpus": int, "seeds": list}
 
 
@@ -127,7 +129,7 @@ def sweep(path: str | Path, settings: Sequence[str]) -> int:
     sweep.csv, sweep.md and sweep.png into the recipe's folder.
 
     Raises:
-        ValueError: As `load`; no key has several values, or one is set twice.
+        ValueError: As `load` and `check`; no key has several values, one is set twice, or one changes nothing.
     """
     fixed, varied = _varied(settings)
     if not varied:
@@ -138,6 +140,7 @@ def sweep(path: str | Path, settings: Sequence[str]) -> int:
     folder, points, made = shared.folder, [], {}
     translations = shared.jobs[-1].config.evaluate.translations or folder / "sweep" / "translations"
     recipes = _settings(path, [f"evaluate.translations={translations}", *fixed], varied, folder / "sweep")
+    _check_varied(configs.read(path, fixed), varied, list(recipes.values()))
     for recipe in recipes.values():
         check(recipe)
     for name, recipe in recipes.items():
@@ -175,6 +178,27 @@ def _settings(
             raise ValueError(f"two settings would share the folder {folder / name}; give values that end differently")
         found[name] = load(path, [*fixed, *chosen, f"recipe.dir={folder / name}"])
     return found
+
+
+def _check_varied(tree: Mapping[str, Any], varied: Mapping[str, Sequence[str]], recipes: Sequence[Recipe]) -> None:
+    """Raises: ValueError: A key's values make the same jobs, whatever the others': a run would meet itself.
+
+    Args:
+        recipes: At each combination, in the order of their product.
+    """
+    jobs = [[_read_by(job).replace(str(recipe.folder), "") for job in recipe.jobs] for recipe in recipes]
+    combinations = list(itertools.product(*varied.values()))
+    for place, key in enumerate(varied):
+        first: dict[tuple, list[str]] = {}
+        others = [(*values[:place], *values[place + 1 :]) for values in combinations]
+        if any(first.setdefault(other, made) != made for other, made in zip(others, jobs)):
+            continue
+        section, _, name = key.partition(".")
+        names = LENGTHS if section == "optim" and name in LENGTHS else {name}
+        steps = [(step, tree.get(step, {}).get(section, {})) for step in TABLES]
+        own = [f"{step}.{section}.{each}" for step, table in steps for each in sorted(names & table.keys())]
+        fix = f"vary what overrides it, {' or '.join(own)}" if own else "no step that runs reads it"
+        raise ValueError(f"{key}={','.join(varied[key])} changes nothing: {fix}")
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -217,6 +241,11 @@ def _points(recipe: Recipe) -> Iterator[dict[str, Any]]:
                 yield row | {"low": score.low, "high": score.high, **table.costs[system]}
 
 
+def _read_by(job: Job) -> str:
+    """The configuration; evaluation learns nothing."""
+    return dumps(replace(job.config, optim=OptimConfig()) if job.module.endswith("evaluate") else job.config)
+
+
 def _check_sections(tree: Mapping[str, Any], prefix: str) -> None:
     for name, section in tree.items():
         if not isinstance(section, Mapping):
@@ -247,7 +276,7 @@ def _trees(
     start = shared.get("model", {}).get("start", "")
     task = shared.get("task", {})
     untasked = {name: table for name, table in shared.items() if name not in ("task", "evaluate")}
-    if str(steps["stage1"].get("optim", {}).get("steps", 1)) != "0":
+    if _has_stage1(untasked.get("optim", {}), steps["stage1"].get("optim", {})):
         made = {"run": {"dir": str(folder / "stage1")}}
         yield "stage1", "train", _merged(untasked, steps["stage1"], made)
         start = str(folder / "stage1" / "checkpoints" / "latest")
@@ -274,6 +303,11 @@ def _trees(
         yield names["evaluate"], "evaluate", _merged(untasked, data, made, own["evaluate"])
 
 
+def _has_stage1(shared: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    lengths = own if LENGTHS & own.keys() else shared
+    return str(lengths.get("steps", 1)) != "0" or (lengths is shared and bool(shared.get("epochs")))
+
+
 def _job(name: str, module: str, tree: dict) -> Job:
     try:
         return Job(name=name, module=f"mtllm_engine.{module}", config=from_dict(tree))
@@ -282,11 +316,13 @@ def _job(name: str, module: str, tree: dict) -> Job:
 
 
 def _merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections joined, later trees over earlier ones."""
+    """Sections joined, later trees over earlier ones; optim.steps and optim.epochs replace one another."""
     merged: dict[str, Any] = {}
     for tree in trees:
         for section, table in tree.items():
-            merged[section] = merged.get(section, {}) | table
+            replaced = LENGTHS if section == "optim" and LENGTHS & table.keys() else set()
+            kept = {key: value for key, value in merged.get(section, {}).items() if key not in replaced}
+            merged[section] = kept | table
     return merged
 
 

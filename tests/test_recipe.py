@@ -135,6 +135,19 @@ def test_without_stage_1_the_stack_starts_anew(path: Path):
     assert made["distil-7"].model.start == ""
 
 
+def test_a_shared_number_of_steps_leaves_those_alone_that_set_epochs(path: Path):
+    """0 is no stage 1, where it has no number of its own."""
+    path.write_text(path.read_text().replace("steps = 100\n", ""))
+    assert list(jobs(path, "optim.steps=0", "recipe.seeds=[7]")) == ["finetune-7", "distil-7", "evaluate-7"]
+    made = jobs(path, "optim.steps=30")
+    optim = {name: (config.optim.steps, config.optim.epochs) for name, config in made.items()}
+    assert (optim["stage1"], optim["finetune-3"], optim["distil-3"]) == ((30, 0.0), (0, 3.0), (0, 5.0))
+    for own in ("stage1.optim.epochs=2.0", "optim.epochs=2.0"):
+        stage1 = jobs(path, "optim.steps=0", own)["stage1"].optim
+        assert (stage1.steps, stage1.epochs) == (0, 2.0)
+    assert "stage1" not in jobs(path, "optim.epochs=2.0", "stage1.optim.steps=0")
+
+
 @pytest.mark.parametrize(("steps", "starts"), [(100, ["mine", "", "OUT/stage1/checkpoints/latest"]), (0, ["", "mine"])])
 def test_the_stacks_first_step_starts_from_a_shared_start(path: Path, steps: int, starts: list[str]):
     """The LLM that learns the task does not: these are a stack's adapters."""
@@ -361,6 +374,18 @@ def test_every_combination_is_checked_before_the_first_runs(path: Path, launches
         ("recipe.dir=here,there", "recipe.dir takes one value"),
         ("optim.lr=1,1", "two settings would share the folder"),
         ("optim.lr", "no key has several values"),
+        (
+            "optim.lr=1e-3,2e-3 distil.optim.lr=1e-3",
+            "changes nothing: vary what overrides it, stage1.optim.lr or finetune.optim.lr or distil.optim.lr",
+        ),
+        (
+            "optim.steps=0,9 lora.alpha=1,2",
+            "optim.steps=0,9 changes nothing: vary what overrides it, stage1.optim.steps or finetune.optim.epochs or ",
+        ),
+        (
+            "stage1.optim.steps=0 stage1.lora.rank=1,2",
+            "stage1.lora.rank=1,2 changes nothing: no step that runs reads it",
+        ),
     ],
 )
 def test_a_mistake_in_what_is_varied_is_told_before_anything_runs(path: Path, launches, settings: str, message: str):
