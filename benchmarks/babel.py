@@ -21,6 +21,7 @@ from benchmarks.tables import table
 from mtllm_engine import babel, recipe, results
 from mtllm_engine.babel.world import SKETCHES
 from mtllm_engine.metrics import environment
+from mtllm_engine.report import read_metrics
 from mtllm_engine.results import Predictions, compare, summarise
 from mtllm_engine.tables import AVERAGE, Score, markdown, plot
 from mtllm_engine.world import connect
@@ -46,10 +47,11 @@ def _long(truncation: str, seed: int) -> Variant:
     return Variant(settings=settings, corpus="long", llm="llm-finer", seed=seed)
 
 
+CUTS = ("aligned", "independent")
 VARIANTS = {  # by folder
     "whole": Variant(),
     "stage2": Variant(settings=["evaluate.stack_name=stage-2-alone", "stage1.optim.steps=0"]),
-    **{f"{cut}-{seed}": _long(cut, seed) for seed in TRAININGS for cut in ("aligned", "independent")},
+    **{f"{cut}-{seed}": _long(cut, seed) for seed in TRAININGS for cut in CUTS},
 }
 
 
@@ -130,8 +132,40 @@ def claims(predictions: Sequence[Predictions]) -> list[Claim]:
     ]
 
 
-def report(predictions: Sequence[Predictions], by_seed: dict[int, list[Predictions]], origin: dict) -> str:
-    """Markdown: the claims, then each seed's averages."""
+def truncation(seeds: Sequence[int], work: Path) -> list[dict[str, str]]:
+    """Both ways to cut in each world and training, and how far apart they are by all trainings alike: accuracy, and
+    how far the student is from the teacher after stage 1, on short documents that none has read (FVU).
+    """
+    runs = [(seed, training) for seed in seeds for training in TRAININGS]
+    found_R22 = np.array([_figures(work / f"seed-{seed}", training) for seed, training in runs])  # run, cut, measure
+    gains_R2 = found_R22[:, 0] - found_R22[:, 1]
+    errors_2 = gains_R2.std(axis=0, ddof=1) / len(runs) ** 0.5
+    cells = [[f"{seed}, {training}"] for seed, training in runs]
+    for row, values_22 in zip(cells, found_R22):
+        row += [f"{value:.1f}" for value in values_22[:, 0]] + [f"{value:.4f}" for value in values_22[:, 1]]
+    gain, fvu_gain = gains_R2.mean(axis=0)
+    told = [f"{gain:+.1f} ± {errors_2[0]:.1f}", "", f"{fvu_gain:+.4f} ± {errors_2[1]:.4f}", ""]
+    cells.append(["aligned - independent ± standard error", *told])
+    columns = ["world, training", *CUTS, *(f"{cut}, FVU" for cut in CUTS)]
+    return [dict(zip(columns, row)) for row in cells]
+
+
+def _figures(folder: Path, training: int) -> list[list[float]]:
+    """(cut, measure) of one training of each."""
+    found = []
+    for cut in CUTS:
+        run = folder / f"{cut}-{training}"
+        (scores,) = summarise(results.load(run / "results"))
+        _, validations = read_metrics(run / "stage1")
+        accuracy = scores.scores[f"long-{cut}"][AVERAGE].value
+        found.append([100 * accuracy, validations[-1]["validation_fvu"]])
+    return found
+
+
+def report(
+    predictions: Sequence[Predictions], by_seed: dict[int, list[Predictions]], cuts: list[dict[str, str]], origin: dict
+) -> str:
+    """Markdown: the claims, then each seed's averages, then `truncation`."""
     shown = [
         {
             "claim": claim.text,
@@ -148,7 +182,7 @@ def report(predictions: Sequence[Predictions], by_seed: dict[int, list[Predictio
         averages.append({"seed": str(seed)} | cells)
     told = f"{origin['device']}, commit {origin['commit']}: `{origin['command']}`"
     note = "Accuracy in percent over the foreign languages, [95 % bootstrap interval]; differences are paired."
-    return f"# Babel\n\n{told}\n\n{note}\n\n```\n{table(shown)}\n\n{table(averages)}\n```\n"
+    return f"# Babel\n\n{told}\n\n{note}\n\n```\n{table(shown)}\n\n{table(averages)}\n\n{table(cuts)}\n```\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -210,7 +244,7 @@ def _write(work: Path, seeds: Sequence[int], out: Path, origin: dict) -> bool:
     """The report, every language's figures below it, and a picture beside it; whether all claims are met."""
     by_seed = {seed: gather([seed], work) for seed in seeds}
     predictions = gather(seeds, work)
-    shown = report(predictions, by_seed, origin)
+    shown = report(predictions, by_seed, truncation(seeds, work), origin)
     tables = summarise(predictions)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(shown + "\n" + markdown(tables, [], 1000).replace("# Results", "## Every language"), "utf-8")

@@ -1,5 +1,7 @@
 """What the Babel benchmark makes of several worlds' predictions: one sample of all, claims that are met or missed."""
 
+import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,12 @@ def predict(work: Path, seed: int, changed: dict[tuple[str, str], tuple[float, f
                 **columns,
             )
             save(work / f"seed-{seed}" / folder / "results", item)
+    for number, cut in itertools.product(benchmark.TRAININGS, benchmark.CUTS):
+        stage1 = work / f"seed-{seed}" / f"{cut}-{number}" / "stage1"
+        stage1.mkdir()
+        fvu = {"aligned": 0.5, "independent": 0.6 + number / 10}[cut]
+        rows = [{"step": step, "validation_fvu": fvu + 1 - step, "validation_documents": 9} for step in (0, 1)]
+        (stage1 / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_claims_are_over_the_examples_of_all_worlds(tmp_path: Path):
@@ -57,9 +65,23 @@ def test_claims_are_over_the_examples_of_all_worlds(tmp_path: Path):
     shown = benchmark.report(
         predictions,
         {seed: benchmark.gather([seed], tmp_path) for seed in (1, 2)},
+        benchmark.truncation([1, 2], tmp_path),
         {"device": "D", "commit": "C", "command": "X"},
     )
     assert "missed" not in shown and shown.count(" met\n") == len(found)
+
+
+def test_trainings_are_compared_pair_by_pair(tmp_path: Path):
+    for seed in (1, 2):
+        predict(tmp_path, seed, {})
+    *rows, last = benchmark.truncation([1, 2], tmp_path)
+    assert [row["world, training"] for row in rows] == ["1, 0", "1, 1", "2, 0", "2, 1"]
+    assert [list(row.values())[1:] for row in rows] == 2 * [
+        ["75.0", "60.0", "0.5000", "0.6000"],
+        ["65.0", "80.0", "0.5000", "0.7000"],
+    ]
+    errors = [np.std(2 * gains, ddof=1) / 2 for gains in ([15, -15], [-0.1, -0.2])]
+    assert last["aligned"] == f"+0.0 ± {errors[0]:.1f}" and last["aligned, FVU"] == f"-0.1500 ± {errors[1]:.4f}"
 
 
 @pytest.mark.parametrize(
