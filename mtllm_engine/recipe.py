@@ -13,6 +13,7 @@ that sets steps or epochs of its own means neither of the shared ones.
 
 import hashlib
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -288,10 +289,12 @@ def _trees(
         best = {step: str(folder / name / "checkpoints" / pick) for step, name in names.items()}
         made = {"objective": {"kind": "finetune", "reader": "llm"}, "task": english}
         made |= {"model": {"start": ""}}  # a stack's adapters are not the LLM's
-        yield names["finetune"], "finetune", _merged(untasked, made, steps["finetune"], own["finetune"])
+        finetune = _merged(untasked, made, steps["finetune"], own["finetune"])
+        yield names["finetune"], "finetune", finetune
         made = {"model": {"start": start, "teacher": best["finetune"]}, "task": english}
         distil = _merged(untasked, made, steps["distil"], own["distil"])
-        if distil.get("data", {}).get("targets"):
+        if isinstance(name := distil.get("data", {}).get("targets"), str) and name:  # corpora may be others' too
+            distil["data"]["targets"] = f"{name}-{seed}-{_teacher_digest(finetune, distil, steps['distil'])}"
             yield f"targets-{seed}", "targets", distil
         yield names["distil"], "train", distil
         made = {"model": {"start": best["distil"], "teacher": best["finetune"]}}
@@ -301,6 +304,14 @@ def _trees(
         }
         data = {"data": steps["distil"].get("data", {}), "evaluate": shared.get("evaluate", {})}
         yield names["evaluate"], "evaluate", _merged(untasked, data, made, own["evaluate"])
+
+
+def _teacher_digest(finetune: Mapping[str, Any], distil: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """Eight letters that tell teachers apart: how the LLM learns the task, wherever, and how stage 2 has it read."""
+    learned = finetune | {"run": {key: value for key, value in finetune["run"].items() if key != "dir"}}
+    length = [distil["data"].get(key) for key in ("max_length", "truncation")]
+    told = json.dumps([learned, own.get("model", {}), length], sort_keys=True, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
 def _has_stage1(shared: Mapping[str, Any], own: Mapping[str, Any]) -> bool:

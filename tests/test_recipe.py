@@ -3,6 +3,7 @@
 import csv
 import itertools
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -163,7 +164,21 @@ def test_stored_targets_are_a_job_before_stage_2(path: Path):
     assert [job.name for job in made] == ["stage1", "finetune-7", "targets-7", "distil-7", "evaluate-7"]
     targets, distil = made[2:4]
     assert targets.module == "mtllm_engine.targets" and targets.config == distil.config
-    assert distil.config.data.targets == "teacher"
+    assert re.fullmatch("teacher-7-[0-9a-f]{8}", distil.config.data.targets)
+
+
+def test_targets_of_another_teacher_have_another_name(path: Path):
+    """They lie beside corpora that seeds and settings share; a teacher that two settings share is stored once."""
+
+    def names(*overrides: str) -> list[str]:
+        made = jobs(path, "distil.data.targets=t", f"recipe.dir={path.parent / 'more'}", *overrides)
+        return [config.data.targets for name, config in made.items() if name.startswith("targets")]
+
+    first = names()
+    assert [name[:4] for name in first] == ["t-3-", "t-4-"]
+    assert names("distil.optim.lr=1e-3", "recipe.dir=elsewhere") == first
+    others = ("finetune.optim.lr=1e-3", "lora.rank=4", "distil.data.max_length=64", "distil.model.causal=true")
+    assert len({*first, *(name for other in others for name in names(other))}) == 2 + 2 * len(others)
 
 
 def test_without_a_validation_set_the_last_checkpoints_are_taken(path: Path):
