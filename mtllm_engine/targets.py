@@ -45,7 +45,7 @@ def write_targets(config: Config, world: World) -> None:
     if not config.data.targets:
         raise ValueError("data.targets is empty: name the states that are to be written")
     config = world.on_main(lambda: prepare(config))
-    maker = checkpoint.teacher_identity(config)
+    maker = world.on_main(lambda: checkpoint.teacher_identity(config))
     corpora = [Path(path) for path in (*config.data.train, config.data.validation) if path]
     missing = world.on_main(lambda: [path for path in corpora if not _is_there(path, config.data.targets, maker)])
     if missing:

@@ -129,7 +129,7 @@ def open_stream(config: Config, tokenizer: PairTokenizer, world: World, *, epoch
         epochs=epochs,
         aligns=config.objective.token_weight > 0,
         labelled=learns_labels,
-        maker=checkpoint.teacher_identity(config) if config.data.targets else None,
+        maker=world.on_main(lambda: checkpoint.teacher_identity(config)) if config.data.targets else None,
     )
 
 

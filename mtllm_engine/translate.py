@@ -98,7 +98,7 @@ class Translator:
         self.folder, self.cache, self.world = world.together(lambda: find_model(model)), Path(cache), world
         self.max_tokens, self.num_beams = max_tokens, num_beams
         self.dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-        self.settings = world.together(self._settings)
+        self.settings = world.on_main(self._settings)
 
     def __call__(self, texts: Sequence[str], *, source: str, target: str = "eng_Latn") -> Translations:
         """Translates segments; every rank calls it with the same texts and gets all translations.

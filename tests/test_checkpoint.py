@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from mtllm_engine import checkpoint
 from mtllm_engine.config import Config
@@ -373,6 +374,22 @@ def test_checkpoint_of_another_run_is_refused_with_the_reason(saved, models, sec
     assert message.startswith(f"cannot continue {folder}: {reason}")
     assert message.endswith("; restore it or change run.dir")
     assert is_same(run.state(), before)
+
+
+def test_a_changed_tensor_in_the_middle_of_a_large_file_is_another_model(run, models, tmp_path):
+    file = shutil.copytree(models / "decoder", tmp_path / "decoder") / "model.safetensors"
+    around = {name: torch.zeros(1 << 19) for name in ("a", "z")}  # 2 MiB before and behind, which no model reads
+    tensors = around | load_file(file)
+    save_file(tensors, file)
+    run = run.with_options(model={"decoder": str(file.parent)})
+    run.train_to(1)
+    run.save(1)
+    checkpoint._fingerprint.cache_clear()
+    assert run.restore() == 1
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] += 1e-3
+    save_file(tensors, file)
+    checkpoint._fingerprint.cache_clear()
+    assert 'model.decoder was "' in error_of(run.restore)
 
 
 def in_folder(models: Path, value):

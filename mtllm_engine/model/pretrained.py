@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, LlamaConfig, M2M100Config, PreTrainedConfig
 
 from mtllm_engine.config import Config, LoraConfig
+from mtllm_engine.data.shards import sha256_of
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.model.encoder import ACTIVATIONS
 from mtllm_engine.model.lora import initial_adapter
@@ -314,14 +316,11 @@ def resolve(name: str) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """A name for a checkpoint's content that costs no full read: its configuration, and each file's size and ends."""
+    """A name for a checkpoint's content, its configuration and all its weights: reads every byte, on several cores."""
     digest = hashlib.sha256(json.dumps(json.loads((folder / "config.json").read_text()), sort_keys=True).encode())
-    for path in _weight_files(folder):
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            digest.update(file.read())
-        digest.update(str(path.stat().st_size).encode())
+    with ThreadPoolExecutor() as pool:
+        for sha256 in pool.map(sha256_of, _weight_files(folder)):
+            digest.update(sha256.encode())
     return digest.hexdigest()
 
 
