@@ -6,6 +6,7 @@
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -76,6 +77,12 @@ def best(folder: Path) -> Path | None:
     """The checkpoint of a `checkpoints` folder with the highest score, of equal ones the later, if any has one."""
     scored = [(score, path) for path in sorted(folder.glob("step-*")) if (score := _score(path)) is not None]
     return max(scored)[1] if scored else None
+
+
+def best_score(folder: Path) -> float:
+    """The best checkpoint's score; minus infinity if none has one."""
+    top = best(folder)
+    return _score(top) if top else -math.inf
 
 
 def load_tensors(folder: Path) -> TrainedState:

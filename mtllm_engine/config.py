@@ -115,8 +115,8 @@ class ZeroConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every: int = 500
-    keep: int = 3
+    every: int = 500  # steps; what validation finds best so far is saved besides
+    keep: int = 3  # the newest, and the best one
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,7 @@ def train(config: Config, world: World) -> None:
     fit = start_projection(config, world, stack, weights, tokenizer)
     engine = build_engine(config, shard(stack, weights, config, world), world)
     start = checkpoint.restore(config, world, engine, stream)
+    top = world.on_main(lambda: checkpoint.best_score(Path(config.run.dir) / "checkpoints"))
     world.on_main(lambda: _describe(config, world, stack, start, fit))
     with (
         Metrics(config, world, stack.objective.measures, flops, start=start) as metrics,
@@ -63,10 +64,12 @@ def train(config: Config, world: World) -> None:
                 work = agree(stream, world, config.memory.max_tokens, stop=stop_requested())
                 train_step(config, world, engine, work, step, record)
             is_last = work.stop or step + 1 == config.optim.steps
-            score = None
+            score, is_best = None, False
             if (step + 1) % config.run.validate_every == 0 or step + 1 == config.optim.steps:
                 score = validate(config, world, engine, tokenizer, metrics, probe, step=step + 1)
-            if (step + 1) % config.checkpoint.every == 0 or is_last:
+                is_best = score is not None and score > top
+            if (step + 1) % config.checkpoint.every == 0 or is_last or is_best:
+                top = score if is_best else top
                 metrics.flush()
                 checkpoint.save(config, world, engine, stream, step + 1, score)
             if is_last:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mtllm_engine import checkpoint
+from mtllm_engine import checkpoint, train
 from mtllm_engine.config import Config
 from mtllm_engine.data.stream import Stream, agree, build_stream
 from mtllm_engine.engine import PlainEngine, TrainedState, build_engine, shard
@@ -198,6 +198,21 @@ def test_latest_is_the_newest_and_the_last_k_are_kept(run):
         assert (run.folder / "latest").resolve() == folder == checkpoint.latest(run.folder)
     assert saved_names(run) == ["latest", "step-00000010", "step-00000100"]
     assert run.restore() == 100
+
+
+def test_the_best_of_all_validations_is_saved(models, tmp_path, monkeypatch):
+    """Not only of those that a regular save meets; before a run was stopped, too."""
+    scores = {0: 0.9, 1: 0.1, 2: 0.3, 3: 0.2, 4: 0.25, 5: 0.29, 6: 0.1}
+    monkeypatch.setattr(train, "validate", lambda *_, step: scores[step])
+    saved, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *args: saved.append(args[4]) or save(*args))
+    sections = {"run": {"dir": str(tmp_path), "validate_every": 1}, "checkpoint": {"every": 1000, "keep": 1}}
+    for steps, expected, left in ((4, [1, 2, 4], (2, 4)), (6, [1, 2, 4, 6], (2, 6))):
+        train.train(build_config(models, **sections, optim={"steps": steps}, zero={"stage": 0}), WORLD)
+        assert saved == expected
+        names = [f"step-{step:08d}" for step in left]
+        assert sorted(path.name for path in tmp_path.glob("checkpoints/*-*")) == names
+        assert (tmp_path / "checkpoints" / "best").resolve().name == names[0]
 
 
 def test_moved_run_folder_is_continued(run, tmp_path):
