@@ -59,7 +59,7 @@ def fit_projection(config: Config, world: World, stack: Stack, weights: Weights,
         ValueError: A document cannot be read, or no token of the documents is aligned.
     """
     data = replace(config.data, targets="")
-    stream = world.together(lambda: build_stream(data, tokenizer, world, seed=config.run.seed, aligns=True))
+    stream = world.together(lambda: build_stream(data, tokenizer.of_both(), world, seed=config.run.seed, aligns=True))
     out_width, width = stack.projection.weight.shape
     sums = torch.zeros(width + 1, width + 1 + out_width, dtype=torch.float64, device=world.device)
     for states_SE, embeddings_SD in read_pairs(config, world, stack, weights, stream):

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM, M2M100ForConditionalGeneration
 
 from mtllm_engine.closed_form import fit_projection, read_pairs, solve
-from mtllm_engine.config import Config
+from mtllm_engine.config import Config, ObjectiveConfig
 from mtllm_engine.data.marks import NONE, partners
 from mtllm_engine.data.stream import build_stream
 from mtllm_engine.model.pretrained import build_stack, build_tokenizer
@@ -69,6 +69,15 @@ def test_a_fit_is_numpys_least_squares_on_the_same_pairs(folder: Path, bias: boo
         np.testing.assert_allclose(found.bias_D.numpy(), expected_D, rtol=0, atol=1e-6 * abs(expected_D).max())
     else:
         assert found.bias_D is None and found.values.keys() == {"projection.weight"}
+
+
+def test_a_stack_that_learns_labels_starts_as_one_that_distils(folder: Path):
+    """Nobody reads the LLM's tokens then, and the fit needs them all the same."""
+    config = configure(folder)
+    stack, weights = build_stack(config)
+    learning = replace(config, objective=ObjectiveConfig(kind="finetune", reader="stack"))
+    found = fit_projection(learning, WORLD, stack, weights, build_tokenizer(learning, stack))
+    assert found.values["projection.weight"].equal(fit(config).values["projection.weight"])
 
 
 def test_pairs_are_hugging_faces_states_and_embeddings_of_aligned_tokens(folder: Path):

@@ -1,6 +1,7 @@
 """Text to token ids for both models, cut at the same character so that teacher and student read the same text."""
 
 import bisect
+import copy
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -129,6 +130,12 @@ class PairTokenizer:
             backend, suffix = self.encoder.backend_tokenizer, (self.encoder.eos_token_id,)
             self._students[language] = Side("encoder", backend, prefix, suffix)
         return self._students[language]
+
+    def of_both(self) -> "PairTokenizer":
+        """The same, where student and teacher both read."""
+        both = copy.copy(self)
+        both.reader = None
+        return both
 
     def _sides(self, language: str) -> tuple[Side, Side]:
         if self.reader == "llm":
