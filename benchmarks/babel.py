@@ -190,8 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = _build_parser().parse_args(words)
     try:
-        seeds = [int(seed) for seed in arguments.seeds.split(",")]
-        for seed in seeds:
+        for seed in (seeds := arguments.seeds):
             if status := prove(seed, arguments.size, arguments.work):
                 return status
         world = connect()
@@ -253,9 +252,17 @@ def _write(work: Path, seeds: Sequence[int], out: Path, origin: dict) -> bool:
     return all(claim.is_met for claim in claims(predictions))
 
 
+def _seeds(text: str) -> list[int]:
+    """Raises: argparse.ArgumentTypeError: They are no whole numbers with commas."""
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"write whole numbers with commas, such as 10,11,12, not {text}") from None
+
+
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks.babel", description="The method's claims, shown on Babel.")
-    parser.add_argument("--seeds", default="10,11,12", help="of the worlds, with commas (default: 10,11,12)")
+    parser.add_argument("--seeds", default=[10, 11, 12], type=_seeds, help="of the worlds (default: 10,11,12)")
     parser.add_argument("--size", default="small", help="of the worlds (default: small)")
     parser.add_argument("--work", type=Path, default=Path("runs/prove"), metavar="DIR", help="where all is made")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu/babel.md"), metavar="FILE")

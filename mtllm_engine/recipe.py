@@ -84,6 +84,8 @@ def run(recipe: Recipe) -> int:
         ValueError: As `check`.
     """
     pending = check(recipe)
+    if not pending:
+        print(f"all steps are done: {recipe.results / 'results.md'}")
     for number, job in enumerate(pending, start=1):
         print(f"\n[{number}/{len(pending)}] {job.name}", flush=True)
         path = recipe.folder / f"{job.name}.toml"

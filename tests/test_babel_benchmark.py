@@ -99,3 +99,9 @@ def test_a_miss_is_a_miss(changed: dict, missed: set[str], tmp_path: Path):
     told = {claim.text for claim in claims if not claim.is_met}
     assert all(any(text.startswith(start) for text in told) for start in missed)
     assert all(any(text.startswith(start) for start in missed) for text in told)
+
+
+def test_seeds_are_whole_numbers(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--seeds", "7;8"])
+    assert "write whole numbers with commas, such as 10,11,12, not 7;8" in capsys.readouterr().err

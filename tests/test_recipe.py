@@ -240,13 +240,14 @@ def launches(tmp_path: Path, monkeypatch) -> Callable[[], list[tuple[str, str]]]
     return since
 
 
-def test_what_is_done_is_not_run_again(path: Path, launches):
+def test_what_is_done_is_not_run_again(path: Path, launches, capsys):
     made = recipe.load(path)
     assert recipe.run(made) == 0
     assert launches() == [(job.module, f"{made.folder}/{job.name}.toml") for job in made.jobs]
     for job in made.jobs:
         assert configs.load(made.folder / f"{job.name}.toml") == job.config
     assert recipe.run(recipe.load(path)) == 0 and launches() == []
+    assert f"all steps are done: {made.results / 'results.md'}" in capsys.readouterr().out
     assert recipe.run(recipe.load(path, ["recipe.seeds=[3, 4, 5]"])) == 0
     assert [Path(started).stem for _, started in launches()] == ["finetune-5", "distil-5", "evaluate-5"]
 
