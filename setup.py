@@ -1,4 +1,6 @@
-"""Package `mtllm_engine`; the ops in `kernels/` and `csrc/` are installed inside it (see mtllm_engine/kernels.py)."""
+"""Package `mtllm_engine`; the ops in `kernels/` and `csrc/` are installed inside it (see
+mtllm_engine/kernels.py).
+"""
 
 from pathlib import Path
 
@@ -9,7 +11,7 @@ OPS = sorted(path.parent.name for path in Path("kernels").glob("*/__init__.py"))
 setup(
     name="mtllm-engine",
     version="0.1.0",
-    description="Training engine for MT-LLM: an MT encoder stacked under an LLM by self-distillation",
+    description="Training engine for MT-LLM: an MT encoder under an LLM, by self-distillation",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[
@@ -39,8 +41,11 @@ setup(
         "flash": ["flash-attn"],
         "triton": ["triton"],
         "benchmarks": ["liger-kernel", "peft"],  # what ours is measured beside
-        "quantised": ["bitsandbytes>=0.46"],  # model.base = "nf4"
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "peft", "triton", "bitsandbytes>=0.46"],
+        "quantised": ["bitsandbytes>=0.46"],  # model.quantization = "nf4"
+        "dev": [
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"),
+            *("peft", "triton", "bitsandbytes>=0.46"),
+        ],
         "quickstart": ["sentencepiece"],
     },
     entry_points={"console_scripts": ["mtllm = mtllm_engine.cli:main"]},

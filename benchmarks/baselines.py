@@ -1,13 +1,16 @@
-"""What people run today, for comparison: the same method put together from transformers, PEFT and Liger.
+"""What people run today, for comparison: the same method made from transformers, PEFT and Liger.
 
-`recipe` is the reference code with current libraries: two padded passes of the LLM. `stack` is the best that one can
-assemble from published parts: the same two passes without padding, on torch's varlen_attn and Liger's kernels.
-Source: arXiv 2406.12739 and its code, read for what it computes; everything here uses the libraries' public interfaces.
+`padded` is the reference code with current libraries: two padded passes of the LLM. `unpadded` is
+the best that one can assemble from published parts: the same two passes without padding, on torch's
+varlen_attn and Liger's kernels.
+Source: arXiv 2406.12739 and its code, read for what it computes; everything here uses the
+libraries' public interfaces.
 """
 
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +22,18 @@ from mtllm_engine.kernels.attention import grouped
 from torch import nn
 from transformers import AttentionInterface, LlamaModel
 from transformers.models.llama import modeling_llama
-from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder, M2M100SinusoidalPositionalEmbedding
+from transformers.models.m2m_100.modeling_m2m_100 import (
+    M2M100Encoder,
+    M2M100SinusoidalPositionalEmbedding,
+)
 
 from benchmarks.measure import Part, patched
 from benchmarks.models import Models, frozen_tensors
 from mtllm_engine.config import Config
 from mtllm_engine.data.batch import IDLE, Document, Pack, join
-from mtllm_engine.data.stream import Step
-from mtllm_engine.engine import PlainEngine, ZeroEngine, import_deepspeed
-from mtllm_engine.model.pretrained import saved_name
+from mtllm_engine.data.stream import GlobalBatch
+from mtllm_engine.model.weights import saved_name
+from mtllm_engine.training.engine import PlainEngine, ZeroEngine, import_deepspeed
 from mtllm_engine.world import World
 
 BATCH = 32  # documents: the reference's batch on each GPU
@@ -48,7 +54,8 @@ class Padded:
 
     @property
     def decoder_inputs(self) -> dict[str, Any]:
-        """transformers makes a causal mask of a 2-D one; attention to both sides needs the whole (B, 1, L, L)."""
+        """Attention to both sides needs the whole mask, (B, 1, L, L): of (B, L) transformers makes
+        a causal one."""
         if self.causal:
             return {"attention_mask": self.real_BL}
         mask_B1LL = self.real_BL[:, None, None, :].expand(-1, -1, self.ids_BL.shape[1], -1)
@@ -60,7 +67,7 @@ class Padded:
 
 @dataclass(frozen=True, kw_only=True)
 class Joined:
-    """Documents one after another in a batch of one, with what transformers passes on to FlashAttention."""
+    """Documents joined in a batch of one, with what transformers passes on to FlashAttention."""
 
     ids_BL: torch.Tensor  # (1, S)
     positions_BL: torch.Tensor
@@ -70,8 +77,8 @@ class Joined:
 
     @property
     def encoder_inputs(self) -> dict[str, Any]:
-        documents = {"cu_seq_lens_q": self.cu_seqlens, "max_length_q": self.longest, "position_ids": self.positions_BL}
-        return {**documents, "is_causal": False}
+        documents = {"cu_seq_lens_q": self.cu_seqlens, "max_length_q": self.longest}
+        return {**documents, "position_ids": self.positions_BL, "is_causal": False}
 
     @property
     def decoder_inputs(self) -> dict[str, Any]:
@@ -84,13 +91,16 @@ class Joined:
         return sums_PD.index_add(0, owner_S, states_BLD[0].float()) / lengths_P[:, None]
 
 
-Micro = tuple[Padded | Joined, Padded | Joined, torch.Tensor]  # student, teacher, weights of the documents
+Micro = tuple[Padded | Joined, Padded | Joined, torch.Tensor]
+"""Student, teacher, weights of the documents."""
 
 
 class Distillation(nn.Module):
-    """Encoder, projection and LLM; one call is a micro-batch's share of the loss, by two passes of the LLM."""
+    """Encoder, projection, LLM; a call is a micro-batch's share of the loss, by two LLM passes."""
 
-    def __init__(self, encoder: M2M100Encoder, llm: peft.PeftModel, linear: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(
+        self, encoder: M2M100Encoder, llm: peft.PeftModel, linear: nn.Linear, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.encoder, self.llm, self.linear, self.dtype = encoder, llm, linear, dtype
 
@@ -114,7 +124,8 @@ class Distillation(nn.Module):
 
     def study(self, encoded_BLE: torch.Tensor, tokens: Padded | Joined) -> torch.Tensor:
         """The fp32 adapters work in the base's dtype by autocast, as users run PEFT."""
-        with torch.autocast(encoded_BLE.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        device, is_low = encoded_BLE.device.type, self.dtype != torch.float32
+        with torch.autocast(device, self.dtype, enabled=is_low):
             embedded_BLD = self.linear(encoded_BLE)
             outputs = self.llm(inputs_embeds=embedded_BLD, **tokens.decoder_inputs, use_cache=False)
         return tokens.pool(outputs.last_hidden_state)
@@ -128,7 +139,8 @@ class Baseline:
     world: World
     module: Distillation
     engine: PlainEngine | ZeroEngine
-    patches: list[tuple[Any, str, Any]]  # what its libraries change for the whole process, while it runs
+    patches: list[tuple[Any, str, Any]]
+    """What its libraries change for the whole process: set while it runs."""
     collate: Callable[[Sequence[Document]], Micro]
     batch: int  # of a micro-batch: documents where they are padded, tokens where they are not
     packed: bool = False
@@ -136,19 +148,21 @@ class Baseline:
 
     def batches(self, documents: Sequence[Document]) -> list[list[Document]]:
         if self.packed:
-            return join([Pack(documents=(document,), state={}) for document in documents], self.batch)
+            packs = [Pack(documents=(document,), state={}) for document in documents]
+            return join(packs, self.batch)
         if self.by_length:
             documents = sorted(documents, key=lambda document: document.num_tokens)
-        return [list(documents[start : start + self.batch]) for start in range(0, len(documents), self.batch)]
+        starts = range(0, len(documents), self.batch)
+        return [list(documents[start : start + self.batch]) for start in starts]
 
-    def run(self, work: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, global_batch: GlobalBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's share of the loss, and the gradient's norm; the learning rate is 0."""
-        batches = self.batches([document for documents in work.micro_batches for document in documents])
+        batches = self.batches(list(itertools.chain(*global_batch.micro_batches)))
         most = max(count for (count,) in self.world.gather_ints([len(batches)]))
         loss = torch.zeros((), device=self.world.device)
         with patched(*self.patches):
             for documents in batches + [[]] * (most - len(batches)):
-                share = self.engine(self.collate(documents), work.totals.spans)
+                share = self.engine(self.collate(documents), global_batch.totals.spans)
                 self.engine.backward(share)
                 loss += share.detach()
             return loss, self.engine.step(0.0)
@@ -162,38 +176,41 @@ class Baseline:
 
 
 def build_baselines(choice: str, config: Config, models: Models, world: World) -> list[Baseline]:
-    """`recipe` (fed as documents come, and sorted by length), `stack`, or `all` of them; none for an empty choice."""
+    """`padded` (fed as documents come, and sorted by length), `unpadded`, or `all` of them; none
+    for an empty choice."""
     baselines = []
-    if choice in ("recipe", "all"):
-        recipe = build_baseline("recipe", config, models, world)
-        baselines += [recipe, dataclasses.replace(recipe, name="recipe sorted", by_length=True)]
-    if choice in ("stack", "all") and world.device.type == "cpu":
-        world.on_main(lambda: print("stack: skipped, varlen_attn and Liger's kernels run on CUDA alone"))
-    elif choice in ("stack", "all"):
-        baselines.append(build_baseline("stack", config, models, world))
+    if choice in ("padded", "all"):
+        padded = build_baseline("padded", config, models, world)
+        baselines += [padded, dataclasses.replace(padded, name="padded sorted", by_length=True)]
+    if choice in ("unpadded", "all") and world.device.type == "cpu":
+        message = "unpadded: skipped, varlen_attn and Liger's kernels run on CUDA alone"
+        world.on_main(lambda: print(message))
+    elif choice in ("unpadded", "all"):
+        baselines.append(build_baseline("unpadded", config, models, world))
     return baselines
 
 
 def build_baseline(name: str, config: Config, models: Models, world: World) -> Baseline:
     """Raises: ValueError: A library that it is made of is missing."""
-    packed = name == "stack"
-    linear = nn.functional.linear
+    packed = name == "unpadded"
+    linear = nn.functional.linear  # DeepSpeed sets its own, for the whole process
     module, patches = _build_module(config, models, world, packed=packed)
     engine = PlainEngine(config, module) if config.zero.stage == 0 else _Zero(config, module, world)
-    patches.append((nn.functional, "linear", nn.functional.linear))  # DeepSpeed sets its own, for the whole process
+    patches.append((nn.functional, "linear", nn.functional.linear))
     nn.functional.linear = linear
     batch = config.memory.max_tokens if packed else BATCH
     form = _join if packed else functools.partial(_pad, pad=models.encoder.pad_token_id)
     collate = functools.partial(_collate, form, causal=config.model.causal, device=world.device)
-    options = {"engine": engine, "patches": patches, "collate": collate, "batch": batch, "packed": packed}
-    return Baseline(name=name, world=world, module=module, **options)
+    runs = {"engine": engine, "patches": patches, "collate": collate}
+    return Baseline(name=name, world=world, module=module, batch=batch, packed=packed, **runs)
 
 
 def _build_module(
     config: Config, models: Models, world: World, *, packed: bool
 ) -> tuple[Distillation, list[tuple[Any, str, Any]]]:
     dtype = getattr(torch, config.model.dtype)
-    encoder_config, llm_config = copy.deepcopy((models.encoder, models.decoder))  # they hold how a module attends
+    # Copies: a configuration holds how its module attends.
+    encoder_config, llm_config = copy.deepcopy((models.encoder, models.decoder))
     with torch.device("meta"):
         encoder = M2M100Encoder._from_config(encoder_config, attn_implementation="sdpa")
         llm = LlamaModel._from_config(llm_config, attn_implementation="sdpa")
@@ -204,20 +221,27 @@ def _build_module(
     for module, side in ((encoder, "encoder"), (llm, "decoder")):
         _fill(module, frozen_tensors(models, side), config)
     patches = _assemble(encoder, llm) if packed else []
-    if config.memory.activations == "recompute":
+    if config.memory.recompute == "layer":
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     adapters = peft.LoraConfig(
-        r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets), lora_dropout=0.0
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        target_modules=list(config.lora.target_modules),
+        lora_dropout=0.0,
     )
     bias = config.model.projection_bias
-    linear = nn.Linear(models.encoder.d_model, models.decoder.hidden_size, bias=bias, device=world.device)
+    linear = nn.Linear(
+        models.encoder.d_model, models.decoder.hidden_size, bias=bias, device=world.device
+    )
     module = Distillation(encoder.eval(), peft.get_peft_model(llm, adapters).train(), linear, dtype)
     _start(module, models, world)
     return module, patches
 
 
-def _fill(module: nn.Module, tensors: Mapping[str, Callable[[], torch.Tensor]], config: Config) -> None:
-    """Frozen weights into a module built on the meta device; under ZeRO-3 each part is sharded before the next."""
+def _fill(
+    module: nn.Module, tensors: Mapping[str, Callable[[], torch.Tensor]], config: Config
+) -> None:
+    """Frozen weights into a module on the meta device; ZeRO-3 shards each part before the next."""
     for path, part in module.named_modules():
         for name in part._parameters:
             if part._parameters[name] is not None:
@@ -250,7 +274,10 @@ class _Zero(ZeroEngine):
             trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
         self.engine, self.zero, *_ = import_deepspeed().initialize(
-            model=module, optimizer=self.optimizer, config=_zero_config(config), dist_init_required=False
+            model=module,
+            optimizer=self.optimizer,
+            config=_zero_config(config),
+            dist_init_required=False,
         )
 
 
@@ -268,7 +295,11 @@ def _zero_config(config: Config) -> dict[str, Any]:
 
 
 def _collate(
-    form: Callable[..., Padded | Joined], documents: Sequence[Document], *, causal: bool, device: torch.device
+    form: Callable[..., Padded | Joined],
+    documents: Sequence[Document],
+    *,
+    causal: bool,
+    device: torch.device,
 ) -> Micro:
     """A rank without documents runs one of weight 0, so that all make the same collectives."""
     weight_P = torch.full((len(documents) or 1,), float(bool(documents)), device=device)
@@ -299,20 +330,25 @@ def _join(rows: Sequence[np.ndarray], *, causal: bool, device: torch.device) -> 
 
 
 def _assemble(encoder: M2M100Encoder, llm: LlamaModel) -> list[tuple[Any, str, Any]]:
-    """Makes both modules padding-free and gives the LLM Liger's kernels; returns what must be patched while it runs."""
+    """Makes both modules padding-free and gives the LLM Liger's kernels.
+
+    Returns:
+        What must be patched while they run.
+    """
     try:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
     except ImportError as error:
-        raise ValueError("stack needs Liger's kernels: pip install liger-kernel") from error
+        raise ValueError("unpadded needs Liger's kernels: pip install liger-kernel") from error
     AttentionInterface.register("varlen", _attend)
     for module in (encoder, llm):
         module.set_attn_implementation("varlen")
     encoder.embed_positions = _Positions(encoder.embed_positions.weights, encoder.padding_idx + 1)
     encoder.register_forward_pre_hook(encoder.embed_positions.look, with_kwargs=True)
-    globals_ = {name: getattr(modeling_llama, name) for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")}
+    names = ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")
+    originals = {name: getattr(modeling_llama, name) for name in names}
     apply_liger_kernel_to_llama(fused_linear_cross_entropy=False, model=llm)
     rope = modeling_llama.apply_rotary_pos_emb
-    for name, value in globals_.items():
+    for name, value in originals.items():
         setattr(modeling_llama, name, value)
     return [(modeling_llama, "apply_rotary_pos_emb", rope)]
 

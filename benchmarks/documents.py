@@ -1,4 +1,4 @@
-"""The documents of a benchmark's steps: random token ids at realistic lengths, the same for every variant."""
+"""The documents of a benchmark's steps: random token ids at realistic lengths, alike for all."""
 
 import math
 from collections.abc import Iterator
@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from mtllm_engine.data.batch import IDLE, Document, Pack
-from mtllm_engine.data.stream import Step, agree
+from mtllm_engine.data.stream import GlobalBatch, agree
 from mtllm_engine.world import World
 
 SIGMA = 0.8  # of the log of a document's length
-RATIO, RATIO_SIGMA = 1.1, 0.1  # encoder tokens per LLM token of one text: two tokenizers never cut alike
-FIRST_ID = 4  # below lie special tokens; transformers' M2M-100 numbers positions by what is not <pad>
+# Encoder tokens per LLM token of one text: two tokenizers never cut alike.
+RATIO, RATIO_SIGMA = 1.1, 0.1
+# Below lie special tokens; transformers' M2M-100 numbers positions by what is not <pad>.
+FIRST_ID = 4
 SHORTEST = 2  # a special token and a word
 
 
@@ -20,7 +22,8 @@ SHORTEST = 2  # a special token and a word
 class Lengths:
     """How long documents are: log-normal around a median number of LLM tokens, or all equally long.
 
-    What is above `longest` on either side is cut on both at the same place of the text, as aligned truncation does.
+    What is above `longest` on either side is cut on both at the same place of the text, as aligned
+    truncation does.
     """
 
     median: int  # 0: every document has `longest` tokens on each side
@@ -41,21 +44,26 @@ def parse_lengths(text: str, longest: int) -> Lengths:
     if text == "equal":
         return Lengths(median=0, longest=longest)
     if not text.isdigit() or not SHORTEST <= int(text) <= longest:
-        raise ValueError(f"--lengths {text}: write equal, or a median from {SHORTEST} to data.max_length={longest}")
+        limits = f"from {SHORTEST} to data.max_length={longest}"
+        raise ValueError(f"--lengths {text}: write equal, or a median {limits}")
     return Lengths(median=int(text), longest=longest)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """Steps of random documents: on each rank as many as fit `tokens` on both sides. Stands in for a data stream."""
+    """Steps of random documents: on each rank as many as fit `tokens` on both sides. Stands in for
+    a data stream.
+    """
 
     lengths: Lengths
     tokens: int  # of one rank and step, on each side
     vocabularies: tuple[int, int]  # of student and teacher
 
-    def works(self, count: int, world: World, max_tokens: int) -> list[Step]:
+    def global_batches(self, count: int, world: World, max_tokens: int) -> list[GlobalBatch]:
         """The first steps, agreed between the ranks as in training."""
-        return [agree(_Ready(self._packs(step, world.rank)), world, max_tokens) for step in range(count)]
+        return [
+            agree(_Ready(self._packs(step, world.rank)), world, max_tokens) for step in range(count)
+        ]
 
     def _packs(self, step: int, rank: int) -> list[Pack]:
         generator = np.random.default_rng((step, rank, self.lengths.median))

@@ -1,12 +1,13 @@
-"""What each op takes on this machine: our implementations beside eager PyTorch, torch.compile and others' kernels.
+"""What each op takes on this machine, by our implementations and by others'.
 
     python -m benchmarks.kernels [--op NAME ...] [--out FILE.jsonl] [--device cpu|cuda]
 
-A provider is timed only where it agrees with the op's definition, outputs and gradients, at the very size timed.
-Forward and backward are timed apart, on copies made before the clock starts and with caches flushed; the ceilings (a
-copy's bandwidth, a large matrix product) are measured in the same run. Sizes are the folders' `shapes`, in bf16, on
-CUDA; on a CPU in fp32 with fewer tokens, and linears a quarter as wide. FILE gets a JSON line per measurement, and the
-roofline lies beside it as PNG.
+The others are eager PyTorch, torch.compile and what libraries offer. A provider is timed only
+where it agrees with the op's definition, outputs and gradients, at the very size timed. Forward and
+backward are timed apart, on copies made before the clock starts and with caches flushed; the
+ceilings (a copy's bandwidth, a large matrix product) are measured in the same run. Sizes are the
+folders' `shapes`, in bf16, on CUDA; on a CPU in fp32 with fewer tokens, and linears a quarter as
+wide. FILE gets a JSON line per measurement, and the roofline lies beside it as PNG.
 """
 
 import argparse
@@ -38,7 +39,9 @@ from mtllm_engine import kernels
 ROOT = Path(__file__).resolve().parent.parent
 CPU_TOKENS = 256
 CPU_EXTRA = {  # the size at which the CPU's loss is to be compared with eager
-    "distill_loss": [{"width": 4096, "student": (256,) * 32, "teacher": (256,) * 32, "gap": 0, "aligned": False}]
+    "distill_loss": [
+        {"width": 4096, "student": (256,) * 32, "teacher": (256,) * 32, "gap": 0, "aligned": False}
+    ]
 }
 LEAST_ROUNDS, MOST_ROUNDS, ENOUGH_S = 5, 50, 5.0  # of a shape's providers
 PASSES = ("forward", "backward")
@@ -46,11 +49,12 @@ Record = dict[str, Any]
 
 
 class Clock:
-    """Milliseconds that work takes on a device, by whose and which it is, each time from cold caches."""
+    """Milliseconds of work on a device, by whose and which it is, each time from cold caches."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu = device == "cuda"
-        self.flushed = torch.empty(2**30 if self.on_gpu else 2**27, dtype=torch.uint8, device=device)
+        size = 2**30 if self.on_gpu else 2**27
+        self.flushed = torch.empty(size, dtype=torch.uint8, device=device)
         self.marks: dict[tuple[str, str], list[tuple[Any, Any]]] = {}
 
     @contextlib.contextmanager
@@ -65,7 +69,10 @@ class Clock:
         if self.on_gpu:
             torch.cuda.synchronize()
         marks, self.marks = self.marks, {}
-        return {key: torch.tensor([self._between(*pair) for pair in pairs]) for key, pairs in marks.items()}
+        return {
+            key: torch.tensor([self._between(*pair) for pair in pairs])
+            for key, pairs in marks.items()
+        }
 
     def _mark(self) -> Any:
         if not self.on_gpu:
@@ -96,7 +103,8 @@ def main() -> None:
     options = parse()
     machine = measure_ceilings(options.device)
     about = environment(machine)
-    chosen = [kernel for name, kernel in kernels.discover().items() if not options.op or name in options.op]
+    ops = kernels.discover()
+    chosen = [ops[name] for name in ops if not options.op or name in options.op]
     work = [(kernel, shape) for kernel in chosen for shape in shapes(kernel, machine.device)]
     records = []
     with options.out.open("w") if options.out else contextlib.nullcontext() as file:
@@ -114,8 +122,12 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", nargs="+", choices=list(kernels.discover()), help="default: all")
-    parser.add_argument("--out", type=Path, help="for JSON lines; the roofline goes beside it as PNG")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--out", type=Path, help="for JSON lines; the roofline goes beside it as PNG"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     return parser.parse_args()
 
 
@@ -130,16 +142,18 @@ def measure_ceilings(device: str) -> Machine:
         for name, work in (("copy", lambda: target.copy_(source)), ("product", lambda: a @ b)):
             with clock.time("timed" if repeat >= 3 else "warm-up", name):
                 work()
-    seconds = {name: times.median().item() / 1e3 for (whose, name), times in clock.take().items() if whose == "timed"}
-    return Machine(device, dtype, clock, 2 * source.nbytes / seconds["copy"], 2 * size**3 / seconds["product"])
+    times = clock.take()
+    copy_s, product_s = (times["timed", name].median().item() / 1e3 for name in ("copy", "product"))
+    return Machine(device, dtype, clock, 2 * source.nbytes / copy_s, 2 * size**3 / product_s)
 
 
 def environment(machine: Machine) -> Record:
     """What every line says about where it comes from."""
     on_gpu = machine.device == "cuda"
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    cpu = f"{cpu_name()}, {torch.get_num_threads()} threads"
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if on_gpu else cpu,
         "driver": output_of(*query) if on_gpu else None,
         "torch": torch.__version__,
         "triton": triton.__version__ if triton else None,
@@ -160,35 +174,43 @@ def output_of(*command: str) -> str | None:
 def cpu_name() -> str:
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(": ")[1] for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def shapes(kernel: Kernel, device: str) -> list[dict[str, Any]]:
     if device == "cuda":
         return list(kernel.shapes)
     small = [reduced(shape) for shape in kernel.shapes]
-    return [shape for number, shape in enumerate(small) if shape not in small[:number]] + CPU_EXTRA.get(kernel.name, [])
+    distinct = [shape for number, shape in enumerate(small) if shape not in small[:number]]
+    return distinct + CPU_EXTRA.get(kernel.name, [])
 
 
 def reduced(shape: dict[str, Any]) -> dict[str, Any]:
     """What a CPU does in a fraction of a second."""
     small = shrink(shape, CPU_TOKENS)
+    if "members" in shape or "out_width" in shape:
+        small["width"] = shape["width"] // 4
     if "members" in shape:
-        small |= {"width": shape["width"] // 4, "members": tuple(width // 4 for width in shape["members"])}
+        small["members"] = tuple(width // 4 for width in shape["members"])
     if "out_width" in shape:
-        small |= {"width": shape["width"] // 4, "out_width": shape["out_width"] // 4}
+        small["out_width"] = shape["out_width"] // 4
     return small
 
 
 def measure(kernel: Kernel, shape: dict[str, Any], machine: Machine) -> Iterator[Record]:
     """For each provider a record for each pass, or one that says why there is none."""
-    arguments = kernel.inputs(torch.Generator(machine.device).manual_seed(0), machine.dtype, **shape)
+    generator = torch.Generator(machine.device).manual_seed(0)
+    arguments = kernel.inputs(generator, machine.dtype, **shape)
     costs = dict(zip(PASSES, kernel.cost(machine.dtype, **shape)))
     known, runs = {"op": kernel.name, "shape": shape}, {}
     for provider in providers(kernel, machine.device, machine.dtype):
         try:
             runs[provider.name] = prepare(provider, kernel, arguments, machine.clock)
-        except Exception as error:  # a missing package, wrong results, no memory: the others shall still be measured
+        # A missing package, wrong results, no memory: the others shall still be measured
+        except Exception as error:
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             yield known | {"provider": provider.name, "status": why}
     started_s = time.perf_counter()
@@ -203,7 +225,9 @@ def measure(kernel: Kernel, shape: dict[str, Any], machine: Machine) -> Iterator
     torch.compiler.reset()
 
 
-def prepare(provider: Provider, kernel: Kernel, arguments: Arguments, clock: Clock) -> Callable[[str], None]:
+def prepare(
+    provider: Provider, kernel: Kernel, arguments: Arguments, clock: Clock
+) -> Callable[[str], None]:
     """Checks a provider and warms it up; returns what times it once.
 
     Raises:
@@ -211,7 +235,8 @@ def prepare(provider: Provider, kernel: Kernel, arguments: Arguments, clock: Clo
     """
     if problems := provider.problems(kernel, arguments):
         raise ArithmeticError("; ".join(problems))
-    own = map_tensors(lambda x: x.detach().requires_grad_(x.requires_grad), provider.adapt(**arguments))
+    adapted = provider.adapt(**arguments)
+    own = map_tensors(lambda x: x.detach().requires_grad_(x.requires_grad), adapted)
     run = functools.partial(time_once, provider.load(), own, clock)
     for _ in range(5 if clock.on_gpu else 1):
         run("warm-up")
@@ -248,7 +273,9 @@ def figures(times_ms: torch.Tensor, cost: Cost, machine: Machine) -> Record:
 
 def table(records: Sequence[Record], about: Record) -> str:
     """A block per op and shape, a line per provider: forward, then backward."""
-    lines = ["; ".join(f"{key} {brief(value)}" for key, value in about.items() if value is not None)]
+    lines = [
+        "; ".join(f"{key} {brief(value)}" for key, value in about.items() if value is not None)
+    ]
     blocks: dict[str, dict[str, list[Record]]] = {}
     for record in records:
         block = blocks.setdefault(title(record), {})
@@ -264,7 +291,9 @@ def table(records: Sequence[Record], about: Record) -> str:
 
 
 def title(record: Record) -> str:
-    return f"{record['op']}: " + ", ".join(f"{key} {brief(value)}" for key, value in record["shape"].items())
+    return f"{record['op']}: " + ", ".join(
+        f"{key} {brief(value)}" for key, value in record["shape"].items()
+    )
 
 
 def brief(value: Any) -> str:
@@ -275,7 +304,7 @@ def brief(value: Any) -> str:
 
 
 def cell(record: Record, eager_ms: float | None) -> str:
-    """Milliseconds, rate in the unit of what bounds the op, share of what the ceilings allow, speed over eager's."""
+    """Milliseconds, rate in the unit of what bounds the op, of the roof, speed over eager's."""
     if record["status"] != "ok":
         return record["status"]
     rate, unit = record["gbytes_per_s"], "GB/s"
@@ -283,36 +312,40 @@ def cell(record: Record, eager_ms: float | None) -> str:
         rate, unit = record["tflops_per_s"], "TFLOP/s"
     spread = f"({record['p20_ms']:.4g}-{record['p80_ms']:.4g})"
     faster = f"{eager_ms / record['median_ms']:.2f} x" if eager_ms else ""
-    return f"{record['median_ms']:8.4g} {spread:17} {rate:7.4g} {unit:7} {record['of_roofline']:4.0%} {faster:>8}  "
+    times = f"{record['median_ms']:8.4g} {spread:17}"
+    return f"{times} {rate:7.4g} {unit:7} {record['of_roofline']:4.0%} {faster:>8}  "
 
 
 def draw_roofline(records: Sequence[Record], machine: Machine, about: Record, file: Path) -> None:
     """Colours are ops, marks are providers; full is forward, hollow is backward."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     measured = [record for record in records if record["status"] == "ok"]
-    ops, names = (list(dict.fromkeys(record[key] for record in measured)) for key in ("op", "provider"))
-    colours = dict(zip(ops, pyplot.get_cmap("tab10").colors))
+    ops, names = (
+        list(dict.fromkeys(record[key] for record in measured)) for key in ("op", "provider")
+    )
+    colours = dict(zip(ops, colormaps["tab10"].colors))
     marks = dict(zip(names, itertools.cycle("osD^vP*X<>hp")))
-    figure, axes = pyplot.subplots(figsize=(10.5, 6), layout="constrained")
-    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that the op must move", ylabel="TFLOP/s")
+    figure = Figure(figsize=(10.5, 6), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xscale="log", xlabel="FLOP per byte that the op must move")
+    axes.set(yscale="log", ylabel="TFLOP/s")
     for record in measured:
         point = record["flops"] / record["bytes"], record["tflops_per_s"]
         fill = "full" if record["pass"] == "forward" else "none"
-        axes.plot(*point, marks[record["provider"]], color=colours[record["op"]], fillstyle=fill, alpha=0.8)
+        style = {"color": colours[record["op"]], "fillstyle": fill, "alpha": 0.8}
+        axes.plot(*point, marks[record["provider"]], **style)
     draw_ceilings(axes, machine)
     handles = [axes.plot([], [], "s", color=colours[op], label=op)[0] for op in ops]
     handles += [axes.plot([], [], marks[name], color="grey", label=name)[0] for name in names]
     handles += [axes.plot([], [], "o", color="grey", fillstyle="none", label="hollow: backward")[0]]
-    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize="small")
+    beside = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+    axes.legend(handles=handles, **beside, frameon=False, fontsize="small")
     about = f"{about['device']}, {about['dtype']}, torch {about['torch']}, commit {about['commit']}"
     axes.set_title(about, fontsize="medium", loc="left")
     axes.grid(alpha=0.25)
     figure.savefig(file, dpi=130)
-    pyplot.close(figure)
 
 
 def draw_ceilings(axes: Any, machine: Machine) -> None:
@@ -320,9 +353,11 @@ def draw_ceilings(axes: Any, machine: Machine) -> None:
     ridge, peak = machine.flops_per_s / machine.bytes_per_s, machine.flops_per_s / 1e12
     low, high = axes.get_xlim()[0], max(axes.get_xlim()[1], 10 * ridge)
     axes.plot([low, ridge, high], [low * peak / ridge, peak, peak], color="black", linewidth=1)
-    copy, product = f"copy {machine.bytes_per_s / 1e9:.4g} GB/s", f"product of matrices {peak:.3g} TFLOP/s"
+    copy = f"copy {machine.bytes_per_s / 1e9:.4g} GB/s"
+    product = f"product of matrices {peak:.3g} TFLOP/s"
     middle = (low * ridge) ** 0.5
-    axes.annotate(copy, (middle, middle * peak / ridge), (8, -8), textcoords="offset points", va="top")
+    slope = middle, middle * peak / ridge
+    axes.annotate(copy, slope, (8, -8), textcoords="offset points", va="top")
     axes.annotate(product, (high, peak), (-2, 4), textcoords="offset points", ha="right")
     axes.set(xlim=(low, high), ylim=(None, 2.5 * peak))
 

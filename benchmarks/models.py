@@ -1,4 +1,4 @@
-"""The models that a benchmark runs: the config's checkpoints, or random weights at the shapes of known models."""
+"""The models that a benchmark runs: the config's, or random weights at known models' shapes."""
 
 import functools
 import hashlib
@@ -12,10 +12,11 @@ from transformers import LlamaConfig, LlamaModel, M2M100Config
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
 from mtllm_engine.config import Config
-from mtllm_engine.engine import MOMENTS, TrainedState, shard
+from mtllm_engine.model.build import build_stack
 from mtllm_engine.model.lora import quantised_weights
-from mtllm_engine.model.mtllm import Stack
-from mtllm_engine.model.pretrained import Checkpoint, Weights, build_stack, resolve
+from mtllm_engine.model.stack import Stack
+from mtllm_engine.model.weights import TensorFiles, Weights, resolve
+from mtllm_engine.training.engine import MOMENTS, TrainedState, shard
 from mtllm_engine.world import World
 
 
@@ -30,7 +31,9 @@ def _encoder(*, vocab_size: int, width: int, layers: int, heads: int, ffn: int) 
     )
 
 
-def _decoder(*, vocab_size: int, width: int, layers: int, heads: int, kv_heads: int, ffn: int) -> LlamaConfig:
+def _decoder(
+    *, vocab_size: int, width: int, layers: int, heads: int, kv_heads: int, ffn: int
+) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=width,
@@ -49,15 +52,19 @@ ENCODERS = {
     "tiny": _encoder(vocab_size=2000, width=128, layers=4, heads=4, ffn=384),
 }
 DECODERS = {
-    "llama3_8b": _decoder(vocab_size=128256, width=4096, layers=32, heads=32, kv_heads=8, ffn=14336),
-    "llama3_70b": _decoder(vocab_size=128256, width=8192, layers=80, heads=64, kv_heads=8, ffn=28672),
+    "llama3_8b": _decoder(
+        vocab_size=128256, width=4096, layers=32, heads=32, kv_heads=8, ffn=14336
+    ),
+    "llama3_70b": _decoder(
+        vocab_size=128256, width=8192, layers=80, heads=64, kv_heads=8, ffn=28672
+    ),
     "tiny": _decoder(vocab_size=1000, width=256, layers=4, heads=4, kv_heads=2, ffn=768),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """Our stack, filled, and all that is needed to fill transformers' modules with the same weights."""
+    """Our stack, filled, and what fills transformers' modules with the same weights."""
 
     encoder: M2M100Config
     decoder: LlamaConfig
@@ -75,7 +82,8 @@ class Models:
 
 
 def build_models(config: Config, shape: str, world: World) -> Models:
-    """Args: shape: DECODER+ENCODER for random weights; empty for the checkpoints that the config names.
+    """Args: shape: DECODER+ENCODER for random weights; empty for the checkpoints that the config
+    names.
 
     Raises:
         ValueError: A checkpoint or a shape is not there.
@@ -83,15 +91,21 @@ def build_models(config: Config, shape: str, world: World) -> Models:
     if shape:
         encoder, decoder = _parse_shape(shape)
         with torch.device("meta"):
-            stack, theirs = Stack(config, encoder, decoder), (M2M100Encoder(encoder), LlamaModel(decoder))
+            stack = Stack(config, encoder, decoder)
+            theirs = (M2M100Encoder(encoder), LlamaModel(decoder))
         dtype = getattr(torch, config.model.dtype)
         sides = (_Random(module, world.device, dtype) for module in theirs)
-        weights = Weights(stack, *sides, seed=config.run.seed, projection_init=config.model.projection_init)
+        options = {"seed": config.run.seed, "projection_init": config.model.projection_init}
+        weights = Weights(stack, *sides, **options)
     else:
         stack, weights = build_stack(config)
         encoder = M2M100Config.from_pretrained(resolve(config.model.encoder))
         decoder = LlamaConfig.from_pretrained(resolve(config.model.decoder))
-    trained = {name: _start(name, item.shape) for name, item in stack.named_parameters() if item.requires_grad}
+    trained = {
+        name: _start(name, item.shape)
+        for name, item in stack.named_parameters()
+        if item.requires_grad
+    }
     stack = shard(stack, weights, config, world)
     return Models(encoder=encoder, decoder=decoder, stack=stack, weights=weights, trained=trained)
 
@@ -99,48 +113,57 @@ def build_models(config: Config, shape: str, world: World) -> Models:
 def frozen_tensors(models: Models, side: str) -> dict[str, Callable[[], torch.Tensor]]:
     """What fills transformers' module of a side ("encoder", "decoder"), by its parameters' names.
 
-    In one process these are views of our own weights: nothing is stored twice. Under ZeRO-3, and where ours are
-    quantised, they are read again.
+    In one process these are views of our own weights: nothing is stored twice. Under ZeRO-3, and
+    where ours are quantised, they are read again.
     """
     sources, ours = models.weights.sources, dict(models.stack.named_parameters())
-    checkpoint = sources[f"{side}.embedding.weight"].checkpoint
+    files = sources[f"{side}.embedding.weight"].files
     readers: dict[str, Callable[[], torch.Tensor]] = {}
     for name in models.weights.shapes:
-        if name not in sources or sources[name].checkpoint is not checkpoint:
+        if name not in sources or sources[name].files is not files:
             continue
         parameter, row = ours.get(name), 0
         for full_name in sources[name].names:
-            short = "embed_tokens.weight" if name.endswith("embedding.weight") else _short(full_name)
-            shape = checkpoint.shape(full_name)
+            short = (
+                "embed_tokens.weight" if name.endswith("embedding.weight") else _short(full_name)
+            )
+            shape = files.shape(full_name)
             if parameter is None or hasattr(parameter, "ds_tensor"):
-                readers[short] = functools.partial(_read, checkpoint, full_name, ours[f"{side}.embedding.weight"])
+                readers[short] = functools.partial(
+                    _read, files, full_name, ours[f"{side}.embedding.weight"]
+                )
             else:
-                readers[short] = functools.partial(parameter.data.__getitem__, slice(row, row + shape[0]))
+                readers[short] = functools.partial(
+                    parameter.data.__getitem__, slice(row, row + shape[0])
+                )
             row += shape[0]
     return readers
 
 
-def _read(checkpoint: Checkpoint, name: str, like: torch.Tensor) -> torch.Tensor:
-    shape = checkpoint.shape(name)
-    return checkpoint.read(name, 0, math.prod(shape)).view(shape).to(like.device, like.dtype)
+def _read(files: TensorFiles, name: str, like: torch.Tensor) -> torch.Tensor:
+    shape = files.shape(name)
+    return files.read(name, 0, math.prod(shape)).view(shape).to(like.device, like.dtype)
 
 
 def _short(name: str) -> str:
-    """`model.encoder.layers.0.fc1.bias` -> `layers.0.fc1.bias`, `model.norm.weight` -> `norm.weight`."""
+    """Such as `layers.0.fc1.bias` of `model.encoder.layers.0.fc1.bias`, or `norm.weight`."""
     return name[name.index("layers.") :] if "layers." in name else ".".join(name.split(".")[-2:])
 
 
 def _start(name: str, shape: torch.Size) -> dict[str, torch.Tensor]:
-    value = torch.randn(shape, generator=torch.Generator().manual_seed(_seed(name))) * 0.5 * shape[-1] ** -0.5
+    generator = torch.Generator().manual_seed(_seed(name))
+    value = torch.randn(shape, generator=generator) * 0.5 * shape[-1] ** -0.5
     return {"value": value, **{key: torch.zeros(shape) for key in MOMENTS}}
 
 
 class _Random:
-    """Looks like `pretrained.Checkpoint`; its tensors are drawn, each from its name, where they are needed."""
+    """Looks like `TensorFiles`; a tensor is drawn, from its name, where it is needed."""
 
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         self.folder, self.device, self.dtype = "random weights", device, dtype
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        self.shapes = {
+            name: tuple(parameter.shape) for name, parameter in module.named_parameters()
+        }
         self._latest = functools.lru_cache(maxsize=1)(self._draw)
 
     @property
@@ -157,7 +180,8 @@ class _Random:
         """Matrices that keep the size of what they multiply, norms about 1, small biases."""
         generator = torch.Generator(self.device).manual_seed(_seed(name))
         shape = self.shapes[name]
-        values = torch.empty(shape, device=self.device, dtype=self.dtype).normal_(generator=generator)
+        values = torch.empty(shape, device=self.device, dtype=self.dtype)
+        values.normal_(generator=generator)
         if len(shape) == 2:
             return values.mul_(shape[-1] ** -0.5)
         return values.mul_(0.1).add_(float(name.endswith("norm.weight")))
@@ -170,6 +194,6 @@ def _seed(name: str) -> int:
 def _parse_shape(text: str) -> tuple[M2M100Config, LlamaConfig]:
     decoder, _, encoder = text.partition("+")
     if decoder not in DECODERS or encoder not in ENCODERS:
-        known = f"{'|'.join(DECODERS)}+{'|'.join(ENCODERS)}"
-        raise ValueError(f"--random-weights {text}: write one of {known}, such as llama3_8b+nllb600m")
+        known = f"{'|'.join(DECODERS)}+{'|'.join(ENCODERS)}, such as llama3_8b+nllb600m"
+        raise ValueError(f"--random-weights {text}: write one of {known}")
     return ENCODERS[encoder], DECODERS[decoder]

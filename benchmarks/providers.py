@@ -1,4 +1,4 @@
-"""Ways to compute an op, for benchmarks/kernels.py: ours, eager PyTorch, torch.compile, and what libraries offer."""
+"""Ways to compute an op, for benchmarks/kernels.py: ours, PyTorch's and what libraries offer."""
 
 import functools
 import importlib
@@ -22,9 +22,10 @@ Function = Callable[..., Any]
 class Provider:
     """One way.
 
-    `load` returns the function, or raises ImportError. `adapt` makes the op's arguments the function's, `join` its
-    outputs the op's; neither is timed. Arguments in `without` are None while it is checked, for it draws random numbers
-    of its own. A `partial` one computes less than the op: a floor, and not checked.
+    `load` returns the function, or raises ImportError. `adapt` makes the op's arguments the
+    function's, `join` its outputs the op's; neither is timed. Arguments in `without` are None while
+    it is checked, for it draws random numbers of its own. A `partial` one computes less than the
+    op: a floor, and not checked.
     """
 
     name: str
@@ -41,7 +42,9 @@ class Provider:
         def as_defined(**arguments: Any) -> Any:
             return self.join(function(**self.adapt(**arguments)), arguments)
 
-        return [] if self.partial else disagreements(kernel, as_defined, arguments | dict.fromkeys(self.without))
+        if self.partial:
+            return []
+        return disagreements(kernel, as_defined, arguments | dict.fromkeys(self.without))
 
 
 def providers(kernel: Kernel, device: str, dtype: torch.dtype) -> Iterator[Provider]:
@@ -50,7 +53,8 @@ def providers(kernel: Kernel, device: str, dtype: torch.dtype) -> Iterator[Provi
         if implementation.device == device and dtype in implementation.dtypes:
             yield Provider(label, functools.partial(getattr, implementation, "function"))
     yield Provider("eager", lambda: kernel.reference)
-    if kernel.name != "attention":  # its definition loops over documents: a graph for every list of lengths
+    # Attention's definition loops over documents: a graph for every list of lengths
+    if kernel.name != "attention":
         yield Provider("torch.compile", lambda: torch.compile(kernel.reference, dynamic=False))
     if device == "cuda":
         yield from LIGER.get(kernel.name, ())
@@ -69,7 +73,9 @@ def liger_rms_norm() -> Function:
     plain = from_liger("rms_norm", "LigerRMSNormFunction")
     added = from_liger("fused_add_rms_norm", "LigerFusedAddRMSNormFunction")
 
-    def rms_norm(x_SD: torch.Tensor, weight_D: torch.Tensor, eps: float, residual_SD: torch.Tensor | None) -> Any:
+    def rms_norm(
+        x_SD: torch.Tensor, weight_D: torch.Tensor, eps: float, residual_SD: torch.Tensor | None
+    ) -> Any:
         if residual_SD is None:
             return plain(x_SD, weight_D, eps), x_SD
         return added(x_SD, residual_SD, weight_D, eps)
@@ -82,17 +88,23 @@ def liger_rope() -> Function:
     return lambda q_1HSK, k_1GSK, cos_1SK, sin_1SK: rope(q_1HSK, k_1GSK, cos_1SK, sin_1SK)
 
 
-def separate_heads(heads_SHK: torch.Tensor, cos_Sk: torch.Tensor, sin_Sk: torch.Tensor, num_rotated: int) -> Arguments:
-    """Queries and keys, 4 to 1, as linears of their own would give them: Liger rotates those without copying first."""
-    sizes = (num_rotated * 4 // 5, num_rotated - num_rotated * 4 // 5)
-    q_1HSK, k_1GSK = (x.contiguous().transpose(0, 1)[None] for x in heads_SHK[:, :num_rotated].split(sizes, dim=1))
+def separate_heads(
+    heads_SXK: torch.Tensor, cos_Sk: torch.Tensor, sin_Sk: torch.Tensor, num_rotated: int
+) -> Arguments:
+    """Queries and keys, 4 to 1, as linears of their own would give them.
+
+    Liger rotates those without copying first.
+    """
+    num_queries = num_rotated * 4 // 5
+    parts = heads_SXK[:, :num_queries], heads_SXK[:, num_queries:num_rotated]
+    q_1HSK, k_1GSK = (x.contiguous().transpose(0, 1)[None] for x in parts)
     cos_1SK, sin_1SK = (torch.cat([x, x], dim=1)[None] for x in (cos_Sk, sin_Sk))
     return {"q_1HSK": q_1HSK, "k_1GSK": k_1GSK, "cos_1SK": cos_1SK, "sin_1SK": sin_1SK}
 
 
 def join_heads(outputs: tuple[torch.Tensor, ...], arguments: Arguments) -> torch.Tensor:
     turned = [x_1HSK[0].transpose(0, 1) for x_1HSK in outputs]
-    return torch.cat([*turned, arguments["heads_SHK"][:, arguments["num_rotated"] :]], dim=1)
+    return torch.cat([*turned, arguments["heads_SXK"][:, arguments["num_rotated"] :]], dim=1)
 
 
 def liger_swiglu() -> Function:
@@ -109,10 +121,13 @@ def layer_norm_and_linear(
     bias_D: torch.Tensor | None,
 ) -> torch.Tensor:
     normed_SE = functional.layer_norm(x_SE, x_SE.shape[-1:], norm_weight_E, norm_bias_E, eps)
-    return functional.linear(normed_SE, weight_DE.to(x_SE.dtype), None if bias_D is None else bias_D.to(x_SE.dtype))
+    bias_D = None if bias_D is None else bias_D.to(x_SE.dtype)
+    return functional.linear(normed_SE, weight_DE.to(x_SE.dtype), bias_D)
 
 
-def frozen_linear(x_SD: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Tensor | None, **_: Any) -> torch.Tensor:
+def frozen_linear(
+    x_SD: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Tensor | None, **_: Any
+) -> torch.Tensor:
     return functional.linear(x_SD, weight_FD, bias_F)
 
 
@@ -126,7 +141,9 @@ class Members(nn.ModuleDict):
 def peft_lora() -> Function:
     importlib.import_module("peft")
 
-    def lora(x_SD: torch.Tensor, group: Members, parameters: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def lora(
+        x_SD: torch.Tensor, group: Members, parameters: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
         return torch.func.functional_call(group, parameters, (x_SD,))
 
     return lora
@@ -140,15 +157,17 @@ def separate_members(
     scale: float,
     dropout: Dropout | None,
 ) -> Arguments:
-    """PEFT's modules over the same weights, with adapters in the compute dtype, which is its fastest setting."""
-    starts = sorted({0, *(start for start, _, _ in adapters), *(start + len(b) for start, _, b in adapters)})
+    """PEFT's modules over the same weights, adapters in the compute dtype: its fastest setting."""
+    edges = {edge for start, _, b in adapters for edge in (start, start + len(b))}
+    starts = sorted({0} | edges)
     ends = [*starts[1:], len(weight_FD)]
     bounds = [(start, end) for start, end in zip(starts, ends) if start < end]
     names = {start: f"linear{number}" for number, (start, _) in enumerate(bounds)}
     rank, p = len(adapters[0][1]), 0.0 if dropout is None else dropout.p
     widths = {names[start]: end - start for start, end in bounds}
+    targets = [names[start] for start, _, _ in adapters]
     config = {"r": rank, "lora_alpha": scale * rank, "lora_dropout": p}
-    group = peft_group(x_SD.shape[1], widths, bias_F is not None, [names[start] for start, _, _ in adapters], config)
+    group = peft_group(x_SD.shape[1], widths, bias_F is not None, targets, config)
     adapted, parameters = {start: pair for start, *pair in adapters}, {}
     for start, end in bounds:
         inner = f"{names[start]}.base_layer" if start in adapted else names[start]
@@ -160,11 +179,14 @@ def separate_members(
     return {"x_SD": x_SD, "group": group, "parameters": parameters}
 
 
-def peft_group(width: int, widths: dict[str, int], bias: bool, targets: list[str], config: dict[str, Any]) -> Members:
+def peft_group(
+    width: int, widths: dict[str, int], bias: bool, targets: list[str], config: dict[str, Any]
+) -> Members:
     """Without storage: `functional_call` brings the weights."""
     import peft
 
-    linears = {name: nn.Linear(width, out, bias=bias, device="meta") for name, out in widths.items()}
+    options = {"bias": bias, "device": "meta"}
+    linears = {name: nn.Linear(width, out, **options) for name, out in widths.items()}
     config = peft.LoraConfig(target_modules=targets, **config)
     return peft.inject_adapter_in_model(config, Members(linears), low_cpu_mem_usage=True).train()
 
@@ -179,7 +201,11 @@ LIBRARIES = {
     "lora_linear": (
         Provider("frozen GEMM alone", lambda: frozen_linear, partial=True),
         Provider(
-            "PEFT", peft_lora, separate_members, lambda outputs, _: torch.cat(outputs, dim=1), without=("dropout",)
+            "PEFT",
+            peft_lora,
+            separate_members,
+            lambda outputs, _: torch.cat(outputs, dim=1),
+            without=("dropout",),
         ),
     ),
 }

@@ -1,11 +1,13 @@
-"""A whole optimizer step of ours beside what people use today, on the same documents, weights and adapters.
+"""A whole optimizer step of ours beside what people use today: same documents, weights, adapters.
 
-    python -m benchmarks.step CONFIG [section.key=value ...] --baseline all --lengths 350,40,equal --out step.jsonl
-    deepspeed --num_gpus 8 --module benchmarks.step CONFIG ... --out step-8.jsonl        the same under ZeRO-3
-    python -m benchmarks.step --scaling step-1.jsonl step-8.jsonl                        efficiency over rank counts
+    python -m benchmarks.step CONFIG [section.key=value ...] --baseline all \\
+        --lengths 350,40,equal --out step.jsonl
+    deepspeed --num_gpus 8 --module benchmarks.step CONFIG ...     # the same under ZeRO-3
+    python -m benchmarks.step --scaling step-1.jsonl step-8.jsonl  # efficiency over rank counts
 
-The learning rate is 0: the optimizer does all its work, yet every variant sees the same weights in every step, so that
-losses and gradient norms are compared in all of them. Where they differ there is one line, and no figure.
+The learning rate is 0: the optimizer does all its work, yet every variant sees the same weights in
+every step, so that losses and gradient norms are compared in all of them. Where they differ there
+is one line, and no figure.
 """
 
 import argparse
@@ -29,24 +31,27 @@ from benchmarks.measure import Part, Variant
 from benchmarks.models import Models, build_models
 from mtllm_engine import config as configs
 from mtllm_engine.config import Config
-from mtllm_engine.data.stream import Step, agree, build_stream
-from mtllm_engine.engine import PlainEngine, ZeroEngine, build_engine
-from mtllm_engine.metrics import environment, pair_tokens
+from mtllm_engine.data.stream import GlobalBatch, agree, build_stream
+from mtllm_engine.model.build import build_tokenizer
 from mtllm_engine.model.decoder import DecoderLayer
-from mtllm_engine.model.pretrained import build_tokenizer
-from mtllm_engine.train import train_step
-from mtllm_engine.world import Agreed, World, connect
+from mtllm_engine.training.engine import PlainEngine, ZeroEngine, build_engine
+from mtllm_engine.training.launch import launched_words, tell
+from mtllm_engine.training.log import environment, pair_tokens
+from mtllm_engine.training.step import train_step
+from mtllm_engine.world import AgreedError, World, connect
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of losses and norms, relative: sums of many roundings, none larger
-QUANTISED = {"full": 0.0, "fp8": 0.1, "nf4": 0.3}  # between ours on such a base and baselines on the full one
-BASELINES = ("recipe", "stack", "all")
+# Of losses and norms, relative: sums of many roundings, none larger.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+# Between ours, quantised, and baselines, which are not.
+QUANTISED = {"none": 0.0, "fp8": 0.1, "nf4": 0.3}
+BASELINES = ("padded", "unpadded", "all")
 WARM_UP = 2  # steps: allocators, autotuning and DeepSpeed's prefetch trace settle
 SIZES = tuple(2**power for power in range(11, 16))  # pack tokens of --linear
 
 
 @dataclasses.dataclass(kw_only=True)
 class Ours:
-    """`train.train_step`, as training calls it, at the learning rate 0 that ends the schedule."""
+    """`train_step`, as training calls it, at the learning rate 0 that ends the schedule."""
 
     config: Config
     world: World
@@ -54,38 +59,28 @@ class Ours:
     module: nn.Module
     name: str = "ours"
 
-    def run(self, work: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        outcome = _Outcome()
-        train_step(self.config, self.world, self.engine, work, self.config.optim.steps, outcome)
-        return outcome.loss, outcome.grad_norm
+    def run(self, global_batch: GlobalBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        last = self.config.optim.steps
+        result = train_step(self.config, self.world, self.engine, global_batch, last)
+        assert result.lr == 0
+        return result.loss, result.grad_norm
 
     @property
     def parts(self) -> list[Part]:
         return [
             (self.module.encoder, "forward", "encoder"),
-            (DecoderLayer, "_run", lambda layer, hidden, stream: "student" if stream.grad else "teacher"),
+            (DecoderLayer, "_run", lambda _, hidden, stream: ("teacher", "student")[stream.grad]),
             (self.engine, "backward", "backward"),
             (self.engine, "step", "optimizer"),
         ]
 
 
-class _Outcome:
-    """Takes what `train_step` records."""
-
-    def data(self, work: Step) -> None:
-        pass
-
-    def result(self, loss: torch.Tensor, grad_norm: torch.Tensor, moments: torch.Tensor, lr: float) -> None:
-        assert lr == 0
-        self.loss, self.grad_norm = loss, grad_norm
-
-
 class Check:
-    """Compares each step's loss and gradient norm with those of the variant that ran the step first."""
+    """Compares a step's loss and gradient norm with those of the variant that ran it first."""
 
-    def __init__(self, dtype: str, world: World, base: str = "full") -> None:
+    def __init__(self, dtype: str, world: World, quantization: str = "none") -> None:
         self.tolerance, self.world = TOLERANCE[dtype], world
-        self.tolerance_of_ours = max(self.tolerance, QUANTISED[base])
+        self.tolerance_of_ours = max(self.tolerance, QUANTISED[quantization])
         self.first: dict[int, tuple[str, list[float]]] = {}
         self.worst: dict[str, float] = {}
 
@@ -98,8 +93,9 @@ class Check:
             error = abs(value - wanted) / abs(wanted)
             self.worst[name] = max(self.worst.get(name, 0.0), error)
             if not error <= tolerance:
-                told = f"step {step}: the {kind} of {name} is {value:.6g}, that of {other} {wanted:.6g}; "
-                raise Agreed(ValueError(f"{told}{error:.1e} apart, above {tolerance:.0e}: no figures"))
+                values = f"the {kind} of {name} is {value:.6g}, that of {other} {wanted:.6g}"
+                apart = f"{error:.1e} apart, above {tolerance:.0e}: no figures"
+                raise AgreedError(ValueError(f"step {step}: {values}; {apart}"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,33 +109,47 @@ class Bench:
     arguments: argparse.Namespace
     machine: dict[str, Any]  # what every row says of it
 
-    def draw(self, lengths: Lengths, count: int, *, tokens: int = 0, max_tokens: int = 0) -> list[Step]:
+    def draw(
+        self, lengths: Lengths, count: int, *, tokens: int = 0, max_tokens: int = 0
+    ) -> list[GlobalBatch]:
         """Steps of `tokens` on each side and rank."""
-        share = (self.arguments.tokens or self.config.memory.max_tokens * self.world.size) // self.world.size
+        most = self.config.memory.max_tokens
+        share = (self.arguments.tokens or most * self.world.size) // self.world.size
         if share < lengths.longest:
-            raise Agreed(ValueError(f"--tokens leaves a rank {share}, below data.max_length={lengths.longest}"))
+            message = f"--tokens leaves a rank {share}, below data.max_length={lengths.longest}"
+            raise AgreedError(ValueError(message))
         vocabularies = (self.models.encoder.vocab_size, self.models.decoder.vocab_size)
         drawn = Drawn(lengths=lengths, tokens=tokens or share, vocabularies=vocabularies)
-        return drawn.works(count, self.world, max_tokens or self.config.memory.max_tokens)
+        return drawn.global_batches(count, self.world, max_tokens or most)
 
-    def row(self, variant: Variant, works: list[Step], seconds: list[list[float]], check: Check) -> dict[str, Any]:
-        """What is told of a variant. Args: seconds: by step and rank; a step takes as long as its last rank."""
+    def row(
+        self,
+        variant: Variant,
+        global_batches: list[GlobalBatch],
+        seconds: list[list[float]],
+        check: Check,
+    ) -> dict[str, Any]:
+        """A variant's figures.
+
+        Args:
+            seconds: By step and rank; a step takes as long as its last rank.
+        """
         step_s = [max(ranks) for ranks in seconds]
-        pairs = [pair_tokens(work.student_tokens, work.teacher_tokens) for work in works]
-        pairs_per_s = measure.spread([pairs / taken_s for pairs, taken_s in zip(pairs, step_s)])
-        tflops = 6 * self.models.matmul_parameters * pairs_per_s["median"] / self.world.size / 1e12  # of one device
+        pairs = [pair_tokens(each.student_tokens, each.teacher_tokens) for each in global_batches]
+        documents = [each.totals.documents for each in global_batches]
+        pairs_per_s = _rates(pairs, step_s)
+        flops_per_pair = 6 * self.models.matmul_parameters
+        tflops = flops_per_pair * pairs_per_s["median"] / self.world.size / 1e12  # of one device
         peak = measure.nominal_tflops(self.machine["device"])
         return {
             "variant": variant.name,
             **self.machine,
             "batch": getattr(variant, "batch", self.config.memory.max_tokens),
-            "steps": len(works),
-            "documents": works[0].totals.documents,
+            "steps": len(global_batches),
+            "documents": documents[0],
             "pair_tokens": pairs[0],
             "pairs_per_s": pairs_per_s,
-            "documents_per_s": measure.spread(
-                [work.totals.documents / taken_s for work, taken_s in zip(works, step_s)]
-            ),
+            "documents_per_s": _rates(documents, step_s),
             "step_s": measure.spread(step_s),
             "rank_step_s": [measure.extremes(ranks) for ranks in zip(*seconds)],
             "tflops": tflops,
@@ -149,100 +159,119 @@ class Bench:
         }
 
 
+def _rates(counts: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
+    return measure.spread([count / taken_s for count, taken_s in zip(counts, seconds)])
+
+
 def compare(bench: Bench, text: str) -> list[dict[str, Any]]:
     """A row for each variant at one distribution of lengths.
 
     Raises:
         ValueError: Losses or gradient norms differ.
     """
-    works = bench.draw(parse_lengths(text, bench.config.data.max_length), WARM_UP + bench.arguments.steps)
+    lengths = parse_lengths(text, bench.config.data.max_length)
+    global_batches = bench.draw(lengths, WARM_UP + bench.arguments.steps)
     for variant in bench.variants:
-        _make_fit(variant, works[0], bench.world)
+        _make_fit(variant, global_batches[0], bench.world)
     check = _build_check(bench)
-    seconds = measure.rounds(bench.variants, works, bench.world, check)
+    seconds = measure.rounds(bench.variants, global_batches, bench.world, check)
     rows = []
     for variant in bench.variants:
-        row = bench.row(variant, works[WARM_UP:], seconds[variant.name][WARM_UP:], check)
-        rows.append(row | {"data": "excluded", "lengths": text} | _inside(bench, variant, works[-1]))
+        row = bench.row(variant, global_batches[WARM_UP:], seconds[variant.name][WARM_UP:], check)
+        row |= {"data": "excluded", "lengths": text}
+        rows.append(row | _inside(bench, variant, global_batches[-1]))
     return rows
 
 
 def _build_check(bench: Bench) -> Check:
-    return Check(bench.config.model.dtype, bench.world, bench.config.model.base)
+    return Check(bench.config.model.dtype, bench.world, bench.config.model.quantization)
 
 
-def _make_fit(variant: Variant, work: Step, world: World) -> None:
+def _make_fit(variant: Variant, global_batch: GlobalBatch, world: World) -> None:
     """Halves a baseline's micro-batches until a step fits into the GPU's memory."""
     while world.device.type == "cuda":
         try:
-            variant.run(work)
+            variant.run(global_batch)
             return
         except torch.OutOfMemoryError as error:
             if not isinstance(variant, Baseline) or variant.batch == 1 or world.size > 1:
-                raise ValueError(f"{variant.name} does not fit into memory; lower memory.max_tokens") from error
+                message = f"{variant.name} does not fit into memory; lower memory.max_tokens"
+                raise ValueError(message) from error
             variant.batch //= 2
         variant.module.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
 
 
-def _inside(bench: Bench, variant: Variant, work: Step) -> dict[str, Any]:
+def _inside(bench: Bench, variant: Variant, global_batch: GlobalBatch) -> dict[str, Any]:
     """Where a step's time and memory go, in passes of their own."""
     file, world = bench.arguments.profile, bench.world
     if file is not None and variant.name != "ours":
         file = file.with_stem(f"{file.stem}-{variant.name.replace(' ', '-')}")
-    seen = measure.trace(variant, work, world, file if world.is_main else None)
-    parts = measure.split(variant, work, world) | {"collectives": seen.pop("collectives_s")}
-    inside = {"split_s": parts, **seen, "peak_bytes": measure.kept_bytes(variant) + seen["step_bytes"]}
+    seen = measure.trace(variant, global_batch, world, file if world.is_main else None)
+    parts = measure.split(variant, global_batch, world) | {"collectives": seen.pop("collectives_s")}
+    inside = {
+        "split_s": parts,
+        **seen,
+        "peak_bytes": measure.kept_bytes(variant) + seen["step_bytes"],
+    }
     if world.size > 1:
-        inside["gathered_bytes"] = measure.gathered_bytes(variant, work)
+        inside["gathered_bytes"] = measure.gathered_bytes(variant, global_batch)
     return inside
 
 
 def included(bench: Bench) -> list[dict[str, Any]]:
-    """The same with the data's own cost: each variant alone, fed by the stream of the config's corpora."""
+    """The same with the data's own cost: each variant alone, fed by the config's corpora."""
     config, world = bench.config, bench.world
     tokenizer = build_tokenizer(config, bench.models.stack)
     check = _build_check(bench)
     rows = []
-    for variant in (variant for variant in bench.variants if variant.name in ("ours", "recipe")):
+    for variant in (variant for variant in bench.variants if variant.name in ("ours", "padded")):
         stream = build_stream(config.data, tokenizer, world, seed=config.run.seed)
-        works, seconds, waits = [], [], []
+        next_batch = functools.partial(agree, stream, world, config.memory.max_tokens)
+        global_batches, seconds, waits = [], [], []
         for step in range(WARM_UP + config.data.prefetch + bench.arguments.steps):
-            work, wait_s = measure.timed(functools.partial(agree, stream, world, config.memory.max_tokens), world)
-            result, run_s = measure.timed(functools.partial(variant.run, work), world)
+            global_batch, wait_s = measure.timed(next_batch, world)
+            result, run_s = measure.timed(functools.partial(variant.run, global_batch), world)
             check(variant.name, step, result)
-            works.append(work)
+            global_batches.append(global_batch)
             waits.append(wait_s)
             seconds.append(world.gather(wait_s + run_s))
         stream.close()
-        timed = slice(WARM_UP + config.data.prefetch, None)  # what was read ahead while nothing trained is not counted
-        row = bench.row(variant, works[timed], seconds[timed], check)
-        rows.append(row | {"data": "included", "lengths": "corpus", "data_wait_s": measure.spread(waits[timed])})
+        # What was read ahead while nothing trained is not counted.
+        timed = slice(WARM_UP + config.data.prefetch, None)
+        row = bench.row(variant, global_batches[timed], seconds[timed], check)
+        row |= {"data": "included", "lengths": "corpus"}
+        rows.append(row | {"data_wait_s": measure.spread(waits[timed])})
     return rows
 
 
 def linear(bench: Bench, text: str) -> list[dict[str, Any]]:
     """Our cost per token at packs of 2k to 32k tokens."""
     lengths = parse_lengths(text, bench.config.data.max_length)
-    steps = [bench.draw(lengths, WARM_UP + bench.arguments.steps, tokens=size, max_tokens=size) for size in SIZES]
+    steps = [
+        bench.draw(lengths, WARM_UP + bench.arguments.steps, tokens=size, max_tokens=size)
+        for size in SIZES
+    ]
     ours, check = bench.variants[0], _build_check(bench)
-    works = [work for turn in zip(*steps) for work in turn]  # sizes interleaved
-    seconds = measure.rounds([ours], works, bench.world, check)[ours.name]
+    global_batches = [each for turn in zip(*steps) for each in turn]  # sizes interleaved
+    seconds = measure.rounds([ours], global_batches, bench.world, check)[ours.name]
     rows = []
     for number, size in enumerate(SIZES):
         timed = slice(WARM_UP * len(SIZES) + number, None, len(SIZES))
-        row = bench.row(ours, works[timed], seconds[timed], check)
+        row = bench.row(ours, global_batches[timed], seconds[timed], check)
         rows.append(row | {"data": "excluded", "lengths": text, "pack_tokens": size})
     return rows
 
 
 def run(bench: Bench) -> int:
-    """Measures what the command line asks for; rank 0 writes each part when it is there, and prints them all."""
+    """Measures what the command line asks for; rank 0 writes each part when it is there, and prints
+    them all."""
     arguments = bench.arguments
     measured = linear if arguments.linear else compare
     parts = [functools.partial(measured, bench, text) for text in arguments.lengths.split(",")]
     corpora = [Path(path) for path in bench.config.data.train]
-    if not arguments.linear and not arguments.random_weights and all(path.is_dir() for path in corpora):
+    is_real = not (arguments.linear or arguments.random_weights)
+    if is_real and all(path.is_dir() for path in corpora):
         parts.append(functools.partial(included, bench))
     rows: list[dict[str, Any]] = []
     for part in parts:
@@ -252,35 +281,37 @@ def run(bench: Bench) -> int:
             arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if not bench.world.is_main:
         return 0
-    return tables.show_linear(rows, arguments.out) if arguments.linear else tables.show(rows, arguments.out)
+    show = tables.show_linear if arguments.linear else tables.show
+    return show(rows, arguments.out)
 
 
 def build_bench(arguments: argparse.Namespace, config: Config, world: World) -> Bench:
     models = world.together(lambda: build_models(config, arguments.random_weights, world))
     engine = build_engine(config, models.stack, world)
     engine.load_trained_state(models.trained, step=0)
-    baselines = build_baselines(arguments.baseline, config, models, world) if not arguments.linear else []
+    choice = "" if arguments.linear else arguments.baseline
+    baselines = build_baselines(choice, config, models, world)
     ours = Ours(config=config, world=world, engine=engine, module=models.stack)
     dtype = getattr(torch, config.model.dtype)
     machine = environment(world) | {
         "driver": measure.driver(world.device),
         "zero_stage": config.zero.stage,
         "dtype": config.model.dtype,
-        "base": config.model.base,
-        "tolerance": max(TOLERANCE[config.model.dtype], QUANTISED[config.model.base]),
+        "quantization": config.model.quantization,
+        "tolerance": max(TOLERANCE[config.model.dtype], QUANTISED[config.model.quantization]),
         "weights": arguments.random_weights or f"{config.model.decoder}+{config.model.encoder}",
         "gemm_tflops": measure.gemm_tflops(world.device, dtype),
     }
     if world.size > 1:
         layer_bytes = models.matmul_parameters // models.decoder.num_hidden_layers * dtype.itemsize
         machine["all_gather_gbytes_per_s"] = measure.all_gather_gbytes_per_s(layer_bytes, world)
-    variants = [ours, *baselines]
-    return Bench(config=config, world=world, models=models, variants=variants, arguments=arguments, machine=machine)
+    parts = {"config": config, "world": world, "models": models, "machine": machine}
+    return Bench(**parts, variants=[ours, *baselines], arguments=arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry of `python -m benchmarks.step`; DeepSpeed's launcher puts `--local_rank=N` first."""
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]
+    words = launched_words(argv)
     arguments = _build_parser().parse_intermixed_args(words)
     world = None
     try:
@@ -290,11 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         world = connect()
         status = run(build_bench(arguments, config, world))
     except (ValueError, OSError) as error:
-        is_common = world is None or isinstance(error, Agreed)
-        if not is_common or os.environ.get("RANK", "0") == "0":
-            print("benchmarks.step: error:", " ".join(str(error).split()), file=sys.stderr)
-        if isinstance(error, Agreed):
-            world.close()
+        tell(error, "benchmarks.step", world)
         return 1
     world.close()
     return status
@@ -305,37 +332,49 @@ def _configure(arguments: argparse.Namespace) -> Config:
     if arguments.config is None:
         raise ValueError("name a CONFIG, such as configs/nllb600m_llama3_8b.toml")
     if arguments.baseline not in ("", *BASELINES):
-        raise ValueError(f"--baseline {arguments.baseline}: write recipe, stack or all")
+        raise ValueError(f"--baseline {arguments.baseline}: write padded, unpadded or all")
     if arguments.steps < 1:
         raise ValueError(f"--steps must be at least 1, not {arguments.steps}")
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU that PyTorch sees")
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # variants take turns in one pool
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler tells of each start and stop
-    warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing`")  # PEFT's
+    # Variants take turns in one pool; the profiler tells of each start and stop; PEFT warns.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    deprecated = "`is_gradient_checkpointing`"
+    warnings.filterwarnings("ignore", category=FutureWarning, message=deprecated)
     stage = 3 if "RANK" in os.environ else 0
-    config = configs.load(arguments.config, [*arguments.overrides, f"zero.stage={stage}", "lora.dropout=0.0"])
+    ours = [f"zero.stage={stage}", "lora.dropout=0.0"]
+    config = configs.load(arguments.config, [*arguments.overrides, *ours])
     for text in arguments.lengths.split(","):
         parse_lengths(text, config.data.max_length)
     return config
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="benchmarks.step", description="A whole optimizer step beside its baselines.")
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="TOML file, as for training")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--baseline", default="", metavar="NAME", help="recipe, stack or all (default: ours alone)")
-    parser.add_argument("--lengths", default="350", help="median tokens of a document, or equal; several with commas")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU if there is one")
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps of each variant (default: 5)")
-    parser.add_argument("--tokens", type=int, metavar="N", help="a step's tokens, each side, over all ranks")
-    parser.add_argument("--random-weights", default="", metavar="SHAPE", help="such as llama3_8b+nllb600m")
-    parser.add_argument("--linear", action="store_true", help="our cost per token at packs of 2k to 32k tokens")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="a JSON line per variant, and a chart beside it")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="a trace for Perfetto, one for each variant")
-    parser.add_argument("--scaling", type=Path, nargs="+", metavar="FILE", help="compare --out files of several sizes")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.step", description="A whole optimizer step beside its baselines."
+    )
+    add = parser.add_argument
+    add("config", nargs="?", metavar="CONFIG", help="TOML file, as for training")
+    add("overrides", nargs="*", metavar="section.key=value")
+    names = "padded, unpadded or all (default: ours alone)"
+    add("--baseline", default="", metavar="NAME", help=names)
+    lengths = "median tokens of a document, or equal; several with commas"
+    add("--lengths", default="350", help=lengths)
+    add("--device", choices=["cpu", "cuda"], help="default: the GPU if there is one")
+    steps = "timed steps of each variant (default: 5)"
+    add("--steps", type=int, default=5, metavar="N", help=steps)
+    add("--tokens", type=int, metavar="N", help="a step's tokens, each side, over all ranks")
+    add("--random-weights", default="", metavar="SHAPE", help="such as llama3_8b+nllb600m")
+    packs = "our cost per token at packs of 2k to 32k tokens"
+    add("--linear", action="store_true", help=packs)
+    add("--out", type=Path, metavar="FILE", help="a JSON line per variant, and a chart beside it")
+    traces = "a trace for Perfetto, one for each variant"
+    add("--profile", type=Path, metavar="FILE", help=traces)
+    files = "compare --out files of several sizes"
+    add("--scaling", type=Path, nargs="+", metavar="FILE", help=files)
     return parser
 
 

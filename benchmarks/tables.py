@@ -14,11 +14,13 @@ Row = dict[str, Any]
 def show(rows: Sequence[Row], out: Path | None) -> int:
     """Prints figures and parts, by lengths; draws the chart."""
     first = rows[0]
-    print(f"{first['world_size']} x {first['device']}, ZeRO stage {first['zero_stage']}, {first['dtype']}", end=", ")
-    print(f"weights {first['weights']}, commit {first['commit']}")
-    if first["base"] != "full":
-        told = f"ours holds the LLM's linears in {first['base']}, baselines in full"
-        print(f"{told}: losses and gradient norms may be {first['tolerance']:.0%} apart, and errors say how far")
+    where = f"{first['world_size']} x {first['device']}, ZeRO stage {first['zero_stage']}"
+    weights = f"{first['dtype']}, weights {first['weights']}"
+    print(f"{where}, {weights}, commit {first['commit']}")
+    if first["quantization"] != "none":
+        ours = f"ours holds the LLM's linears in {first['quantization']}, baselines in full"
+        apart = f"losses and gradient norms may be {first['tolerance']:.0%} apart"
+        print(f"{ours}: {apart}, and errors say how far")
     print(f"a product of large random matrices reaches {first['gemm_tflops']:.4g} TFLOP/s here")
     if "all_gather_gbytes_per_s" in first:
         print(f"an all-gather of a layer reaches {first['all_gather_gbytes_per_s']:.4g} GB/s")
@@ -57,7 +59,9 @@ def _figures(row: Row, first: Row) -> dict[str, str]:
 
 
 def _parts(row: Row) -> dict[str, str]:
-    return {"variant": row["variant"]} | {name: f"{1000 * taken_s:.1f}" for name, taken_s in row["split_s"].items()}
+    return {"variant": row["variant"]} | {
+        name: f"{1000 * taken_s:.1f}" for name, taken_s in row["split_s"].items()
+    }
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
@@ -66,7 +70,8 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths))
         )
         for line in lines
     )
@@ -74,32 +79,41 @@ def table(rows: Sequence[dict[str, str]]) -> str:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Bars: pairs/s and peak memory of each variant, by lengths."""
-    pyplot = _pyplot()
+    from matplotlib.figure import Figure
+
     rows = [row for row in rows if "peak_bytes" in row]
-    groups, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("lengths", "variant"))
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    groups, names = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("lengths", "variant")
+    )
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, title, value in (
         (axes[0], "pairs/s", lambda row: row["pairs_per_s"]["median"]),
         (axes[1], "peak memory of a rank, MiB", lambda row: row["peak_bytes"] / 2**20),
     ):
         for number, name in enumerate(names):
             heights = {row["lengths"]: value(row) for row in rows if row["variant"] == name}
-            places = [group + number / (len(names) + 1) for group in range(len(groups))]
-            bars = axis.bar(places, [heights[group] for group in groups], 1 / (len(names) + 1.5), label=name)
-            axis.bar_label(bars, fmt="%.0f", fontsize=8)
+            lefts = [group + number / (len(names) + 1) for group in range(len(groups))]
+            width, values = 1 / (len(names) + 1.5), [heights[group] for group in groups]
+            axis.bar_label(axis.bar(lefts, values, width, label=name), fmt="%.0f", fontsize=8)
         middle = (len(names) - 1) / (len(names) + 1) / 2
-        axis.set_xticks([group + middle for group in range(len(groups))], [f"lengths {group}" for group in groups])
+        middles = [group + middle for group in range(len(groups))]
+        axis.set_xticks(middles, [f"lengths {group}" for group in groups])
         axis.set_title(title)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
+    below = {"loc": "outside lower center", "ncols": len(names), "frameon": False}
+    figure.legend(*axes[0].get_legend_handles_labels(), **below)
     figure.suptitle(_caption(rows[0]), fontsize=9)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
     print(f"\nchart: {path}")
 
 
 def show_linear(rows: Sequence[Row], out: Path | None) -> int:
-    """Our cost per token by pack size, for each distribution of lengths. Returns 1 when one is not linear."""
+    """Our cost per token by pack size, for each distribution of lengths.
+
+    Returns:
+        1 when one is not linear.
+    """
     costs = {text: [] for text in dict.fromkeys(row["lengths"] for row in rows)}
     sizes = list(dict.fromkeys(row["pack_tokens"] for row in rows))
     for row in rows:
@@ -108,12 +122,17 @@ def show_linear(rows: Sequence[Row], out: Path | None) -> int:
     for text, of_size in costs.items():
         middle = statistics.median(of_size)
         lines = [
-            {"pack tokens": str(size), "us/pair": f"{cost:.3f}", "of the median": f"{cost / middle:.2f}"}
+            {
+                "pack tokens": f"{size}",
+                "us/pair": f"{cost:.3f}",
+                "of the median": f"{cost / middle:.2f}",
+            }
             for size, cost in zip(sizes, of_size)
         ]
         worst[text] = max(abs(cost / middle - 1) for cost in of_size)
-        told = "linear" if worst[text] <= LINEAR else "not linear"
-        print(f"\nlengths {text}\n{table(lines)}\ncost per token within {worst[text]:.0%} of its median: {told}")
+        verdict = "linear" if worst[text] <= LINEAR else "not linear"
+        print(f"\nlengths {text}\n{table(lines)}")
+        print(f"cost per token within {worst[text]:.0%} of its median: {verdict}")
     if out is not None:
         draw_linear(sizes, costs, rows[0], out.with_suffix(".png"))
     return int(max(worst.values()) > LINEAR)
@@ -121,12 +140,15 @@ def show_linear(rows: Sequence[Row], out: Path | None) -> int:
 
 def draw_linear(sizes: Sequence[int], costs: dict[str, list[float]], row: Row, path: Path) -> None:
     """Lines, each in the band that is called linear."""
-    pyplot = _pyplot()
-    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
     for text, of_size in costs.items():
         (line,) = axis.plot(sizes, of_size, marker="o", label=f"lengths {text}")
         middle = statistics.median(of_size)
-        axis.fill_between(sizes, (1 - LINEAR) * middle, (1 + LINEAR) * middle, color=line.get_color(), alpha=0.12)
+        band = ((1 - LINEAR) * middle, (1 + LINEAR) * middle)
+        axis.fill_between(sizes, *band, color=line.get_color(), alpha=0.12)
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axis.minorticks_off()
@@ -136,16 +158,17 @@ def draw_linear(sizes: Sequence[int], costs: dict[str, list[float]], row: Row, p
     axis.legend(frameon=False, loc="lower right")
     axis.set_title(_caption(row), fontsize=9)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
     print(f"\nchart: {path}")
 
 
 def _caption(row: Row) -> str:
-    return f"{row['world_size']} x {row['device']}, {row['weights']}, {row['dtype']}, commit {row['commit']}"
+    device = f"{row['world_size']} x {row['device']}"
+    return f"{device}, {row['weights']}, {row['dtype']}, commit {row['commit']}"
 
 
 def show_scaling(files: Sequence[Path]) -> int:
-    """Throughput over rank counts, against the smallest; weak where a rank's share stays, strong where the whole does.
+    """Throughput over rank counts, against the smallest; weak where a rank's share stays, strong
+    where the whole does.
 
     Raises:
         ValueError: A file holds no rows of this benchmark.
@@ -174,7 +197,9 @@ def _scaled(row: Row, first: Row) -> dict[str, str]:
         "efficiency": f"{gain * first['world_size'] / ranks:.1%}",
         "ranks' median ms": f"{1000 * fastest:.1f}-{1000 * slowest:.1f}",
         "gathered MiB": f"{row['gathered_bytes'] / 2**20:.1f}" if "gathered_bytes" in row else "-",
-        "all-gather GB/s": f"{row['all_gather_gbytes_per_s']:.3g}" if "all_gather_gbytes_per_s" in row else "-",
+        "all-gather GB/s": f"{row['all_gather_gbytes_per_s']:.3g}"
+        if "all_gather_gbytes_per_s" in row
+        else "-",
     }
 
 
@@ -186,12 +211,3 @@ def _load(file: Path) -> list[Row]:
     if not rows or any("rank_step_s" not in row for row in rows):
         raise ValueError(f"{file} holds no rows of benchmarks.step --out")
     return rows
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

@@ -1,4 +1,5 @@
 // The ops' schemas, once for all devices: csrc/cpu and csrc/cuda implement them, kernels/<op>/native.py calls them.
+// kernels/<op>/__init__.py has the letters.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(mtllm, library) {
@@ -18,7 +19,7 @@ STABLE_TORCH_LIBRARY(mtllm, library) {
       "rms_norm_backward(Tensor dy_SD, Tensor? dhidden_SD, Tensor hidden_SD, Tensor weight_D, Tensor rstd_S) "
       "-> Tensor dx_SD");
   library.def(
-      "rope(Tensor source_SHK, Tensor(a!) out_SHK, Tensor cos_Sk, Tensor sin_Sk, int num_rotated, bool inverse) -> ()");
+      "rope(Tensor source_SXK, Tensor(a!) out_SXK, Tensor cos_Sk, Tensor sin_Sk, int num_rotated, bool inverse) -> ()");
   library.def("swiglu_forward(Tensor gate_up_SF) -> Tensor y_SF");
   library.def("swiglu_backward(Tensor dy_SF, Tensor gate_up_SF) -> Tensor dgate_up_SF");
 }

@@ -17,9 +17,12 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def place(num_rows, num_columns, GROUP, BLOCK_ROWS, BLOCK_COLUMNS):
-    """First row and column of this program's tile: down GROUP blocks of rows, which thus share the columns' operand
-    while it is in L2, then on to the next columns."""
+def tile_origin(num_rows, num_columns, GROUP, BLOCK_ROWS, BLOCK_COLUMNS):
+    """First row and column of this program's tile.
+
+    Tiles go down GROUP blocks of rows, which thus share the columns' operand while it is in L2,
+    then on to the next columns.
+    """
     row_blocks, column_blocks = tl.cdiv(num_rows, BLOCK_ROWS), tl.cdiv(num_columns, BLOCK_COLUMNS)
     program = tl.program_id(0)
     first = program // (GROUP * column_blocks) * GROUP

@@ -1,7 +1,8 @@
-"""The ops of csrc/, built on first use by a compiler alone: no ninja, no Python headers, seconds instead of minutes.
+"""The ops of csrc/, built on first use.
 
-They use torch's stable ABI, so that a library built with any torch from 2.11 on would run with any other; yet the cache
-keeps one for each.
+By a compiler alone: no ninja, no Python headers, seconds instead of minutes. They use torch's
+stable ABI, so that a library built with any torch from 2.11 on would run with any other; yet the
+cache keeps one for each.
 """
 
 import contextlib
@@ -18,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from mtllm_engine.files import cache_folder
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"  # in a checkout, and in a wheel
 SOURCES = {"cpu": ("ops.cpp", "cpu/*.cpp"), "cuda": ("cuda/*.cpp", "cuda/*.cu")}
@@ -44,7 +47,7 @@ def load(device: str) -> None:
         device: "cpu" or "cuda".
 
     Raises:
-        ImportError: There is no compiler, or what it makes of the sources does not load here; in one line.
+        ImportError: There is no compiler, or its library does not load here; in one line.
     """
     if device == "cuda":
         load("cpu")  # has the schemas
@@ -58,14 +61,18 @@ def load(device: str) -> None:
 def build(device: str) -> Path:
     """The library for a device type, from the user's cache if it is there.
 
-    Of several processes one builds and the others wait for it; the lock ends with the process that holds it.
+    Of several processes one builds and the others wait for it; the lock ends with the process that
+    holds it.
 
     Raises:
         ImportError: There is no compiler, or it fails; in one line.
     """
     compiler = _find_compiler(device)
     command = [*compiler, *_arguments(device)]
-    folder = _cache_folder()
+    try:
+        folder = cache_folder()
+    except ValueError as error:
+        raise ImportError(str(error)) from error
     path = folder / f"{device}-{_fingerprint(command, _run([*compiler, '--version']))}.so"
     if path.exists():
         return path
@@ -81,49 +88,47 @@ def _arguments(device: str) -> list[str]:
     sources = [str(path) for pattern in SOURCES[device] for path in sorted(CSRC.glob(pattern))]
     torch_folder = Path(torch.__file__).parent
     include, libraries = torch_folder / "include", torch_folder / "lib"
-    linked = [f"-l{name}" for name in ("torch_cpu", "torch_cuda") if (libraries / f"lib{name}.so").exists()]
+    names = ("torch_cpu", "torch_cuda")
+    linked = [f"-l{name}" for name in names if (libraries / f"lib{name}.so").exists()]
     return [*FLAGS[device], f"-I{include}", *sources, f"-L{libraries}", *linked]
 
 
 def _find_compiler(device: str) -> list[str]:
     command = ["nvcc"] if device == "cuda" else shlex.split(os.environ.get("CXX") or "g++")
-    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    path = shutil.which(command[0]) or shutil.which(command[0], path=f"{cuda}/bin")  # which few have on their path
+    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")  # which few have on their path
+    path = shutil.which(command[0]) or shutil.which(command[0], path=f"{cuda}/bin")
     if path is None:
         raise ImportError(f"there is no {command[0]}")
     return [path, *command[1:]]
 
 
 def _check_cuda() -> None:
-    """Raises: ImportError: nvcc's CUDA has another major version than torch's; drivers serve one of them."""
-    release = _run([*_find_compiler("cuda"), "--version"]).partition("release ")[2].partition(",")[0]
+    """Asks that nvcc's CUDA has torch's major version, for drivers serve one of them.
+
+    Raises:
+        ImportError: It has another.
+    """
+    version = _run([*_find_compiler("cuda"), "--version"])
+    release = version.partition("release ")[2].partition(",")[0]
     if torch.version.cuda is None or torch.version.cuda.split(".")[0] != release.split(".")[0]:
         raise ImportError(f"nvcc is of CUDA {release}, torch of CUDA {torch.version.cuda}")
 
 
 def _fingerprint(command: list[str], compiler_version: str) -> str:
-    """Names a build by all that it depends on: homes are shared by machines, and caches outlive versions."""
-    environment = (*command, compiler_version, torch.__version__, platform.machine(), *platform.libc_ver())
+    """Names a build by all it depends on: machines share homes, and caches outlive versions."""
+    machine = (platform.machine(), *platform.libc_ver())
+    environment = (*command, compiler_version, torch.__version__, *machine)
     digest = hashlib.sha256("\0".join(environment).encode())
     for path in sorted(path for path in CSRC.rglob("*") if path.is_file()):
         digest.update(f"\0{path.relative_to(CSRC)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _cache_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    for folder in (Path(home) / "mtllm", Path(tempfile.gettempdir()) / f"mtllm-{os.getuid()}"):
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, mode=0o700, exist_ok=True)
-            if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):  # what we load must be our own
-                return folder
-    raise ImportError("no folder for the library can be written; set XDG_CACHE_HOME")
-
-
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     with path.open("w") as file:
-        with contextlib.suppress(OSError):  # some network file systems have no locks: then all build, and replace
+        # Some network file systems have no locks: then all build, and replace
+        with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

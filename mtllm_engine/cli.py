@@ -10,7 +10,8 @@ from typing import NoReturn
 
 from mtllm_engine.config import load
 from mtllm_engine.data import shards, sources
-from mtllm_engine.data.languages import NAMES, SCRIPTS, check_language, nllb_token
+from mtllm_engine.files import expand, expanded_path
+from mtllm_engine.languages import NAMES, SCRIPTS, check_language, nllb_token
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,32 +55,40 @@ def _add_launched(commands: argparse._SubParsersAction) -> None:
         ("evaluate", "every system in every language, into one table"),
     ):
         parser = commands.add_parser(name, help=summary)
-        parser.add_argument("config", metavar="CONFIG", help="TOML file")
+        parser.add_argument("config", type=expand, metavar="CONFIG", help="TOML file")
         parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-        parser.add_argument("--gpus", type=int, metavar="N", help="ranks on this node (default: 1)", default=1)
+        parser.add_argument(
+            "--gpus", type=int, metavar="N", help="ranks on this node (default: 1)", default=1
+        )
         parser.set_defaults(run=_launch, module=f"mtllm_engine.{name}")
 
 
 def _launch(arguments: argparse.Namespace) -> int:
     """Becomes `deepspeed --num_gpus N --module MODULE ...`, with a port of its own."""
-    load(arguments.config, arguments.overrides)  # a mistake is told here, once, and not by every rank
+    # A mistake is told here, once, and not by every rank.
+    finetunes = arguments.module == "mtllm_engine.finetune"
+    load(arguments.config, arguments.overrides, finetunes=finetunes)
     if arguments.gpus < 1:
         raise ValueError(f"--gpus must be at least 1, not {arguments.gpus}")
-    from mtllm_engine.world import launcher  # imports torch, as all that is imported in this file's functions
+    # Imports torch, like all that this file's functions import.
+    from mtllm_engine.training.launch import launcher
 
     command = launcher(arguments.module, arguments.gpus)
     sys.stdout.flush()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the ranks, which save first: the launcher waits
+    # Ctrl-C is for the ranks, which save first: the launcher waits.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.execv(sys.executable, [*command, arguments.config, *arguments.overrides])
 
 
 def _add_recipes(commands: argparse._SubParsersAction) -> None:
     run = commands.add_parser("run", help="the whole method from one file, going on where it broke")
-    run.add_argument("recipe", metavar="RECIPE", help="TOML file")
+    run.add_argument("recipe", type=expand, metavar="RECIPE", help="TOML file")
     run.add_argument("overrides", nargs="*", metavar="section.key=value")
     run.set_defaults(run=_run_recipe)
-    sweep = commands.add_parser("sweep", help="a recipe at every combination of settings: quality against compute")
-    sweep.add_argument("recipe", metavar="RECIPE", help="TOML file")
+    sweep = commands.add_parser(
+        "sweep", help="a recipe at every combination of settings: quality against compute"
+    )
+    sweep.add_argument("recipe", type=expand, metavar="RECIPE", help="TOML file")
     sweep.add_argument("overrides", nargs="+", metavar="section.key=a,b")
     sweep.set_defaults(run=_sweep)
 
@@ -91,9 +100,9 @@ def _run_recipe(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from mtllm_engine import recipe
+    from mtllm_engine import sweep
 
-    return recipe.sweep(arguments.recipe, arguments.overrides)
+    return sweep.sweep(arguments.recipe, arguments.overrides)
 
 
 def _add_shards(commands: argparse._SubParsersAction) -> None:
@@ -101,15 +110,27 @@ def _add_shards(commands: argparse._SubParsersAction) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
     pack = actions.add_parser("pack", help="make a corpus from text, JSONL or Parquet")
-    pack.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=f"folder or {sources.INPUT_SUFFIXES}")
-    pack.add_argument("--out", required=True, type=Path, metavar="DIR")
-    pack.add_argument("--field", default="text", help="column, or dotted path in a JSON line (default: text)")
-    pack.add_argument("--shards", default=8, type=int, metavar="N", help="number of shards (default: 8)")
-    pack.add_argument("--on-error", default="raise", choices=["raise", "skip"], help="for documents without text")
+    pack.add_argument(
+        "inputs",
+        nargs="+",
+        type=expanded_path,
+        metavar="INPUT",
+        help=f"folder or {sources.INPUT_SUFFIXES}",
+    )
+    pack.add_argument("--out", required=True, type=expanded_path, metavar="DIR")
+    pack.add_argument(
+        "--field", default="text", help="column, or dotted path in a JSON line (default: text)"
+    )
+    pack.add_argument(
+        "--shards", default=8, type=int, metavar="N", help="number of shards (default: 8)"
+    )
+    pack.add_argument(
+        "--on-error", default="raise", choices=["raise", "skip"], help="for documents without text"
+    )
     pack.set_defaults(run=_pack)
 
     import_ = actions.add_parser("import", help="write the manifest of a folder of WebDataset tars")
-    import_.add_argument("folder", type=Path, metavar="DIR")
+    import_.add_argument("folder", type=expanded_path, metavar="DIR")
     import_.add_argument("--field", default="txt", help="extension, or json.PATH (default: txt)")
     import_.set_defaults(run=_import)
 
@@ -121,18 +142,27 @@ def _add_shards(commands: argparse._SubParsersAction) -> None:
         ("show", _show, "say what a corpus holds"),
     ):
         action = actions.add_parser(name, help=summary)
-        action.add_argument("folder", type=Path, metavar="DIR")
+        action.add_argument("folder", type=expanded_path, metavar="DIR")
         action.set_defaults(run=run)
 
 
 def _add_languages(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("languages", help="list FLORES-200's languages, and which an encoder has")
-    parser.add_argument("--encoder", metavar="DIR", help="folder or hub id of an MT encoder's tokenizer")
+    parser = commands.add_parser(
+        "languages", help="list FLORES-200's languages, and which an encoder has"
+    )
+    parser.add_argument(
+        "--encoder",
+        type=expand,
+        metavar="DIR",
+        help="folder or hub id of an MT encoder's tokenizer",
+    )
     parser.set_defaults(run=_languages)
 
 
 def _languages(arguments: argparse.Namespace) -> int:
-    """One line each: code, name, script; with an encoder whether it has the language, and its others at the end."""
+    """One line each: code, name, script; with an encoder whether it has the language, and its
+    others at the end.
+    """
     from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer  # imports transformers
 
     tokens = language_tokens(load_tokenizer(arguments.encoder)) if arguments.encoder else None
@@ -185,12 +215,18 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _add_babel(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("babel", help="a synthetic multilingual world with two tiny trained models")
+    parser = commands.add_parser(
+        "babel", help="a synthetic multilingual land with two tiny trained models"
+    )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     build = actions.add_parser("build", help="write its texts and benchmarks, train its models")
-    build.add_argument("folder", type=Path, metavar="DIR")
-    build.add_argument("--size", default="small", metavar="SIZE", help="small or medium (default: small)")
-    build.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another world (default: 0)")
+    build.add_argument("folder", type=expanded_path, metavar="DIR")
+    build.add_argument(
+        "--size", default="small", metavar="SIZE", help="small or medium (default: small)"
+    )
+    build.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="another seed, another land (default: 0)"
+    )
     build.set_defaults(run=_build_babel)
 
 

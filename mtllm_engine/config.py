@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import difflib
+import itertools
 import json
 import math
 import tomllib
@@ -11,147 +12,253 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from mtllm_engine.data.languages import check_language, is_well_formed
+from mtllm_engine.files import expand
+from mtllm_engine.languages import check_language, is_well_formed
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+PathText = Annotated[str, expand]
+"""A path, a hub id or DATASET:FOLDER; `~` is the user's home."""
+
+RENAMED = {
+    "model.base": 'model.quantization, where "full" is "none"',
+    "model.start": "model.init_from",
+    "lora.targets": "lora.target_modules",
+    "optim.warmup": "optim.warmup_ratio",
+    "memory.activations": 'memory.recompute = "cheap" (was "save"), "mlp" (was "selective") or '
+    '"layer" (was "recompute")',
+    "data.weights": "data.mixture",
+    "data.targets": "data.teacher_states",
+    "data.validation": "validation.corpus",
+    "run.validate_every": "validation.every",
+    "distil": "stage2",
+}
+"""Keys of earlier versions, and what they are now."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The two frozen models and the projection between them; folders or Hugging Face hub ids."""
+    """The two frozen models and the projection between them."""
 
-    encoder: str
-    decoder: str
-    causal: bool = False  # False: LLM2Vec's bidirectional attention
-    dtype: typing.Literal["bfloat16", "float32"] = "bfloat16"  # of the frozen base; what is trained stays fp32
-    base: typing.Literal["full", "fp8", "nf4"] = "full"  # the LLM's linears: in dtype; fp8 for speed; nf4 for memory
+    encoder: PathText
+    """The MT encoder (M2M-100, NLLB): a folder or a Hugging Face hub id."""
+    decoder: PathText
+    """The LLM (Llama): a folder or a Hugging Face hub id."""
+    causal: bool = False
+    """False: LLM2Vec's bidirectional attention."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the frozen weights; what is trained stays fp32."""
+    quantization: Literal["none", "fp8", "nf4"] = "none"
+    """Of the LLM's linears: none (they are in `dtype`), fp8 for speed, nf4 for memory."""
     projection_bias: bool = True
-    # Outputs as large as the LLM's embeddings; nn.Linear's start; fitted to the embeddings of aligned tokens.
-    projection_init: typing.Literal["embedding", "linear", "least_squares"] = "embedding"
-    attention: typing.Literal["auto", "torch", "flash_attn", "reference"] = "auto"
-    start: str = ""  # a checkpoint that projection and adapters start from, as stage 2 starts from stage 1's
-    teacher: str = ""  # a checkpoint of the fine-tuned LLM: its adapters make the teacher, its head is copied
+    """Whether the projection has one."""
+    projection_init: Literal["embedding", "linear", "least_squares"] = "embedding"
+    """Outputs as large as the LLM's embeddings; nn.Linear's start; or fitted to the embeddings of
+    aligned tokens."""
+    attention: Literal["auto", "torch", "flash_attn", "reference"] = "auto"
+    """Which implementation attends; the run header names the one that runs."""
+    init_from: PathText = ""
+    """A checkpoint that projection and adapters start from, as stage 2 starts from stage 1's."""
+    teacher: PathText = ""
+    """A checkpoint of the fine-tuned LLM: its adapters make the teacher, its head is copied."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What learns what. `mtllm finetune` is for "finetune", `mtllm train` for "distil"."""
+    """What learns what."""
 
-    # The teacher's states; the labels of `task`; nothing (`mtllm evaluate` and `targets` set that themselves).
-    kind: typing.Literal["distil", "finetune", "evaluate"] = "distil"
-    reader: typing.Literal["stack", "llm"] = "stack"  # what learns: encoder and LLM, or the LLM on its own tokens
-    token_weight: float = 0.0  # w: (1 - w) pooled error + w error on aligned tokens
+    kind: Literal["distil", "finetune"] = "distil"
+    """The teacher's states, or the labels of `task`; `mtllm finetune` sets it."""
+    reader: Literal["stack", "llm"] = "stack"
+    """What learns: encoder and LLM, or the LLM on its own tokens. Fine-tuning is the LLM's unless
+    this says otherwise; what distils is the stack."""
+    token_weight: float = 0.0
+    """w of (1 - w) pooled error + w error on aligned tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
     """A task's files, each as DATASET:FOLDER; all but `test` are read in English."""
 
-    name: str = ""  # a file of mtllm_engine/tasks; "": none
-    train: str = ""
-    validation: str = ""  # picks the best checkpoint
-    test: tuple[str, ...] = ()  # read in every language that is there
+    name: str = ""
+    """A file of mtllm_engine/tasks; empty: none."""
+    train: PathText = ""
+    """What is learned from; packed into the run's folder."""
+    validation: PathText = ""
+    """What picks the best checkpoint."""
+    test: tuple[PathText, ...] = ()
+    """Read in every language that is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
+    """The adapters, on all layers."""
+
     rank: int = 16
+    """Of every adapter."""
     alpha: float = 32.0
+    """What an adapter adds is multiplied by alpha / rank."""
     dropout: float = 0.05
-    targets: tuple[str, ...] = LORA_TARGETS
+    """Share of an adapter's input that is dropped in training."""
+    target_modules: tuple[str, ...] = LORA_TARGETS
+    """The linears that have one, by PEFT's names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Corpora (folders of shards) and how documents become packs; exactly one of the two pack sizes is above 0."""
+    """Corpora (folders of shards) and how documents become packs; exactly one of the two pack sizes
+    is above 0."""
 
-    train: tuple[str, ...] = ()  # with `task.train`, whose files are packed into the run's folder: what stage 2 adds
-    weights: tuple[float, ...] = ()  # of the corpora in the mixture, the task's first; empty: by number of documents
-    validation: str = ""
-    targets: str = ""  # name of stored teacher states beside the corpora (`mtllm targets`); "": the teacher runs
+    train: tuple[PathText, ...] = ()
+    """With `task.train`: what stage 2 adds to the task's texts."""
+    mixture: tuple[float, ...] = ()
+    """Weights of the corpora, the task's first; empty: by number of documents."""
+    teacher_states: str = ""
+    """Name of stored teacher states beside the corpora (`mtllm targets`); empty: the teacher
+    runs."""
     lanes: int = 64
-    pack_documents: int = 0  # exactly k documents a pack
-    pack_tokens: int = 0  # as many whole documents as fit, on each side that is read
-    max_length: int = 512  # tokens of one document, on each side that is read
-    truncation: typing.Literal["aligned", "independent"] = "aligned"
-    on_error: typing.Literal["raise", "skip"] = "raise"
-    prefetch: int = 2  # steps read ahead
+    """A step takes a pack from each; at least the number of ranks."""
+    pack_documents: int = 0
+    """Exactly so many documents a pack."""
+    pack_tokens: int = 0
+    """As many whole documents as fit, on each side that is read."""
+    max_length: int = 512
+    """Tokens of one document, on each side that is read."""
+    truncation: Literal["aligned", "independent"] = "aligned"
+    """Both tokenizers read the same characters, or each its own first tokens."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """A damaged shard or unusable document ends the run, or is counted."""
+    prefetch: int = 2
+    """Steps read ahead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Held-out documents, and how often they (and the probe) are measured."""
+
+    corpus: PathText = ""
+    """A folder of shards; empty: `task.validation`, or none."""
+    every: int = 500
+    """Steps between two validations; there is one before the first step and after the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguagesConfig:
-    """`fallback`: for a language that the encoder has no token for, the one whose token it gets instead."""
+    """Languages that the encoder lacks."""
 
-    fallback: dict[str, str] = field(default_factory=dict)  # such as {nij_Latn = "ind_Latn"}
+    fallback: dict[str, str] = field(default_factory=dict)
+    """Such as {nij_Latn = "ind_Latn"}: the one whose token such a language gets instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with linear warm-up and linear decay to 0; exactly one of steps and epochs is above 0."""
+    """AdamW with linear warm-up and linear decay to 0; one of steps and epochs is above 0."""
 
     steps: int = 0
-    epochs: float = 0.0  # of data.train, rounded up to whole steps; needs data.pack_documents
+    """Of the optimizer."""
+    epochs: float = 0.0
+    """Of data.train, rounded up to whole steps; needs data.pack_documents."""
     lr: float = 2e-4
-    warmup: float = 0.01  # share of the steps
+    """The highest learning rate."""
+    warmup_ratio: float = 0.01
+    """Share of the steps in which the learning rate rises."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
     eps: float = 1e-8
+    """AdamW's."""
     weight_decay: float = 0.01
-    clip: float = 1.0  # norm of the whole gradient; 0: no clipping
+    """AdamW's."""
+    clip: float = 1.0
+    """The largest norm of the whole gradient; 0: no clipping."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    max_tokens: int = 16384  # of a micro-batch, on each side
-    # Of the student, for backward: "save" computes again only norms and SwiGLU's product; "selective" also the gate and
-    # up projections (of Llama-3-8B's 92 KiB per token and layer 36 remain); "recompute" the whole layer (8 remain).
-    activations: typing.Literal["save", "selective", "recompute"] = "save"
+    """What a rank holds at once."""
+
+    max_tokens: int = 16384
+    """Of a micro-batch, on each side."""
+    recompute: Literal["cheap", "mlp", "layer"] = "cheap"
+    """What backward computes again of the student: norms and SwiGLU's product; gate and up
+    projections too (of Llama-3-8B's 92 KiB per token and layer 36 remain); the layer (8 remain)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroConfig:
-    stage: typing.Literal[0, 3] = 3  # 0: plain PyTorch on one rank
+    """How weights lie on the ranks."""
+
+    stage: Literal[0, 3] = 3
+    """3: each rank holds a slice of everything (DeepSpeed); 0: plain PyTorch on one rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every: int = 500  # steps; what validation finds best so far is saved besides
-    keep: int = 3  # the newest, and the best one
+    """Checkpoints of what is trained."""
+
+    every: int = 500
+    """Steps; what validation finds best so far is saved besides."""
+    keep: int = 3
+    """So many, the newest, and the best one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    dir: str
+    """Where a run lies, and what tells it from another."""
+
+    dir: PathText
+    """Its folder."""
     seed: int = 0
-    log_every: int = 10  # steps between two looks at the device
-    validate_every: int = 500
+    """Of starts, order of documents and dropout."""
+    log_every: int = 10
+    """Steps between two looks at the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """`mtllm evaluate`: the LLM of model.teacher, alone or after translation, and the stack of model.start."""
+    """`mtllm evaluate`: the LLM of model.teacher, alone or after translation, and the stack of
+    model.init_from."""
 
-    systems: tuple[typing.Literal["llm", "translate_test", "stack"], ...] = ("llm", "translate_test", "stack")
-    stack_name: str = "stack"  # what tables call it
-    languages: tuple[str, ...] = ()  # of each test set those that it has; empty: all
-    translator: str = ""  # an NLLB model, folder or hub id; "": model.encoder
+    systems: tuple[Literal["llm", "translate_test", "stack"], ...] = (
+        "llm",
+        "translate_test",
+        "stack",
+    )
+    """What is evaluated."""
+    stack_name: str = "stack"
+    """What tables call the stack."""
+    languages: tuple[str, ...] = ()
+    """Of each test set those that it has; empty: all."""
+    translator: PathText = ""
+    """An NLLB model, folder or hub id; empty: model.encoder."""
     num_beams: int = 1
-    results: str = ""  # a folder, which several seeds may share; "": `results` in run.dir
-    translations: str = ""  # a folder, which any runs may share; "": `translations` in results
+    """Of the translator's search."""
+    results: PathText = ""
+    """A folder, which several seeds may share; empty: `results` in run.dir."""
+    translations: PathText = ""
+    """A folder, which any runs may share; empty: `translations` in results."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """Parallel lines that every validation reads: the student the foreign line, the teacher the English one."""
+    """Parallel lines that every validation reads: the student the foreign line, the teacher the
+    English one."""
 
-    folder: str = ""  # FLORES-200's: `dev/swh_Latn.dev`, or `dev/dev.swh_Latn`; "": no probe
+    folder: PathText = ""
+    """FLORES-200's: `dev/swh_Latn.dev`, or `dev/dev.swh_Latn`; empty: no probe."""
     split: str = "dev"
-    languages: tuple[str, ...] = ()  # empty: all that are there and the encoder knows
-    lines: int = 0  # the first so many; 0: all
+    """Of FLORES-200."""
+    languages: tuple[str, ...] = ()
+    """Empty: all that are there and the encoder knows."""
+    lines: int = 0
+    """The first so many; 0: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    """A run's whole configuration; each section is one of the classes above."""
+
     run: RunConfig
     model: ModelConfig
     data: DataConfig
@@ -162,22 +269,32 @@ class Config:
     languages: LanguagesConfig = LanguagesConfig()
     memory: MemoryConfig = MemoryConfig()
     zero: ZeroConfig = ZeroConfig()
+    validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     probe: ProbeConfig = ProbeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    deepspeed: dict[str, typing.Any] = field(default_factory=dict)  # merged over the derived DeepSpeed configuration
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Merged over the derived DeepSpeed configuration."""
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(path: str | Path, overrides: Sequence[str] = (), *, finetunes: bool = False) -> Config:
     """Reads a TOML file and applies `section.key=value` overrides.
+
+    Args:
+        finetunes: `objective.kind` is "finetune", and the LLM reads unless `objective.reader` says
+            otherwise.
 
     Raises:
         ValueError: A key or value is not valid; the message names the dotted key.
     """
-    return from_dict(read(path, overrides))
+    tree = read(path, overrides)
+    objective = tree.get("objective", {})
+    if finetunes and isinstance(objective, Mapping):
+        tree["objective"] = {"reader": "llm", **objective, "kind": "finetune"}
+    return from_dict(tree)
 
 
-def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, typing.Any]:
+def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A TOML file's tables with overrides applied, not yet checked.
 
     Raises:
@@ -195,7 +312,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, typing.An
     return tree
 
 
-def from_dict(tree: Mapping[str, typing.Any]) -> Config:
+def from_dict(tree: Mapping[str, Any]) -> Config:
     """Builds and checks a configuration from nested dictionaries.
 
     Raises:
@@ -217,10 +334,12 @@ def dumps(config: Config) -> str:
     return "\n".join(lines)
 
 
-def flatten(config: Config) -> dict[str, typing.Any]:
+def flatten(config: Config) -> dict[str, Any]:
     """Dotted key -> value, for comparing two configurations."""
     return {
-        f"{name}.{key}": value for name, section in dataclasses.asdict(config).items() for key, value in section.items()
+        f"{name}.{key}": value
+        for name, section in dataclasses.asdict(config).items()
+        for key, value in section.items()
     }
 
 
@@ -228,7 +347,9 @@ def _override(tree: dict, override: str) -> None:
     dotted, equals, text = override.partition("=")
     *sections, key = parts = dotted.strip().split(".")
     if not equals or "" in parts:
-        raise ValueError(f"not an override: {override!r}; write section.key=value, such as optim.lr=1e-4")
+        raise ValueError(
+            f"not an override: {override!r}; write section.key=value, such as optim.lr=1e-4"
+        )
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
@@ -236,27 +357,36 @@ def _override(tree: dict, override: str) -> None:
     tree[key] = _parse(text.strip())
 
 
-def _parse(text: str) -> typing.Any:
+def _parse(text: str) -> Any:
     """A TOML value; what is not one is a string, so that paths need no quotes in a shell."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-    return text if isinstance(value, datetime.date | datetime.time) else value  # run.dir=2030-01-31 is a folder
+    is_date = isinstance(value, datetime.date | datetime.time)
+    return text if is_date else value  # run.dir=2030-01-31 is a folder
 
 
-def _build(cls: type, tree: typing.Any, prefix: str) -> typing.Any:
+def _build(cls: type[Any], tree: Any, prefix: str) -> Any:
     if not isinstance(tree, Mapping):
         raise ValueError(f"{prefix} must be a section, not {tree!r}")
     known = {item.name: item for item in fields(cls)}
     for key in tree:
         if key not in known:
-            raise ValueError(f"unknown key: {_join(prefix, key)}{_suggestion(key, prefix)}")
+            raise unknown_key(_join(prefix, key))
     missing = [name for name, item in known.items() if name not in tree and _is_required(item)]
     if missing:
         raise ValueError(f"missing key: {', '.join(_join(prefix, name) for name in missing)}")
-    hints = typing.get_type_hints(cls)
-    return cls(**{key: _convert(value, hints[key], _join(prefix, key)) for key, value in tree.items()})
+    hints = typing.get_type_hints(cls, include_extras=True)
+    values = {key: _convert(value, hints[key], _join(prefix, key)) for key, value in tree.items()}
+    return cls(**values)
+
+
+def unknown_key(dotted: str) -> ValueError:
+    """The error that names what a key is called now, or the nearest known one."""
+    if dotted in RENAMED:
+        return ValueError(f"unknown key: {dotted}; it is {RENAMED[dotted]} now")
+    return ValueError(f"unknown key: {dotted}{_suggestion(dotted)}")
 
 
 def _is_required(item: dataclasses.Field) -> bool:
@@ -267,14 +397,15 @@ def _join(prefix: str, key: str) -> str:
     return f"{prefix}.{key}" if prefix else key
 
 
-def _suggestion(key: str, prefix: str) -> str:
-    """The nearest known dotted key: the same name anywhere, else a like one here, else a like one anywhere."""
-    dotted_keys = list(_dotted_keys(Config))
-    by_name = {dotted.rpartition(".")[2]: dotted for dotted in reversed(dotted_keys)}  # the first of a name
-    here = {name: dotted for dotted in dotted_keys for place, _, name in [dotted.rpartition(".")] if place == prefix}
-    for candidates, cutoff in ((by_name, 1.0), (here, 0.6), (by_name, 0.6)):
-        near = difflib.get_close_matches(key, candidates, n=1, cutoff=cutoff)
-        if near:
+def _suggestion(dotted: str) -> str:
+    """The nearest known key: the same name anywhere, else a like one here or, failing that,
+    anywhere."""
+    section, _, name = dotted.rpartition(".")
+    known = [(key.rpartition(".")[2], key) for key in _dotted_keys(Config)]
+    everywhere = dict(reversed(known))  # the first key of each name
+    here = {last: key for last, key in known if key.rpartition(".")[0] == section}
+    for candidates, cutoff in ((everywhere, 1.0), (here, 0.6), (everywhere, 0.6)):
+        if near := difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff):
             return f"; did you mean {candidates[near[0]]}?"
     return ""
 
@@ -288,14 +419,19 @@ def _dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
             yield from _dotted_keys(hints[item.name], dotted)
 
 
-def _convert(value: typing.Any, hint: typing.Any, dotted: str) -> typing.Any:
-    """Checks a TOML value against a type hint; a whole number is also a float, one string also a tuple of one."""
+def _convert(value: Any, hint: Any, dotted: str) -> Any:
+    """Checks a TOML value against a type hint; a whole number is also a float, one string also a
+    tuple of one."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if is_dataclass(hint):
+    if origin is Annotated:  # a PathText
+        return hint.__metadata__[0](_convert(value, arguments[0], dotted))
+    if is_dataclass(hint) and isinstance(hint, type):
         return _build(hint, value, dotted)
-    if origin is typing.Literal:
+    if origin is Literal:
         if value not in arguments or type(value) is not type(arguments[0]):
-            raise ValueError(f"{dotted} must be one of {', '.join(map(repr, arguments))}, not {value!r}")
+            raise ValueError(
+                f"{dotted} must be one of {', '.join(map(repr, arguments))}, not {value!r}"
+            )
         return value
     if origin is tuple:
         return _convert_tuple(value, arguments, dotted)
@@ -309,45 +445,134 @@ def _convert(value: typing.Any, hint: typing.Any, dotted: str) -> typing.Any:
     return value
 
 
-def _convert_tuple(value: typing.Any, arguments: tuple, dotted: str) -> tuple:
+def _convert_tuple(value: Any, arguments: tuple, dotted: str) -> tuple:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list | tuple):
         raise ValueError(f"{dotted} must be a list, not {value!r}")
     item_hints = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else list(arguments)
     if len(items) != len(item_hints):
         raise ValueError(f"{dotted} must have {len(item_hints)} values, not {len(items)}")
-    return tuple(_convert(item, hint, f"{dotted}[{i}]") for i, (item, hint) in enumerate(zip(items, item_hints)))
+    pairs = enumerate(zip(items, item_hints))
+    return tuple(_convert(item, hint, f"{dotted}[{i}]") for i, (item, hint) in pairs)
 
 
 def _describe(cls: type) -> str:
-    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "a table"}[cls]
+    return {
+        int: "a whole number",
+        float: "a number",
+        str: "a string",
+        bool: "true or false",
+        dict: "a table",
+    }[cls]
 
 
 def _check(config: Config) -> None:
     """What no type says: ranges, and keys that depend on one another."""
-    data, optim, lora, memory = config.data, config.optim, config.lora, config.memory
-    rules = [
-        *_task_rules(config),
+    # Each rule says what must hold and, where it does not, what to change: the first that is broken
+    # is the error, so those that name a cause stand before those that name its consequences.
+    rules = itertools.chain(_task_rules(config), _data_rules(config), _optim_rules(config))
+    for holds, message in itertools.chain(rules, _other_rules(config)):
+        if not holds:
+            raise ValueError(message)
+    # What has a message of its own for every item.
+    for name in config.lora.target_modules:
+        if name not in LORA_TARGETS:
+            known = ", ".join(LORA_TARGETS)
+            raise ValueError(f"lora.target_modules: {name!r} is none of {known}")
+    _check_fallback(config.languages.fallback)
+    _check_sizes(config)
+
+
+def _check_sizes(config: Config) -> None:
+    """A document fits a pack, and a pack a micro-batch."""
+    data, memory = config.data, config.memory
+    largest = data.pack_tokens or data.pack_documents * data.max_length
+    if data.pack_tokens and data.pack_tokens < data.max_length:
+        sizes = f"data.pack_tokens={data.pack_tokens} cannot hold data.max_length={data.max_length}"
+        raise ValueError(f"{sizes} tokens")
+    if largest > memory.max_tokens:
+        fix = f"raise memory.max_tokens={memory.max_tokens} or make packs smaller"
+        raise ValueError(f"a pack may have {largest} tokens: {fix}")
+
+
+Rules = list[tuple[object, str]]  # what must hold, and the error where it does not
+
+
+def _task_rules(config: Config) -> Rules:
+    """What the kinds of training ask for."""
+    data, task, objective, model = config.data, config.task, config.objective, config.model
+    finetunes = objective.kind == "finetune"
+    lives = not (finetunes or data.teacher_states)  # the teacher runs beside the student
+    return [
+        (data.train or task.train or task.test, "data.train names no corpus"),
         (
-            len(data.weights) in (0, len(data.train) + bool(config.task.train)),
-            "data.weights must have one weight per data.train, after one for task.train if there is one",
+            not (data.train and task.train and finetunes),
+            "data.train has no labels to fine-tune on beside task.train; leave it empty, or set it "
+            "for stage 2 alone",
         ),
-        (all(weight > 0 for weight in data.weights), "data.weights must be above 0"),
+        *(
+            (task.name or not getattr(task, key), f"task.{key} needs task.name")
+            for key in ("train", "validation", "test")
+        ),
+        (task.name or not finetunes, "fine-tuning needs task.name and task.train"),
+        (finetunes or objective.reader == "stack", 'objective.reader = "llm" is for fine-tuning'),
+        (not (finetunes and model.teacher), "model.teacher is for distillation"),
+        (not (finetunes and data.teacher_states), "data.teacher_states is for distillation"),
+        (
+            not config.probe.folder or lives,
+            "probe.folder needs a live teacher: distillation without data.teacher_states",
+        ),
+        (
+            0 <= objective.token_weight <= 1,
+            "objective.token_weight is a share: 0 <= token_weight <= 1",
+        ),
+        (
+            not objective.token_weight or (lives and not task.train),
+            "objective.token_weight needs a live teacher and documents that are pooled whole "
+            "(stage 1)",
+        ),
+    ]
+
+
+def _data_rules(config: Config) -> Rules:
+    data = config.data
+    num_corpora = len(data.train) + bool(config.task.train)
+    pack_sizes = (data.pack_documents, data.pack_tokens)
+    return [
+        (
+            len(data.mixture) in (0, num_corpora),
+            "data.mixture must have one weight per data.train, after one for task.train if there "
+            "is one",
+        ),
+        (all(weight > 0 for weight in data.mixture), "data.mixture must be above 0"),
         (data.lanes >= 1, "data.lanes must be at least 1"),
         (data.max_length >= 4, "data.max_length must be at least 4 (special tokens and a word)"),
         (
-            min(data.pack_documents, data.pack_tokens) == 0 < max(data.pack_documents, data.pack_tokens),
+            min(pack_sizes) == 0 < max(pack_sizes),
             "set one of data.pack_documents and data.pack_tokens above 0 and the other to 0",
         ),
         (data.prefetch >= 1, "data.prefetch must be at least 1"),
-        (optim.steps >= 0 and optim.epochs >= 0, "optim.steps and optim.epochs must be 0 or above"),
+    ]
+
+
+def _optim_rules(config: Config) -> Rules:
+    optim, lora = config.optim, config.lora
+    lengths = (optim.steps, optim.epochs)
+    return [
+        (min(lengths) >= 0, "optim.steps and optim.epochs must be 0 or above"),
         (
-            min(optim.steps, optim.epochs) == 0 and (max(optim.steps, optim.epochs) > 0 or config.task.test),
+            min(lengths) == 0 and (max(lengths) > 0 or config.task.test),
             "optim.epochs or optim.steps must be above 0, and the other 0",
         ),
-        (optim.steps or data.pack_documents, "optim.epochs needs data.pack_documents, which fixes a step's documents"),
+        (
+            optim.steps or config.data.pack_documents,
+            "optim.epochs needs data.pack_documents, which fixes a step's documents",
+        ),
         (optim.lr > 0, "optim.lr must be above 0"),
-        (0 <= optim.warmup < 1, "optim.warmup is a share of the steps: 0 <= warmup < 1"),
+        (
+            0 <= optim.warmup_ratio < 1,
+            "optim.warmup_ratio is a share of the steps: 0 <= warmup_ratio < 1",
+        ),
         (all(0 <= beta < 1 for beta in optim.betas), "optim.betas must be in [0, 1)"),
         (optim.eps > 0, "optim.eps must be above 0"),
         (optim.weight_decay >= 0, "optim.weight_decay must be 0 or above"),
@@ -355,74 +580,36 @@ def _check(config: Config) -> None:
         (lora.rank >= 1, "lora.rank must be at least 1"),
         (lora.alpha > 0, "lora.alpha must be above 0"),
         (0 <= lora.dropout < 1, "lora.dropout must be in [0, 1)"),
+    ]
+
+
+def _other_rules(config: Config) -> Rules:
+    quantization = config.model.quantization
+    return [
         (
-            config.model.base == "full" or config.zero.stage == 0,
-            f"model.base={config.model.base!r} is not sharded: set zero.stage=0 (one GPU), or model.base='full'",
+            quantization == "none" or config.zero.stage == 0,
+            f"model.quantization={quantization!r} is not sharded: set zero.stage=0 (one GPU), or "
+            "model.quantization='none'",
         ),
+        (config.validation.every >= 1, "validation.every must be at least 1"),
         (config.checkpoint.every >= 1, "checkpoint.every must be at least 1"),
+        (config.checkpoint.keep >= 1, "checkpoint.keep must be at least 1"),
         (config.evaluate.systems, "evaluate.systems is empty"),
         (config.evaluate.num_beams >= 1, "evaluate.num_beams must be at least 1"),
-        (config.checkpoint.keep >= 1, "checkpoint.keep must be at least 1"),
         (config.probe.split, "probe.split is empty; FLORES-200 has dev and devtest"),
         (config.probe.lines >= 0, "probe.lines must be 0 (all) or above"),
         (config.run.log_every >= 1, "run.log_every must be at least 1"),
-        (config.run.validate_every >= 1, "run.validate_every must be at least 1"),
         (config.run.dir, "run.dir is empty"),
         (0 <= config.run.seed < 1 << 63, "run.seed must be 0 or above, and below 2^63"),
     ]
-    for holds, message in rules:
-        if not holds:
-            raise ValueError(message)
-    for target in lora.targets:
-        if target not in LORA_TARGETS:
-            raise ValueError(f"lora.targets: {target!r} is none of {', '.join(LORA_TARGETS)}")
-    _check_fallback(config.languages.fallback)
-    largest = data.pack_tokens or data.pack_documents * data.max_length
-    if data.pack_tokens and data.pack_tokens < data.max_length:
-        raise ValueError(f"data.pack_tokens={data.pack_tokens} cannot hold data.max_length={data.max_length} tokens")
-    if largest > memory.max_tokens:
-        raise ValueError(
-            f"a pack may have {largest} tokens: raise memory.max_tokens={memory.max_tokens} or make packs smaller"
-        )
 
 
-def _task_rules(config: Config) -> list[tuple[object, str]]:
-    """What the kinds of training ask for."""
-    data, task, objective, model = config.data, config.task, config.objective, config.model
-    finetunes = objective.kind == "finetune"
-    return [
-        (data.train or task.train or task.test, "data.train names no corpus"),
-        (
-            not (data.train and task.train and finetunes),
-            "data.train has no labels to fine-tune on beside task.train; leave it empty, or set it for stage 2 alone",
-        ),
-        *(
-            (task.name or not getattr(task, key), f"task.{key} needs task.name")
-            for key in ("train", "validation", "test")
-        ),
-        (task.name or not finetunes, 'objective.kind = "finetune" needs task.name and task.train'),
-        (
-            objective.kind != "distil" or objective.reader == "stack",
-            'objective.reader = "llm" is for objective.kind = "finetune"',
-        ),
-        (not (finetunes and model.teacher), 'model.teacher is for objective.kind = "distil"'),
-        (not (finetunes and data.targets), 'data.targets is for objective.kind = "distil"'),
-        (
-            not config.probe.folder or not (finetunes or data.targets),
-            'probe.folder needs a live teacher: objective.kind = "distil" without data.targets',
-        ),
-        (0 <= objective.token_weight <= 1, "objective.token_weight is a share: 0 <= token_weight <= 1"),
-        (
-            not objective.token_weight or not (finetunes or data.targets or task.train),
-            "objective.token_weight needs a live teacher and documents that are pooled whole (stage 1)",
-        ),
-    ]
-
-
-def _check_fallback(fallback: Mapping[str, typing.Any]) -> None:
+def _check_fallback(fallback: Mapping[str, Any]) -> None:
     for code, target in fallback.items():
         if not is_well_formed(code):
-            raise ValueError(f"languages.fallback: {code!r} is not a language code such as nij_Latn")
+            raise ValueError(
+                f"languages.fallback: {code!r} is not a language code such as nij_Latn"
+            )
         if not isinstance(target, str):
             raise ValueError(f"languages.fallback.{code} must be a language code, not {target!r}")
         try:
@@ -432,14 +619,24 @@ def _check_fallback(fallback: Mapping[str, typing.Any]) -> None:
 
 
 def _toml_key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _toml_value(key)
+    return (
+        key
+        if key.replace("_", "").replace("-", "").isalnum() and key.isascii()
+        else _toml_value(key)
+    )
 
 
-def _toml_value(value: typing.Any) -> str:
+def _toml_value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_toml_key(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{_toml_key(key)} = {_toml_value(item)}" for key, item in value.items())
+            + "}"
+        )
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
     if isinstance(value, float):
         return repr(value)  # inf and nan too, which JSON spells otherwise
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # but for DEL, TOML's strings are JSON's
+    return json.dumps(value, ensure_ascii=False).replace(
+        "\x7f", "\\u007f"
+    )  # but for DEL, TOML's strings are JSON's

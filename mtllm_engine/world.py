@@ -2,8 +2,6 @@
 
 import datetime
 import os
-import socket
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +10,10 @@ import torch
 import torch.distributed as dist
 
 
-class Agreed(ValueError):
-    """An error that every rank raises, so that one may tell it and all may leave in order; `cause` is the original."""
+class AgreedError(ValueError):
+    """An error that every rank raises, so that one may tell it and all may leave in order; `cause`
+    is the original.
+    """
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause))
@@ -65,21 +65,26 @@ class World:
         return values
 
     def on_main(self, function: Callable[[], Any]) -> Any:
-        """Runs `function` on rank 0 alone and returns its result everywhere; a failure is raised on every rank."""
+        """Runs `function` on rank 0 alone and returns its result everywhere; a failure is raised on
+        every rank.
+        """
         outcome: tuple[Any, Exception | None] = (None, None)
         if self.is_main:
             try:
                 outcome = (function(), None)
-            except (ValueError, OSError) as error:
-                outcome = (None, error)
+            except (ValueError, OSError) as raised:
+                outcome = (None, raised)
         result, error = self.broadcast(outcome)
         if error is not None:
-            raise Agreed(error)
+            raise AgreedError(error)
         return result
 
     def together(self, function: Callable[[], Any]) -> Any:
-        """Runs `function` on every rank; when it fails on one, every rank raises, so that none waits for ever."""
-        result, error = None, None
+        """Runs `function` on every rank; when it fails on one, every rank raises, so that none
+        waits for ever.
+        """
+        result: Any = None
+        error: Exception | None = None
         try:
             result = function()
         except (ValueError, OSError) as raised:
@@ -91,10 +96,12 @@ class World:
         """Every rank brings the error it met, if any; when one did, all raise the first."""
         errors = [other for other in self.gather(error) if other is not None]
         if errors:
-            raise Agreed(errors[0])
+            raise AgreedError(errors[0])
 
     def close(self) -> None:
-        """Leaves the process group: without it a rank can end in `terminate called` (exit code -6)."""
+        """Leaves the process group: without it a rank can end in `terminate called` (exit
+        code -6).
+        """
         if dist.is_initialized():
             dist.barrier(group=self.host_group)
             dist.destroy_process_group()
@@ -106,7 +113,9 @@ def device_type() -> str:
 
 
 def connect(*, timeout_s: float = 1800.0) -> World:
-    """Joins the ranks that the launcher's environment describes (RANK, WORLD_SIZE, LOCAL_RANK), or stands alone."""
+    """Joins the ranks that the launcher's environment describes (RANK, WORLD_SIZE, LOCAL_RANK), or
+    stands alone.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if device_type() == "cuda" else torch.device("cpu")
@@ -120,24 +129,20 @@ def connect(*, timeout_s: float = 1800.0) -> World:
         dist.init_process_group(backend, timeout=timeout)
     else:  # alone, without a launcher: ZeRO-3 wants a group and this variable all the same
         os.environ.setdefault("LOCAL_RANK", "0")
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    host_group = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
+        dist.init_process_group(
+            backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1
+        )
+    host_group = (
+        dist.new_group(backend="gloo", timeout=timeout)
+        if device.type == "cuda"
+        else dist.group.WORLD
+    )
     return World(rank=rank, size=size, local_rank=local_rank, device=device, host_group=host_group)
 
 
 def _share_cores(local_size: int) -> None:
-    """CPU ranks split the cores between them; more threads than cores makes OpenMP wait for itself."""
+    """CPU ranks split the cores between them; more threads than cores makes OpenMP wait for
+    itself.
+    """
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // local_size))
-
-
-def launcher(module: str, gpus: int) -> list[str]:
-    """The command that starts a module's ranks on this node; sets what their environment needs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    if not os.path.exists("/dev/nvidiactl"):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ.setdefault("GOMP_SPINCOUNT", "0")  # ranks that share cores must not spin while they wait
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(gpus)]
-    return [*command, "--master_port", str(port), "--module", module]

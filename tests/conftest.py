@@ -2,26 +2,36 @@
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "0")  # on busy cores OpenMP threads that spin cost ten times what sleepers do
+# On busy cores OpenMP threads that spin cost ten times what sleepers do.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import pytest
 import torch
 from hypothesis import settings
 
-if not torch.cuda.is_available():  # Triton reads this once, when it is first imported: its kernels then run on the CPU
+# Triton reads this once, when it is first imported: its kernels then run on the CPU.
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Files that begin first where several run at once.
-LONGEST = ("test_zero", "test_compile", "test_kernels", "test_recipe")
+from tests.support.machine import threads
+
+# Files that take ten seconds or more, the longest first: they begin first where several run at
+# once, and `make check` leaves them out.
+SLOW = ("test_zero", "test_compile", "test_kernels", "test_recipe", "test_gpu_suite", "test_slurm")
+SLOW += ("test_prose", "test_step_benchmark", "test_native", "test_babel", "test_finetune")
+SLOW += ("test_probe", "test_systems", "test_span", "test_packaging", "test_quantised")
 
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("reproducible")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those files in that order, then the others in their own."""
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+    """Slow files in that order, then the others in their own."""
+    order = {name: index for index, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    for item in items:
+        if item.path.stem in order:
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -29,4 +39,11 @@ def cache_folder(tmp_path_factory):
     """Shard indices go to a folder of this session."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For a module of small tensors: `pytestmark = pytest.mark.usefixtures("one_thread")`."""
+    with threads(1):
         yield

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from mtllm_engine import cli, train
 from mtllm_engine.config import dumps
-from tiny import build_config, build_encoder
+from tests.support.tiny import build_config, build_encoder
 
 
 class Launched(Exception):
@@ -20,11 +20,11 @@ def folder(tmp_path, monkeypatch):
     """The current folder, with a config `run.toml` and a text `a.txt`; launches are caught."""
 
     def execv(_, command):
-        assert signal.signal(signal.SIGINT, before) is signal.SIG_IGN  # Ctrl-C is for the ranks, which save first
+        # Ctrl-C is for the ranks, which save first.
+        assert signal.signal(signal.SIGINT, before) is signal.SIG_IGN
         raise Launched(*command)
 
     before = signal.getsignal(signal.SIGINT)
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # which a launch may set, is as it was afterwards
@@ -54,16 +54,29 @@ def status_of(main, arguments):
         ("train run.toml optim.lr", 1, "not an override: 'optim.lr'; write section.key=value"),
         ("train run.toml optim.lr=fast", 1, "optim.lr must be a number, not 'fast'"),
         ("train run.toml --gpus 2 optim.lr=0", 1, "optim.lr must be above 0"),
+        ("finetune run.toml", 1, "fine-tuning needs task.name and task.train"),
         ("train run.toml --gpus 0", 1, "--gpus must be at least 1, not 0"),
         ("train run.toml --gpus two", 2, "argument --gpus: invalid int value: 'two'"),
         ("train run.toml --gpus", 2, "argument --gpus: expected one argument"),
         ("train run.toml --lr=3", 2, "unrecognized arguments: --lr=3; see mtllm --help"),
         ("shards", 2, "the following arguments are required: ACTION; see mtllm shards --help"),
         ("shards pack a.txt --out out", 2, "the following arguments are required: --language"),
-        ("shards pack a.txt --out out --language english", 1, "unknown language 'english'; did you mean "),
-        ("shards pack a.txt --out out --language eng_Latn --shards x", 2, "argument --shards: invalid int value: 'x'"),
+        (
+            "shards pack a.txt --out out --language english",
+            1,
+            "unknown language 'english'; did you mean ",
+        ),
+        (
+            "shards pack a.txt --out out --language eng_Latn --shards x",
+            2,
+            "argument --shards: invalid int value: 'x'",
+        ),
         ("shards pack a.txt --out a.txt --language eng_Latn --shards 1", 1, "a.txt "),
-        ("shards import . --language eng-Latn", 1, "unknown language 'eng-Latn'; did you mean eng_Latn"),
+        (
+            "shards import . --language eng-Latn",
+            1,
+            "unknown language 'eng-Latn'; did you mean eng_Latn",
+        ),
         ("shards import . --language eng_Latn", 1, "no .tar files in ."),
         ("shards verify .", 1, "no manifest.json in .; make one with"),
         ("shards show absent", 1, "no manifest.json in absent; make one with"),
@@ -79,7 +92,9 @@ def test_mistake_is_one_line(command, status, message, capfd, folder):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("command", ["--help", "train --help", "shards --help", "shards pack --help"])
+@pytest.mark.parametrize(
+    "command", ["--help", "train --help", "shards --help", "shards pack --help"]
+)
 def test_help_is_no_mistake(command, capfd):
     assert status_of(cli.main, command.split()) == 0
     out, err = capfd.readouterr()
@@ -97,7 +112,9 @@ def test_help_is_no_mistake(command, capfd):
     ],
 )
 def test_train_is_the_deepspeed_launch(command):
-    """`deepspeed --num_gpus N --module mtllm_engine.train CONFIG ...`, wherever the overrides stand."""
+    """`deepspeed --num_gpus N --module mtllm_engine.train CONFIG ...`, wherever the overrides
+    stand.
+    """
     with pytest.raises(Launched) as launched:
         cli.main(command.split())
     python, *options = launched.value.args
@@ -105,6 +122,15 @@ def test_train_is_the_deepspeed_launch(command):
     assert options[options.index("--num_gpus") + 1] == "3"
     expected = ["--module", "mtllm_engine.train", "run.toml", "optim.lr=1", "run.seed=2"]
     assert options[-len(expected) :] == expected
+
+
+@pytest.mark.parametrize("name", ["train", "finetune", "targets", "evaluate"])
+def test_each_command_launches_its_module(name):
+    """What only fine-tuning takes is no mistake of `finetune`."""
+    task = ["task.name=nli", "task.train=mnli:data", "data.train=[]"]
+    with pytest.raises(Launched) as launched:
+        cli.main([name, "run.toml", *task])
+    assert launched.value.args[-6:] == ("--module", f"mtllm_engine.{name}", "run.toml", *task)
 
 
 def test_one_rank_unless_told_otherwise():
@@ -122,17 +148,24 @@ def test_launches_at_the_same_time_have_ports_of_their_own():
     assert len(ports) > 1
 
 
-@pytest.mark.parametrize(("arguments", "status"), [([], 2), (["--local_rank=0"], 2), (["-h"], 0), (["--help"], 0)])
+@pytest.mark.parametrize(
+    ("arguments", "status"), [([], 2), (["--local_rank=0"], 2), (["-h"], 0), (["--help"], 0)]
+)
 def test_a_rank_without_a_config_says_how_it_is_run(arguments, status, capfd):
     assert train.main(arguments) == status
     lines = "".join(capfd.readouterr()).splitlines()
-    assert lines == ["usage: deepspeed --num_gpus N --module mtllm_engine.train CONFIG [section.key=value ...]"]
+    assert lines == [
+        "usage: deepspeed --num_gpus N --module mtllm_engine.train CONFIG [section.key=value ...]"
+    ]
 
 
 MISTAKES = [
     (["absent.toml"], "cannot read the config absent.toml: No such file or directory"),
     (["run.toml", "optim.lrr=1"], "unknown key: optim.lrr; did you mean optim.lr?"),
-    (["run.toml", "--gpus"], "not an override: '--gpus'; write section.key=value, such as optim.lr=1e-4"),
+    (
+        ["run.toml", "--gpus"],
+        "not an override: '--gpus'; write section.key=value, such as optim.lr=1e-4",
+    ),
 ]
 
 
@@ -146,8 +179,9 @@ def test_of_all_ranks_the_first_tells_a_mistake(arguments, message, rank, capfd,
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # that the module has been imported before
-@pytest.mark.parametrize("module", ["mtllm_engine.cli", "mtllm_engine.train"])
-def test_modules_run_as_programs(module, monkeypatch, capfd):
+@pytest.mark.parametrize("name", ["cli", "train", "finetune", "targets", "evaluate"])
+def test_modules_run_as_programs(name, monkeypatch, capfd):
+    module = f"mtllm_engine.{name}"
     monkeypatch.setattr(sys, "argv", [module])
     assert status_of(lambda name: runpy.run_module(name, run_name="__main__"), module) == 2
     assert "".join(capfd.readouterr()).count("\n") == 1
@@ -157,8 +191,15 @@ def test_languages_are_listed(capsys):
     assert cli.main(["languages"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 204
-    assert next(line.split("  ") for line in lines if line.startswith("ory_Orya"))[:2] == ["ory_Orya", "Odia"]
-    assert next(line for line in lines if line.startswith("taq_Tfng")).split() == ["taq_Tfng", "Tamasheq", "Tifinagh"]
+    assert next(line.split("  ") for line in lines if line.startswith("ory_Orya"))[:2] == [
+        "ory_Orya",
+        "Odia",
+    ]
+    assert next(line for line in lines if line.startswith("taq_Tfng")).split() == [
+        "taq_Tfng",
+        "Tamasheq",
+        "Tifinagh",
+    ]
 
 
 def test_languages_of_an_encoder(folder, capsys):

@@ -1,18 +1,37 @@
+"""A configuration: what arrives, what is refused and how, what is expanded, renamed, documented."""
+
+import argparse
+import ast
+import inspect
 import math
+import re
 import tomllib
 import typing
+from collections.abc import Iterator
 from dataclasses import is_dataclass
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtllm_engine import recipe
-from mtllm_engine.config import LORA_TARGETS, Config, dumps, flatten, from_dict, load
-from mtllm_engine.data.languages import FLORES_200
+from mtllm_engine import cli, recipe
+from mtllm_engine.config import (
+    LORA_TARGETS,
+    RENAMED,
+    Config,
+    PathText,
+    dumps,
+    flatten,
+    from_dict,
+    load,
+)
+from mtllm_engine.languages import FLORES_200
+from mtllm_engine.train import train
+from tests.support.machine import ROOT
+from tests.support.recipes import write_recipe
+from tests.support.tiny import build_world
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 SMALLEST = {
     "run": {"dir": "runs/a"},
     "model": {"encoder": "nllb", "decoder": "llama"},
@@ -48,19 +67,20 @@ HINTS = {
 }
 POSITIVE = st.floats(min_value=1e-30, max_value=1e30)
 SHARE = st.floats(0, 1, exclude_max=True)
-NAME = st.text(min_size=1)  # any characters: TOML can spell them all
-BY_TYPE = {bool: st.booleans(), str: st.text(), int: st.integers(1, 1 << 40), float: POSITIVE}
+CHARACTERS = st.characters(exclude_characters="~")  # all others: TOML can spell them
+TEXT, NAME = st.text(CHARACTERS), st.text(CHARACTERS, min_size=1)
+BY_TYPE = {bool: st.booleans(), str: TEXT, int: st.integers(1, 1 << 40), float: POSITIVE}
 BY_KEY = {  # where the type alone allows more
     "run.dir": NAME,
     "run.seed": st.integers(0, 2**63 - 1),
     "lora.dropout": SHARE,
-    "lora.targets": st.lists(st.sampled_from(LORA_TARGETS), unique=True),
+    "lora.target_modules": st.lists(st.sampled_from(LORA_TARGETS), unique=True),
     "data.train": st.lists(NAME, min_size=2, max_size=2),
-    "data.weights": st.just([]) | st.lists(POSITIVE, min_size=2, max_size=2),
+    "data.mixture": st.just([]) | st.lists(POSITIVE, min_size=2, max_size=2),
     "data.pack_documents": st.integers(1, 1 << 20),
     "data.pack_tokens": st.just(0),
     "data.max_length": st.integers(4, 1 << 20),
-    "data.targets": st.just(""),  # as the keys of fine-tuning below: with others only
+    "data.teacher_states": st.just(""),  # as the keys of fine-tuning below: with others only
     "objective.kind": st.just("distil"),
     "objective.reader": st.just("stack"),
     "objective.token_weight": SHARE,
@@ -72,7 +92,7 @@ BY_KEY = {  # where the type alone allows more
     "probe.split": NAME,
     "probe.languages": st.lists(NAME),
     "optim.epochs": st.just(0),
-    "optim.warmup": SHARE,
+    "optim.warmup_ratio": SHARE,
     "optim.betas": st.lists(SHARE, min_size=2, max_size=2),
     "optim.weight_decay": st.just(0) | POSITIVE,
     "optim.clip": st.just(0) | POSITIVE,
@@ -83,7 +103,9 @@ BY_KEY = {  # where the type alone allows more
 }
 FREE = st.recursive(
     st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(), children, max_size=3),
+    lambda children: (
+        st.lists(children, max_size=3) | st.dictionaries(st.text(), children, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -99,14 +121,14 @@ def values(key):
 
 @st.composite
 def trees(draw):
-    """Any valid configuration, as nested dictionaries; keys that have a default are there or not."""
+    """Any valid configuration as nested dictionaries, with some of the keys that have defaults."""
     tree = {}
     for key in HINTS:
         section, _, name = key.partition(".")
         table = tree.setdefault(section, {})
         if name in SMALLEST.get(section, {}) or key == "memory.max_tokens" or draw(st.booleans()):
             table[name] = draw(values(key))
-    if tree["model"].get("base", "full") != "full":
+    if tree["model"].get("quantization", "none") != "none":
         tree["zero"]["stage"] = 0  # a quantised base is not sharded
     return tree | {"deepspeed": draw(st.dictionaries(st.text(), FREE, max_size=3))}
 
@@ -143,7 +165,8 @@ def test_shipped_configs_load(tmp_path):
 def test_paper_config_is_the_papers_run():
     config = load(CONFIGS / "paper_stage1.toml")
     assert config.data.lanes * config.data.pack_documents == 256
-    assert (config.optim.steps, config.optim.lr, config.lora.rank, config.lora.alpha) == (10_000, 2e-4, 16, 32.0)
+    assert (config.optim.steps, config.optim.lr) == (10_000, 2e-4)
+    assert (config.lora.rank, config.lora.alpha) == (16, 32.0)
 
 
 @pytest.mark.parametrize("key", HINTS)
@@ -174,7 +197,8 @@ def test_ill_typed_value_names_its_key(key, value, override):
     try:
         config = override(f"{key}={value}")
     except ValueError as error:
-        assert str(error).startswith((f"{key} ", f"{key}[0] ", f"{key}: ")) and "\n" not in str(error)
+        message = str(error)
+        assert message.startswith((f"{key} ", f"{key}[0] ", f"{key}: ")) and "\n" not in message
     else:
         expected = tomllib.loads(f"value = {value}")["value"]
         assert getattr(getattr(config, section), name) in (expected, (expected,))
@@ -193,7 +217,7 @@ def test_ill_typed_value_names_its_key(key, value, override):
         ("optim.betas=[0.9, '1']", "optim.betas[1] must be a number, not '1'"),
         ("model.causal=no", "model.causal must be true or false, not 'no'"),
         ("run.dir=3", "run.dir must be a string, not 3"),
-        ("data.weights=2", "data.weights must be a list, not 2"),
+        ("data.mixture=2", "data.mixture must be a list, not 2"),
         ("model.dtype=fp16", "model.dtype must be one of 'bfloat16', 'float32', not 'fp16'"),
         ("zero.stage=1", "zero.stage must be one of 0, 3, not 1"),
         ("zero.stage=false", "zero.stage must be one of 0, 3, not False"),
@@ -202,7 +226,10 @@ def test_ill_typed_value_names_its_key(key, value, override):
         ("run.dir.name=3", "run.dir.name: dir is not a section"),
         ("optim.lr", "not an override: 'optim.lr'; write section.key=value, such as optim.lr=1e-4"),
         ("=3", "not an override: '=3'; write section.key=value, such as optim.lr=1e-4"),
-        ("optim..lr=3", "not an override: 'optim..lr=3'; write section.key=value, such as optim.lr=1e-4"),
+        (
+            "optim..lr=3",
+            "not an override: 'optim..lr=3'; write section.key=value, such as optim.lr=1e-4",
+        ),
     ],
 )
 def test_error_names_the_key_and_the_fix(override_, message, override):
@@ -216,16 +243,16 @@ def test_error_names_the_key_and_the_fix(override_, message, override):
         "run.seed=-1",
         "run.seed=9223372036854775808",
         "run.log_every=0",
-        "run.validate_every=0",
+        "validation.every=0",
         "lora.rank=0",
         "lora.alpha=0",
         "lora.dropout=1",
         "lora.dropout=-0.1",
-        "lora.targets=[lm_head]",
-        "lora.targets=lm_head",
+        "lora.target_modules=[lm_head]",
+        "lora.target_modules=lm_head",
         "data.train=[]",
-        "data.weights=[1, 2]",
-        "data.weights=[0]",
+        "data.mixture=[1, 2]",
+        "data.mixture=[0]",
         "data.lanes=0",
         "data.pack_documents=0",
         "data.pack_documents=-1",
@@ -235,8 +262,8 @@ def test_error_names_the_key_and_the_fix(override_, message, override):
         "data.prefetch=0",
         "optim.steps=0",
         "optim.lr=0",
-        "optim.warmup=1",
-        "optim.warmup=-0.1",
+        "optim.warmup_ratio=1",
+        "optim.warmup_ratio=-0.1",
         "optim.betas=[1.0, 0.9]",
         "optim.betas=[0.9, -0.1]",
         "optim.eps=0",
@@ -258,23 +285,26 @@ def test_out_of_range_names_the_key(out_of_range, override):
 def test_fallbacks_are_declared_as_a_table_or_one_by_one(override):
     expected = {"nij_Latn": "ind_Latn", "qab_Latn": "qaa_Latn"}
     table = override('languages.fallback={nij_Latn = "ind_Latn", qab_Latn = "qaa_Latn"}')
-    one_by_one = override("languages.fallback.nij_Latn=ind_Latn", "languages.fallback.qab_Latn=qaa_Latn")
+    each = ("languages.fallback.nij_Latn=ind_Latn", "languages.fallback.qab_Latn=qaa_Latn")
+    one_by_one = override(*each)
     assert table.languages.fallback == one_by_one.languages.fallback == expected
 
 
 def test_text_beside_a_tasks_is_for_stage_2_alone(override):
     beside = ["task.name=nli", "task.train=mnli:data", "data.train=[fineweb]"]
-    assert override(*beside, "data.weights=[1, 2]").data.weights == (1.0, 2.0)
-    assert "after one for task.train" in message_of(override, *beside, "data.weights=[1]")
+    assert override(*beside, "data.mixture=[1, 2]").data.mixture == (1.0, 2.0)
+    assert "after one for task.train" in message_of(override, *beside, "data.mixture=[1]")
     message = message_of(override, *beside, "objective.kind=finetune")
-    assert message.startswith("data.train has no labels to fine-tune on beside task.train; leave it empty, or")
+    start = "data.train has no labels to fine-tune on beside task.train; leave it empty, or"
+    assert message.startswith(start)
 
 
 def test_packs_that_can_hold_no_document_or_no_micro_batch(override):
     packs = ["data.pack_documents=0", "data.pack_tokens=100"]
     assert "data.pack_tokens=100 cannot hold data.max_length=512" in message_of(override, *packs)
     assert override(*packs, "data.max_length=100").data.pack_tokens == 100
-    assert "raise memory.max_tokens=99" in message_of(override, *packs, "data.max_length=100", "memory.max_tokens=99")
+    small = ["data.max_length=100", "memory.max_tokens=99"]
+    assert "raise memory.max_tokens=99" in message_of(override, *packs, *small)
 
 
 @pytest.mark.parametrize("text", ["3e-4", "0.0003", "3.0E-4", " 3e-4 ", "+3e-4"])
@@ -292,7 +322,7 @@ def test_lr_is_a_number(text, override):
         ("run.dir=2030-01-31", "run.dir", "2030-01-31"),
         ("run.dir=a=b", "run.dir", "a=b"),
         ("run.dir=runs/été", "run.dir", "runs/été"),
-        ("data.validation=", "data.validation", ""),
+        ("validation.corpus=", "validation.corpus", ""),
         ("data.train=corpora/a", "data.train", ("corpora/a",)),
         ("data.train=['a', 'b']", "data.train", ("a", "b")),
         ("model.causal=true", "model.causal", True),
@@ -300,8 +330,8 @@ def test_lr_is_a_number(text, override):
     ],
 )
 def test_override(override_, key, value, override):
-    found = flatten(override(override_))[key]
-    assert found == value and type(found) is type(value)
+    overridden = flatten(override(override_))[key]
+    assert overridden == value and type(overridden) is type(value)
 
 
 def test_later_overrides_win_and_new_sections_appear(override):
@@ -310,11 +340,13 @@ def test_later_overrides_win_and_new_sections_appear(override):
 
 
 def test_deepspeed_table_is_passed_through(override, tmp_path):
-    table = "[deepspeed]\nzero_optimization = { zero_hpz_partition_size = 8 }\nwall_clock_breakdown = true\n"
-    text = dumps(from_dict(SMALLEST)).replace("[deepspeed]\n", table)
-    config = read(text, "deepspeed.zero_optimization.offload=['cpu']", "deepspeed.new.x=1e400", folder=tmp_path)
+    keys = "zero_optimization = { zero_hpz_partition_size = 8 }\nwall_clock_breakdown = true\n"
+    text = dumps(from_dict(SMALLEST)).replace("[deepspeed]\n", f"[deepspeed]\n{keys}")
+    overrides = ["deepspeed.zero_optimization.offload=['cpu']", "deepspeed.new.x=1e400"]
+    config = read(text, *overrides, folder=tmp_path)
     zero = {"zero_hpz_partition_size": 8, "offload": ["cpu"]}
-    assert config.deepspeed == {"zero_optimization": zero, "wall_clock_breakdown": True, "new": {"x": math.inf}}
+    expected = {"zero_optimization": zero, "wall_clock_breakdown": True, "new": {"x": math.inf}}
+    assert config.deepspeed == expected
     assert read(dumps(config), folder=tmp_path) == config
 
 
@@ -326,7 +358,11 @@ def test_missing_keys_are_listed(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"[run", "is not valid TOML"), (b"\xff", "is not valid TOML"), (None, "cannot read the config")],
+    [
+        (b"[run", "is not valid TOML"),
+        (b"\xff", "is not valid TOML"),
+        (None, "cannot read the config"),
+    ],
 )
 def test_unreadable_file_is_named(content, message, tmp_path):
     path = tmp_path / "run.toml"
@@ -340,3 +376,198 @@ def test_configs_are_frozen_and_comparable():
     assert config == from_dict(SMALLEST) and isinstance(config, Config)
     with pytest.raises(AttributeError):
         config.optim.lr = 1.0
+
+
+OLD_KEYS = sorted(RENAMED)
+
+
+@pytest.mark.parametrize("key", OLD_KEYS)
+def test_an_old_key_is_an_error_that_names_the_new_one(key, override, tmp_path):
+    """On the command line and in a file."""
+    expected = f"unknown key: {key}; it is {RENAMED[key]} now"
+    assert message_of(override, f"{key}=1") == expected
+    section, _, name = key.rpartition(".")
+    line = f"{name or key} = 1\n"
+    text = dumps(from_dict(SMALLEST))
+    text = text.replace(f"[{section}]\n", f"[{section}]\n{line}") if section else line + text
+    assert message_of(lambda: read(text, folder=tmp_path)) == expected
+
+
+@pytest.mark.parametrize("key", OLD_KEYS)
+def test_what_an_old_key_is_now_is_a_key(key):
+    now = re.match(r"[\w.]+", RENAMED[key]).group()
+    assert now in HINTS or now in recipe.TABLES
+    assert key not in HINTS and key not in recipe.TABLES
+
+
+@pytest.mark.parametrize(
+    ("old", "message"),
+    [
+        ("distil.optim.epochs=5", "stage1: unknown key: distil; it is stage2 now"),
+        ("model.start=x", "stage1: unknown key: model.start; it is model.init_from now"),
+        ("stage2.run.validate_every=5", "unknown key: run.validate_every; it is validation.every"),
+    ],
+)
+def test_an_old_key_of_a_recipe_is_an_error_too(old, message, tmp_path):
+    assert message in message_of(lambda: recipe.load(write_recipe(tmp_path), [old]))
+
+
+PATHS = {
+    f"{section}.{name}": hint
+    for section, table in typing.get_type_hints(Config).items()
+    if is_dataclass(table)
+    for name, hint in typing.get_type_hints(table, include_extras=True).items()
+    if PathText in (hint, *typing.get_args(hint))
+}
+NO_PATHS = {  # texts of other kinds
+    "task.name",
+    "lora.target_modules",
+    "data.teacher_states",
+    "languages.fallback",
+    "evaluate.languages",
+    "evaluate.stack_name",
+    "probe.languages",
+    "probe.split",
+}
+HOME = "/home/of somebody"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home():
+    """`~` is HOME."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", HOME)
+        yield
+
+
+def arrived(key: str, value: str) -> object:
+    """What a configuration holds where a path was put."""
+    section, _, name = key.partition(".")
+    tree = SMALLEST | {"task": {"name": "nli"}}
+    items = [value, "other"] if typing.get_origin(PATHS[key]) is tuple else value
+    return flatten(from_dict(tree | {section: tree.get(section, {}) | {name: items}}))[key]
+
+
+def test_every_text_is_a_path_or_known_to_be_none():
+    texts = {key for key, hint in HINTS.items() if str in (hint, *typing.get_args(hint))}
+    assert texts == PATHS.keys() | NO_PATHS and not PATHS.keys() & NO_PATHS
+
+
+@given(
+    key=st.sampled_from(sorted(PATHS)),
+    dataset=st.sampled_from(["", "mnli:", "belebele_training:", "x-1.0+:"]),
+    rest=st.text(),
+)
+def test_a_home_is_expanded_in_every_path(key, dataset, rest):
+    expected = f"{dataset}{HOME}/{rest}"
+    assert arrived(key, f"{dataset}~/{rest}") in (expected, (expected, "other"))
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize("value", ["facebook/nllb", "/a/~/b", "a~", "a/~b", "mnli:a/~", "a b:~/c"])
+def test_what_is_no_home_stays_as_it_is(key, value):
+    assert arrived(key, value) in (value, (value, "other"))
+
+
+def test_a_home_is_expanded_in_a_recipe(tmp_path):
+    overrides = ["recipe.dir=~/out", "model.encoder=~/nllb", "task.train=mnli:~/mnli"]
+    loaded = recipe.load(write_recipe(tmp_path), overrides)
+    assert str(loaded.folder) == f"{HOME}/out"
+    for job in loaded.jobs:
+        assert job.config.run.dir == f"{HOME}/out/{job.name}"
+        assert job.config.model.encoder == f"{HOME}/nllb"
+        assert job.config.task.train in ("", f"mnli:{HOME}/mnli")
+
+
+def command_words(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """What takes a text, of a command and all below it."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in set(action.choices.values()):
+                yield from command_words(below)
+        elif action.nargs != 0 and action.type is not int and not action.choices:
+            yield action
+
+
+NO_PATH_WORDS = {"overrides", "field", "language", "licence", "size"}
+
+
+def test_a_home_is_expanded_in_every_path_of_a_command_line():
+    words = list(command_words(cli._build_parser()))
+    paths = [action for action in words if action.dest not in NO_PATH_WORDS]
+    assert {action.dest for action in words} - {action.dest for action in paths} == NO_PATH_WORDS
+    assert {action.dest for action in paths} >= {"config", "recipe", "inputs", "out", "folder"}
+    for action in paths:
+        assert action.type is not None, action.dest
+        assert str(action.type("~/x y")) == f"{HOME}/x y" and str(action.type("a/~")) == "a/~"
+
+
+def test_a_home_is_expanded_nowhere_else():
+    """Who reads a path need not think of it."""
+    files = [*(ROOT / "mtllm_engine").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    expanding = [path for path in files if "expanduser" in path.read_text()]
+    assert [path.relative_to(ROOT / "mtllm_engine").name for path in expanding] == ["files.py"]
+
+
+FINETUNING = """
+[run]
+dir = "runs/a"
+[model]
+encoder = "nllb"
+decoder = "llama"
+[task]
+name = "nli"
+train = "mnli:data"
+[data]
+pack_documents = 4
+[optim]
+steps = 10
+"""
+
+
+@pytest.mark.parametrize(
+    ("objective", "reader"),
+    [
+        ({}, "llm"),
+        ({"reader": "stack"}, "stack"),
+        ({"reader": "llm"}, "llm"),
+        ({"kind": "distil"}, "llm"),
+        ({"kind": "distil", "reader": "stack"}, "stack"),
+        ({"kind": "finetune"}, "llm"),
+    ],
+)
+def test_fine_tuning_sets_the_kind_and_is_the_llms_by_default(objective, reader, tmp_path):
+    """Whatever kind stands in the file; a reader that stands there wins."""
+    table = "".join(f"{key} = '{value}'\n" for key, value in objective.items())
+    path = tmp_path / "run.toml"
+    path.write_text(f"{FINETUNING}[objective]\n{table}")
+    loaded = load(path, finetunes=True).objective
+    assert (loaded.kind, loaded.reader) == ("finetune", reader)
+    overridden = load(path, ["objective.reader=stack"], finetunes=True).objective
+    assert (overridden.kind, overridden.reader) == ("finetune", "stack")
+
+
+def test_training_refuses_to_fine_tune(tmp_path):
+    config = read(FINETUNING, "objective.kind=finetune", folder=tmp_path)
+    message = message_of(train, config, build_world())
+    assert message == 'objective.kind = "finetune": that is `mtllm finetune`, this distils'
+
+
+def test_evaluation_is_no_kind_of_training(override):
+    message = message_of(override, "objective.kind=evaluate")
+    assert message == "objective.kind must be one of 'distil', 'finetune', not 'evaluate'"
+
+
+TABLES = [Config, *typing.get_type_hints(Config).values()]
+
+
+@pytest.mark.parametrize("table", filter(is_dataclass, TABLES), ids=lambda table: table.__name__)
+def test_every_key_says_what_it_is(table):
+    """Below it, or where it is a section in its class: the handbook is made of that."""
+    (definition,) = ast.parse(inspect.getsource(table)).body
+    assert ast.get_docstring(definition).endswith(".")
+    hints = typing.get_type_hints(table)
+    for statement, below in zip(definition.body, [*definition.body[1:], None]):
+        if isinstance(statement, ast.AnnAssign) and not is_dataclass(hints[statement.target.id]):
+            assert isinstance(below, ast.Expr), statement.target.id
+            assert ast.literal_eval(below.value).endswith("."), statement.target.id

@@ -1,4 +1,6 @@
-"""The English task and stage 2 against transformers and PEFT, padded, in fp32; stored targets; what a run leaves."""
+"""The English task and stage 2 against transformers and PEFT, padded, in fp32; stored targets; what
+a run leaves.
+"""
 
 import json
 import re
@@ -16,61 +18,50 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
-from transformers import M2M100Model
 
 from mtllm_engine.config import Config
+from mtllm_engine.data.annotations import NO_ANNOTATIONS, partners
 from mtllm_engine.data.batch import IDLE, Batch, Document, Totals, collate
-from mtllm_engine.data.marks import NONE, partners
-from mtllm_engine.data.stream import agree
+from mtllm_engine.data.stream import agree, each_step
 from mtllm_engine.data.tokenizers import PairTokenizer
-from mtllm_engine.evaluate import cost
+from mtllm_engine.evaluation.systems import cost
 from mtllm_engine.finetune import finetune
-from mtllm_engine.model.mtllm import Stack
-from mtllm_engine.model.pretrained import build_stack, build_tokenizer
+from mtllm_engine.model.build import build_stack, build_tokenizer
+from mtllm_engine.model.stack import Stack
 from mtllm_engine.targets import write_targets
 from mtllm_engine.tasks import load_task, pack_split
 from mtllm_engine.train import open_stream, prepare, train
-from stages import (
+from tests.support.padded import (
+    FEW,
+    PAD,
+    Padded,
+    assert_close,
+    build,
+    largest_gradient,
+    load_llm,
+    randomise,
+    trained,
+)
+from tests.support.stages import (
     ALONE,
     SOURCES,
     build_models,
     checkpoint,
     finetuning_config,
+    losses,
     rows,
     stage1_config,
     stage2_config,
     write_questions,
     write_topics,
 )
-from test_model import (
-    FEW,
-    PAD,
-    assert_close,
-    attention_mask,
-    build,
-    largest_gradient,
-    load_llm,
-    mean_pool,
-    pad,
-    randomise,
-    their_name,
-    trained,
-)
-from tiny import WORDS, build_corpus
-from zero_worker import losses, run
+from tests.support.tiny import WORDS, build_corpus
+from tests.support.zero_worker import run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TASKS = ("sib200", "belebele")
 OUTPUTS = {"sib200": 7, "belebele": 4}
 READERS = ("llm", "stack")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second thread, and lose much where the other cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -85,71 +76,33 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finetuned(folder: Path) -> Path:
-    """The folder, once the LLM has learned both tasks, six steps each, looked at and saved after each."""
+    """The folder, once the LLM has learned both tasks, six steps each, looked at and saved after
+    each.
+    """
     for task in TASKS:
         finetune(finetuning_config(folder, task, **LOOKED_AT), ALONE)
     return folder
 
 
-LOOKED_AT = {"run": {"validate_every": 1}, "checkpoint": {"every": 1, "keep": 1}, "optim": {"steps": 6, "lr": 0.05}}
+LOOKED_AT = {
+    "validation": {"every": 1},
+    "checkpoint": {"every": 1, "keep": 1},
+    "optim": {"steps": 6, "lr": 0.05},
+}
 
 
-class Padded:
-    """The encoder, the LLM with adapters, and what of projection and head is needed, in transformers and PEFT."""
-
-    def __init__(
-        self, config: Config, llm: nn.Module, projection: nn.Linear | None = None, head: nn.Linear | None = None
-    ) -> None:
-        self.encoder = M2M100Model.from_pretrained(config.model.encoder, attn_implementation="eager").encoder
-        self.llm, self.projection, self.head = llm.eval(), projection, head
-
-    @property
-    def named(self) -> dict[str, nn.Parameter]:
-        """By the names of PEFT's checkpoints and of our own parameters."""
-        linears = {"projection": self.projection, "objective.head": self.head}
-        parts = {prefix: linear.named_parameters() for prefix, linear in linears.items() if linear}
-        named = {f"{prefix}.{name}": each for prefix, found in parts.items() for name, each in found}
-        return named | dict(self.llm.named_parameters())
-
-    def of(self, name: str) -> nn.Parameter:
-        """Their parameter for our name."""
-        return self.named[name if name in self.named else their_name(name)]
-
-    def states(self, documents: Sequence[Document], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last states (B, L, D) of the encoder's tokens (student) or the LLM's own (teacher); which are real."""
-        ids = [item.student_ids_S if side == "student" else item.teacher_ids_T for item in documents]
-        ids_BL, real_BL = pad(ids)
-        inputs = {"input_ids": ids_BL}
-        if side == "student":
-            with torch.no_grad():
-                encoded_BLE = self.encoder(ids_BL, attention_mask=real_BL.long()).last_hidden_state
-            inputs = {"inputs_embeds": self.projection(encoded_BLE)}
-        mask = attention_mask(real_BL, causal=False)
-        return self.llm(**inputs, attention_mask=mask, use_cache=False).last_hidden_state, real_BL
-
-    def pooled(self, documents: Sequence[Document], side: str) -> list[torch.Tensor]:
-        """(P, D) of each document: the means of its spans, token by token from the definition."""
-        states_BLD, _ = self.states(documents, side)
-        return [
-            torch.stack([states_LD[start:end].mean(0) for start, end in getattr(item, f"{side}_spans_P2")])
-            for states_LD, item in zip(states_BLD, documents)
-        ]
-
-    def scores(self, documents: Sequence[Document], side: str, task: str) -> list[torch.Tensor]:
-        """Of each document's classes, or of its own choices."""
-        if task == "sib200":
-            return list(self.head(mean_pool(*self.states(documents, side))))
-        return [self.head(pooled_PD)[:, 0] for pooled_PD in self.pooled(documents, side)]
-
-
-@pytest.fixture(scope="module", params=[(task, reader) for task in TASKS for reader in READERS], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[(task, reader) for task in TASKS for reader in READERS], ids="-".join
+)
 def learner(request, folder: Path) -> tuple[Stack, Padded, str, str]:
     """Ours and theirs with the same weights, the task, and the side whose tokens are read."""
     task, reader = request.param
     config = finetuning_config(folder, task, reader, lora={"dropout": 0.0})
     stack = randomise(build(config))
     adapters = peft.LoraConfig(
-        r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets)
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        target_modules=list(config.lora.target_modules),
     )
     llm = peft.get_peft_model(load_llm(config), adapters)
     width = llm.config.hidden_size
@@ -169,12 +122,16 @@ def spans_of(generator: np.random.Generator, length: int, count: int) -> np.ndar
 
 @st.composite
 def examples(draw, task: str = "") -> list[Document]:
-    """Labelled documents of random tokens; where choices are asked for, with 1 to 4 of them each."""
+    """Labelled documents of random tokens; where choices are asked for, with 1 to 4 of them
+    each.
+    """
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     documents = []
     for number in range(draw(st.integers(2, 6))):
         lengths = draw(st.tuples(st.integers(8, 40), st.integers(8, 40)))
-        student_ids_S, teacher_ids_T = (generator.integers(PAD + 1, 300, size, dtype=np.int32) for size in lengths)
+        student_ids_S, teacher_ids_T = (
+            generator.integers(PAD + 1, 300, size, dtype=np.int32) for size in lengths
+        )
         choices, spans = draw(st.integers(1, 4)), {}
         if task == "belebele":
             spans = {
@@ -198,11 +155,15 @@ def collated(documents: Sequence[Document], idle: Document = IDLE) -> Batch:
 
 
 def totals_of(documents: Sequence[Document]) -> Totals:
-    aligned = sum(int((item.aligned_S >= 0).sum()) for item in documents if item.aligned_S is not None)
+    aligned = sum(
+        int((item.aligned_S >= 0).sum()) for item in documents if item.aligned_S is not None
+    )
     return Totals(len(documents), sum(len(item.student_spans_P2) for item in documents), aligned)
 
 
-def loss_and_gradients(stack: Stack, micro_batches: Sequence[Sequence[Document]]) -> tuple[torch.Tensor, dict]:
+def loss_and_gradients(
+    stack: Stack, micro_batches: Sequence[Sequence[Document]]
+) -> tuple[torch.Tensor, dict]:
     """Of a step whose micro-batches are these; an empty one is the idle one."""
     totals = totals_of([document for documents in micro_batches for document in documents])
     shares = [stack(collated(documents), totals).loss for documents in micro_batches]
@@ -212,13 +173,21 @@ def loss_and_gradients(stack: Stack, micro_batches: Sequence[Sequence[Document]]
 
 
 def assert_same_step(
-    stack: Stack, padded: Padded, micro_batches: Sequence, loss: torch.Tensor, addends: Sequence[torch.Tensor] = ()
+    stack: Stack,
+    padded: Padded,
+    micro_batches: Sequence,
+    loss: torch.Tensor,
+    addends: Sequence[torch.Tensor] = (),
 ) -> None:
-    """Args: addends: What the loss's gradient is a sum of gradients of, if they may cancel: each rounds by itself."""
+    """Args: addends: What the loss's gradient is a sum of gradients of, if they may cancel: each
+    rounds by itself.
+    """
     ours, our_gradients = loss_and_gradients(stack, micro_batches)
     assert_close(ours, loss.detach())
     parameters = [padded.of(name) for name in our_gradients]
-    gradients = [torch.autograd.grad(each, parameters, retain_graph=True) for each in (loss, *addends)]
+    gradients = [
+        torch.autograd.grad(each, parameters, retain_graph=True) for each in (loss, *addends)
+    ]
     largest = [sum(each.abs().max() for each in own) for own in zip(*(gradients[1:] or gradients))]
     allowed = dict(zip(our_gradients, largest, strict=True))
     for (name, gradient), theirs in zip(our_gradients.items(), gradients[0], strict=True):
@@ -226,24 +195,35 @@ def assert_same_step(
 
 
 def scores_apart(loss: torch.Tensor, scores: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Each score times the loss's derivative by it: by the chain rule their gradients add up to the loss's."""
+    """Each score times the loss's derivative by it: by the chain rule their gradients add up to the
+    loss's.
+    """
     slopes = torch.autograd.grad(loss, scores, retain_graph=True)
-    return [slope * score for slopes_C, scores_C in zip(slopes, scores) for slope, score in zip(slopes_C, scores_C)]
+    return [
+        slope * score
+        for slopes_Y, scores_Y in zip(slopes, scores)
+        for slope, score in zip(slopes_Y, scores_Y)
+    ]
 
 
 @FEW
 @given(data=st.data())
 def test_task_loss_and_gradients_over_any_micro_batches(learner, data):
-    """However a step's documents are parted, with an idle micro-batch besides: the mean over all of them.
+    """However a step's documents are parted, with an idle micro-batch besides: the mean over all of
+    them.
 
-    Of choices a gradient is a difference between spans of one text, often much smaller than what it is a difference of.
+    Of choices a gradient is a difference between spans of one text, often much smaller than what it
+    is a difference of.
     """
     stack, padded, task, side = learner
     documents = data.draw(examples(task))
     cut = data.draw(st.integers(1, len(documents) - 1))
     micro_batches = data.draw(st.permutations([documents[:cut], documents[cut:], []]))
     scores = padded.scores(documents, side, task)
-    terms = [functional.cross_entropy(each, torch.tensor(item.label)) for each, item in zip(scores, documents)]
+    terms = [
+        functional.cross_entropy(each, torch.tensor(item.label))
+        for each, item in zip(scores, documents)
+    ]
     loss = torch.stack(terms).mean()
     addends = scores_apart(loss, scores) if task == "belebele" else ()
     assert_same_step(stack, padded, micro_batches, loss, addends)
@@ -255,13 +235,17 @@ def test_what_learns_the_task(learner):
     names = trained(stack).keys()
     assert "objective.head.weight" in names
     assert ("projection.weight" in names) == (side == "student")
-    assert {name for name in names if ".student." in name} == {n for n, _ in stack.named_parameters() if "lora_" in n}
+    assert {name for name in names if ".student." in name} == {
+        n for n, _ in stack.named_parameters() if "lora_" in n
+    }
 
 
 @FEW
 @given(data=st.data())
 def test_scores_are_those_of_the_exact_spans(learner, data):
-    """The head on each choice's own tokens; -inf where a document has no such choice. Accuracy counts the best."""
+    """The head on each choice's own tokens; -inf where a document has no such choice. Accuracy
+    counts the best.
+    """
     stack, padded, task, side = learner
     documents = data.draw(examples(task))
     stack.eval()
@@ -269,17 +253,20 @@ def test_scores_are_those_of_the_exact_spans(learner, data):
         share = stack(collated(documents), totals_of(documents))
         pooled = padded.pooled(documents, side)
         if task == "sib200":
-            expected_NC = padded.head(torch.cat(pooled))
+            expected_NY = padded.head(torch.cat(pooled))
         else:
             scores = [padded.head(pooled_PD)[:, 0] for pooled_PD in pooled]
-            expected_NC = torch.full((len(documents), 4), -torch.inf)
-            for row_C, scores_P in zip(expected_NC, scores):
-                row_C[: len(scores_P)] = scores_P
+            expected_NY = torch.full((len(documents), 4), -torch.inf)
+            for row_Y, scores_P in zip(expected_NY, scores):
+                row_Y[: len(scores_P)] = scores_P
     stack.train()
-    ours_NC = share.outputs.scores_NC
-    assert torch.equal(ours_NC.isinf(), expected_NC.isinf())
-    assert_close(ours_NC.nan_to_num(neginf=0.0), expected_NC.nan_to_num(neginf=0.0))
-    correct = [int(scores_C.argmax()) == document.label for scores_C, document in zip(expected_NC, documents)]
+    ours_NY = share.outputs.scores_NY
+    assert torch.equal(ours_NY.isinf(), expected_NY.isinf())
+    assert_close(ours_NY.nan_to_num(neginf=0.0), expected_NY.nan_to_num(neginf=0.0))
+    correct = [
+        int(scores_Y.argmax()) == document.label
+        for scores_Y, document in zip(expected_NY, documents)
+    ]
     assert stack.objective.measures(share.moments) == {"accuracy": np.mean(correct)}
 
 
@@ -289,15 +276,22 @@ def test_documents_without_a_label_count_in_no_accuracy(learner):
     unlabelled = [replace(documents[0], label=-1), *documents[1:]]
     stack.eval()
     with torch.no_grad():
-        moments = [stack(collated(items), totals_of(items)).moments for items in (unlabelled, documents[1:])]
-        none = stack(collated([replace(item, label=-1) for item in documents]), totals_of(documents)).moments
+        moments = [
+            stack(collated(items), totals_of(items)).moments
+            for items in (unlabelled, documents[1:])
+        ]
+        none = stack(
+            collated([replace(item, label=-1) for item in documents]), totals_of(documents)
+        ).moments
     stack.train()
     assert torch.equal(*moments) and stack.objective.measures(none) == {}
 
 
 @pytest.mark.parametrize("split", ["train", "dev"])
 def test_what_has_no_label_is_not_learned(folder: Path, tmp_path: Path, split: str):
-    """It is refused or skipped, in training and validation; else it would count among what the loss is a mean over."""
+    """It is refused or skipped, in training and validation; else it would count among what the loss
+    is a mean over.
+    """
     write_topics(tmp_path, "eng_Latn", train=8, dev=6)
     table = tmp_path / "topics" / "eng_Latn" / f"{split}.tsv"
     header, first, *others = table.read_text().splitlines()
@@ -306,7 +300,10 @@ def test_what_has_no_label_is_not_learned(folder: Path, tmp_path: Path, split: s
     config = finetuning_config(folder, "sib200", run={"dir": str(tmp_path / "run")})
     config = replace(config, task=replace(config.task, train=source, validation=source))
     message = refusal(config, finetune)
-    assert "key 0: it has no label to learn; leave it out, or set data.on_error" in message and "\n" not in message
+    assert (
+        "key 0: it has no label to learn; leave it out, or set data.on_error" in message
+        and "\n" not in message
+    )
     finetune(replace(config, data=replace(config.data, on_error="skip")), ALONE)
     *_, trained_row, validated = rows(tmp_path / "run")
     assert (trained_row["skipped"] > 0) == (split == "train")
@@ -322,8 +319,13 @@ def examples_of(task: str, count: int = 4) -> list[Document]:
         spans = {}
         if task == "belebele":
             sides = zip(("student", "teacher"), sizes)
-            spans = {f"{side}_spans_P2": spans_of(generator, size, 2 + number % 3) for side, size in sides}
-        student_ids_S, teacher_ids_T = (generator.integers(PAD + 1, 300, size, dtype=np.int32) for size in sizes)
+            spans = {
+                f"{side}_spans_P2": spans_of(generator, size, 2 + number % 3)
+                for side, size in sides
+            }
+        student_ids_S, teacher_ids_T = (
+            generator.integers(PAD + 1, 300, size, dtype=np.int32) for size in sizes
+        )
         ids = {"student_ids_S": student_ids_S, "teacher_ids_T": teacher_ids_T}
         documents.append(Document(key=str(number), seed=number, label=number % 2, **ids, **spans))
     return documents
@@ -331,11 +333,17 @@ def examples_of(task: str, count: int = 4) -> list[Document]:
 
 @pytest.mark.parametrize("reader", READERS)
 def test_what_is_kept_for_backward_changes_no_gradient_of_the_task(folder: Path, reader: str):
-    """Bitwise, with dropout; the LLM alone differs from the stack: what enters its layers has no gradient."""
+    """Bitwise, with dropout; the LLM alone differs from the stack: what enters its layers has no
+    gradient.
+    """
     gradients = []
-    for activations in ("save", "selective", "recompute"):
-        memory = {"activations": activations}
-        stack = randomise(build(finetuning_config(folder, "belebele", reader, lora={"dropout": 0.5}, memory=memory)))
+    for recompute in ("cheap", "mlp", "layer"):
+        memory = {"recompute": recompute}
+        stack = randomise(
+            build(
+                finetuning_config(folder, "belebele", reader, lora={"dropout": 0.5}, memory=memory)
+            )
+        )
         gradients.append(loss_and_gradients(stack, [examples_of("belebele")])[1])
     saved, *others = gradients
     for other in others:
@@ -352,7 +360,9 @@ def aligning(request, folder: Path) -> tuple[Stack, float]:
 @FEW
 @given(data=st.data())
 def test_token_term_is_the_mean_over_aligned_tokens(aligning: tuple[Stack, float], data):
-    """(1 - w) of the pooled error and w of the error of student tokens that have a partner, each a global mean."""
+    """(1 - w) of the pooled error and w of the error of student tokens that have a partner, each a
+    global mean.
+    """
     stack, token_weight = aligning
     documents = [with_partners(item, number) for number, item in enumerate(data.draw(examples()))]
     cut, totals = data.draw(st.integers(1, len(documents) - 1)), totals_of(documents)
@@ -360,11 +370,14 @@ def test_token_term_is_the_mean_over_aligned_tokens(aligning: tuple[Stack, float
     batches = [collated(documents[:cut]), collated(documents[cut:]), collated([], idle)]
     ours = sum(stack(batch, totals).loss for batch in batches).detach()
     states = [normed_states(stack, document) for document in documents]
-    pooled = [(student_SD.mean(0) - teacher_TD.mean(0)).square().mean() for student_SD, teacher_TD in states]
+    pooled = [
+        (student_SD.mean(0) - teacher_TD.mean(0)).square().mean()
+        for student_SD, teacher_TD in states
+    ]
     tokens = [
-        (student_SD[place] - teacher_TD[partner]).square().mean()
+        (student_SD[index] - teacher_TD[partner]).square().mean()
         for document, (student_SD, teacher_TD) in zip(documents, states)
-        for place, partner in enumerate(document.aligned_S)
+        for index, partner in enumerate(document.aligned_S)
         if partner >= 0
     ]
     token_loss = torch.stack(tokens).mean() if tokens else torch.zeros(())
@@ -373,8 +386,12 @@ def test_token_term_is_the_mean_over_aligned_tokens(aligning: tuple[Stack, float
 
 def with_partners(document: Document, seed: int) -> Document:
     generator = np.random.default_rng(seed)
-    aligned_S = generator.integers(-1, len(document.teacher_ids_T), len(document.student_ids_S), dtype=np.int32)
-    return replace(document, aligned_S=np.where(generator.random(len(aligned_S)) < 0.5, -1, aligned_S))
+    aligned_S = generator.integers(
+        -1, len(document.teacher_ids_T), len(document.student_ids_S), dtype=np.int32
+    )
+    return replace(
+        document, aligned_S=np.where(generator.random(len(aligned_S)) < 0.5, -1, aligned_S)
+    )
 
 
 def normed_states(stack: Stack, document: Document) -> tuple[torch.Tensor, torch.Tensor]:
@@ -385,14 +402,18 @@ def normed_states(stack: Stack, document: Document) -> tuple[torch.Tensor, torch
         stack(collated([document]), totals_of([document]))
     hook.remove()
     weight_D, eps = stack.objective.norm, stack.objective.eps
-    student_SD, teacher_TD = (functional.rms_norm(x, x.shape[1:], weight_D, eps) for x in captured[0])
+    student_SD, teacher_TD = (
+        functional.rms_norm(x, x.shape[1:], weight_D, eps) for x in captured[0]
+    )
     return student_SD, teacher_TD
 
 
-@pytest.mark.parametrize("changed", [{"alpha": 99.0}, {"rank": 2}, {"targets": ["q_proj"]}], ids=str)
+@pytest.mark.parametrize(
+    "changed", [{"alpha": 99.0}, {"rank": 2}, {"target_modules": ["q_proj"]}], ids=str
+)
 def test_start_with_other_adapters_is_refused(finetuned: Path, changed: dict):
     config = stage2_config(finetuned, "sib200", lora=changed)
-    with pytest.raises(ValueError, match=f"^lora.{next(iter(changed))} is .* in model.start="):
+    with pytest.raises(ValueError, match=f"^lora.{next(iter(changed))} is .* in model.init_from="):
         build_stack(config)
 
 
@@ -409,14 +430,16 @@ def opened(distilling: tuple[Config, Stack]) -> tuple[Padded, Padded]:
     config, _ = distilling
     start, teacher = (
         peft.PeftModel.from_pretrained(load_llm(config), folder, is_trainable=True)
-        for folder in (config.model.start, config.model.teacher)
+        for folder in (config.model.init_from, config.model.teacher)
     )
     return Padded(config, start, saved_projection(config)), Padded(config, teacher)
 
 
 @FEW
 @given(data=st.data())
-def test_stage_2_is_distillation_from_teacher_into_start(distilling: tuple[Config, Stack], opened, data):
+def test_stage_2_is_distillation_from_teacher_into_start(
+    distilling: tuple[Config, Stack], opened, data
+):
     """Span by span, over any micro-batches."""
     (config, stack), (student, teacher) = distilling, opened
     documents = data.draw(examples(config.task.name))
@@ -430,22 +453,34 @@ def test_stage_2_is_distillation_from_teacher_into_start(distilling: tuple[Confi
 
 @pytest.mark.parametrize("task", TASKS)
 def test_stage_2_reads_more_text_than_the_tasks(finetuned: Path, task: str, tmp_path: Path):
-    """Whole documents beside the task's spans, the teacher live or stored: both are learned alike."""
+    """Whole documents beside the task's spans, the teacher live or stored: both are learned
+    alike.
+    """
     more = build_corpus(tmp_path / "more", 24)
-    data = {"train": [str(more)], "weights": [1.0, 3.0], "pack_documents": 2}
-    config = stage2_config(finetuned, task, run={"dir": str(tmp_path / "live")}, data=data, lora={"dropout": 0.0})
+    data = {"train": [str(more)], "mixture": [1.0, 3.0], "pack_documents": 2}
+    config = stage2_config(
+        finetuned, task, run={"dir": str(tmp_path / "live")}, data=data, lora={"dropout": 0.0}
+    )
     prepared = prepare(config)
     assert prepared.data.train == (str(tmp_path / "live" / "corpus" / "train"), str(more))
     stream = open_stream(prepared, build_tokenizer(prepared, build(prepared)), ALONE)
-    drawn = [document for _ in range(6) for part in agree(stream, ALONE, 512).micro_batches for document in part]
+    drawn = [
+        document
+        for _ in range(6)
+        for part in agree(stream, ALONE, 512).micro_batches
+        for document in part
+    ]
     stream.close()
     spans = {len(document.teacher_spans_P2) for document in drawn if document.label >= 0}
     plain = [document for document in drawn if document.label < 0]
-    assert spans == {OUTPUTS[task] if task == "belebele" else 1} and 0.6 < len(plain) / len(drawn) < 0.9
+    assert (
+        spans == {OUTPUTS[task] if task == "belebele" else 1}
+        and 0.6 < len(plain) / len(drawn) < 0.9
+    )
     assert all(len(document.teacher_spans_P2) == 1 for document in plain)
     train(config, ALONE)
     stored = replace(config, run=replace(config.run, dir=str(tmp_path / "stored")))
-    stored = replace(stored, data=replace(stored.data, targets="states"))
+    stored = replace(stored, data=replace(stored.data, teacher_states="states"))
     write_targets(stored, ALONE)
     train(stored, ALONE)
     live, from_files = (rows(tmp_path / name) for name in ("live", "stored"))
@@ -455,7 +490,7 @@ def test_stage_2_reads_more_text_than_the_tasks(finetuned: Path, task: str, tmp_
 
 
 def saved_projection(config: Config) -> nn.Linear:
-    saved = load_file(f"{config.model.start}/projection.safetensors")
+    saved = load_file(f"{config.model.init_from}/projection.safetensors")
     width, encoder_width = saved["weight"].shape
     linear = nn.Linear(encoder_width, width)
     linear.load_state_dict(saved)
@@ -473,7 +508,10 @@ def test_stage_2_measures_with_the_copied_head(distilling: tuple[Config, Stack])
     with torch.no_grad():
         share = stack(collated(documents), totals_of(documents))
     stack.train()
-    expected = [scores_C.argmax().item() == item.label for scores_C, item in zip(share.outputs.scores_NC, documents)]
+    expected = [
+        scores_Y.argmax().item() == item.label
+        for scores_Y, item in zip(share.outputs.scores_NY, documents)
+    ]
     assert stack.objective.measures(share.moments)["accuracy"] == np.mean(expected)
 
 
@@ -486,7 +524,7 @@ def distilled(request, finetuned: Path) -> tuple[Path, str]:
 
 def test_stage_2_trains_the_projection_and_copies_the_head(distilled: tuple[Path, str]):
     folder, task = distilled
-    saved = checkpoint(folder, f"distil-{task}", "latest")
+    saved = checkpoint(folder, f"stage2-{task}", "latest")
     teacher, start = checkpoint(folder, f"finetune-{task}"), checkpoint(folder, "stage1", "latest")
     assert (saved / "head.safetensors").read_bytes() == (teacher / "head.safetensors").read_bytes()
     assert not any("head" in name for name in load_file(saved / "optimizer.safetensors"))
@@ -507,12 +545,14 @@ def stored(distilled: tuple[Path, str]) -> tuple[Path, Config]:
 
 
 def stored_config(folder: Path, task: str) -> Config:
-    return stage2_config(folder, task, run={"dir": str(folder / f"stored-{task}")}, data={"targets": "states"})
+    return stage2_config(
+        folder, task, run={"dir": str(folder / f"stored-{task}")}, data={"teacher_states": "states"}
+    )
 
 
 def test_stored_targets_teach_what_the_live_teacher_does(stored: tuple[Path, Config]):
     folder, config = stored
-    live, from_files = rows(folder / f"distil-{config.task.name}"), rows(Path(config.run.dir))
+    live, from_files = rows(folder / f"stage2-{config.task.name}"), rows(Path(config.run.dir))
     assert len(live) == len(from_files) == 5  # validation, three steps, validation
     for before, after in zip(live, from_files):
         for key in before.keys() & {"loss", "fvu", "validation_fvu", "validation_accuracy"}:
@@ -521,7 +561,7 @@ def test_stored_targets_teach_what_the_live_teacher_does(stored: tuple[Path, Con
 
 def test_targets_that_are_there_are_left_alone(stored: tuple[Path, Config]):
     _, config = stored
-    files = sorted(Path(config.run.dir).glob("corpus/*/targets-states/*"))
+    files = sorted(Path(config.run.dir).glob("corpus/*/teacher_states-states/*"))
     assert len(files) == 4  # of training and validation: states and a manifest
     before = [path.stat().st_mtime_ns for path in files]
     write_targets(config, ALONE)
@@ -529,30 +569,39 @@ def test_targets_that_are_there_are_left_alone(stored: tuple[Path, Config]):
 
 
 def test_what_stored_targets_took_counts_as_cost(stored: tuple[Path, Config]):
-    """Two FLOPs for each of the decoder's weights and each token of both corpora, beside what the runs took."""
+    """Two FLOPs for each of the decoder's weights and each token of both corpora, beside what the
+    runs took.
+    """
     _, config = stored
     llm = load_llm(config)
-    weights = sum(each.weight.numel() for each in llm.layers.modules() if isinstance(each, nn.Linear))
+    weights = sum(
+        each.weight.numel() for each in llm.layers.modules() if isinstance(each, nn.Linear)
+    )
     prepared = prepare(config)
-    corpora = [Path(path) for path in (*prepared.data.train, prepared.data.validation)]
+    corpora = [Path(path) for path in (*prepared.data.train, prepared.validation.corpus)]
     flops = [2 * weights * num_teacher_tokens(prepared, corpus) for corpus in corpora]
-    manifests = [json.loads((corpus / "targets-states" / "manifest.json").read_text()) for corpus in corpora]
-    assert [each["flops"] for each in manifests] == flops and all(each["gpu_hours"] > 0 for each in manifests)
+    manifests = [
+        json.loads((corpus / "teacher_states-states" / "manifest.json").read_text())
+        for corpus in corpora
+    ]
+    assert [each["flops"] for each in manifests] == flops and all(
+        each["gpu_hours"] > 0 for each in manifests
+    )
     steps = [row for row in rows(Path(config.run.dir)) if "loss" in row]
     taken = [(sum(row["step_s"] for row in steps) / 3600, sum(row["flops"] for row in steps))]
     taken += [(each["gpu_hours"], each["flops"]) for each in manifests]
-    taken += [cost(Path(each)) for each in (config.model.start, config.model.teacher)]
-    assert cost(Path(config.run.dir) / "checkpoints" / "latest") == pytest.approx(tuple(map(sum, zip(*taken))))
+    taken += [cost(Path(each)) for each in (config.model.init_from, config.model.teacher)]
+    assert cost(Path(config.run.dir) / "checkpoints" / "latest") == pytest.approx(
+        tuple(map(sum, zip(*taken)))
+    )
 
 
 def num_teacher_tokens(config: Config, corpus: Path) -> int:
-    data = replace(config.data, validation=str(corpus))
-    tokenizer = PairTokenizer(config.model.encoder, config.model.decoder, max_length=data.max_length)
-    stream, count = open_stream(replace(config, data=data), tokenizer, ALONE, epochs=1), 0
-    while (work := agree(stream, ALONE, config.memory.max_tokens)).totals.documents:
-        count += work.teacher_tokens
-    stream.close()
-    return count
+    models = (config.model.encoder, config.model.decoder)
+    tokenizer = PairTokenizer(*models, max_length=config.data.max_length)
+    stream = open_stream(config, tokenizer, ALONE, corpus=str(corpus))
+    steps = each_step(stream, ALONE, config.memory.max_tokens)
+    return sum(global_batch.teacher_tokens for global_batch in steps)
 
 
 def refusal(config: Config, command: Callable = train) -> str:
@@ -572,17 +621,25 @@ CHANGES = {
 
 @pytest.mark.parametrize("key", [*CHANGES, "model.teacher"])
 def test_targets_of_another_teacher_are_refused(stored: tuple[Path, Config], key: str):
-    """By what would read them, and by what would write them: nothing is replaced behind the user's back."""
+    """By what would read them, and by what would write them: nothing is replaced behind the user's
+    back.
+    """
     folder, config = stored
     other = checkpoint(folder, f"finetune-{config.task.name}", "other")
     changes = CHANGES.get(key, {"model": {"teacher": str(other)}})
     if not other.exists():
         shutil.copytree(other.with_name("best"), other)
         change_one_weight(other / "adapter_model.safetensors")
-    changed = replace(config, **{name: replace(getattr(config, name), **values) for name, values in changes.items()})
+    changed = replace(
+        config,
+        **{name: replace(getattr(config, name), **values) for name, values in changes.items()},
+    )
     for command in (train, write_targets):
         message = refusal(changed, command)
-        assert f"targets-states was made with another {key} (" in message and "`mtllm targets`" in message
+        assert (
+            f"teacher_states-states was made with another {key} (" in message
+            and "`mtllm targets`" in message
+        )
 
 
 def change_one_weight(path: Path) -> None:
@@ -598,32 +655,34 @@ def test_targets_of_another_text_are_refused(stored: tuple[Path, Config], tmp_pa
     corpus = tmp_path / "run" / "corpus" / "train"
     for path in corpus.glob("*.*"):
         path.unlink()
-    (corpus / "targets-states").rename(tmp_path / "kept")
+    (corpus / "teacher_states-states").rename(tmp_path / "kept")
     pack_split(task, SOURCES[task.name].format(folder), "validation", "eng_Latn", corpus)
     (corpus / "source.txt").unlink()  # as if its files had other text now
-    (tmp_path / "kept").rename(corpus / "targets-states")
+    (tmp_path / "kept").rename(corpus / "teacher_states-states")
     changed = replace(config, run=replace(config.run, dir=str(tmp_path / "run")))
-    assert f"{corpus}/targets-states was made with another corpus (" in refusal(changed)
+    assert f"{corpus}/teacher_states-states was made with another corpus (" in refusal(changed)
 
 
 def test_targets_that_nobody_made_are_asked_for(stored: tuple[Path, Config]):
     _, config = stored
-    message = refusal(replace(config, data=replace(config.data, targets="none")))
-    assert "has no targets 'none'; make them with `mtllm targets`" in message
+    message = refusal(replace(config, data=replace(config.data, teacher_states="none")))
+    assert "has no data.teacher_states='none'; make them with `mtllm targets`" in message
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_best_is_the_checkpoint_that_validated_best(finetuned: Path, task: str):
-    """Six were saved, each after a look at the validation set; `checkpoint.keep` = 1 keeps the last, and this one."""
-    found = {
+    """Six were saved, each after a look at the validation set; `checkpoint.keep` = 1 keeps the
+    last, and this one.
+    """
+    accuracies = {
         row["step"]: row["validation_accuracy"]
         for row in rows(finetuned / f"finetune-{task}")
         if "validation_accuracy" in row
     }
-    expected = max(range(1, 7), key=lambda step: (found[step], step))
+    expected = max(range(1, 7), key=lambda step: (accuracies[step], step))
     folder = finetuned / f"finetune-{task}" / "checkpoints"
     assert (folder / "best").resolve().name == f"step-{expected:08d}"
-    assert json.loads((folder / "best" / "state.json").read_text())["score"] == found[expected]
+    assert json.loads((folder / "best" / "state.json").read_text())["score"] == accuracies[expected]
     assert {path.name for path in folder.iterdir()} - {"other"} == {
         "latest",
         "best",
@@ -633,13 +692,16 @@ def test_best_is_the_checkpoint_that_validated_best(finetuned: Path, task: str):
 
 
 def test_stopped_task_run_goes_on_bitwise(finetuned: Path):
-    options = LOOKED_AT | {"run": LOOKED_AT["run"] | {"dir": str(finetuned / "stopped-task")}}
-    assert_continues_bitwise(finetuning_config(finetuned, "belebele", **options), finetuned / "finetune-belebele")
+    options = LOOKED_AT | {"run": {"dir": str(finetuned / "stopped-task")}}
+    config = finetuning_config(finetuned, "belebele", **options)
+    assert_continues_bitwise(config, finetuned / "finetune-belebele")
 
 
 def test_stopped_stage_2_goes_on_bitwise(stored: tuple[Path, Config]):
     folder, config = stored
-    config = replace(config, run=replace(config.run, dir=str(folder / f"stopped-{config.task.name}")))
+    config = replace(
+        config, run=replace(config.run, dir=str(folder / f"stopped-{config.task.name}"))
+    )
     write_targets(config, ALONE)
     assert_continues_bitwise(config, folder / f"stored-{config.task.name}")
 
@@ -650,9 +712,14 @@ def assert_continues_bitwise(config: Config, whole: Path) -> None:
     assert len(losses(stopped)) == 2
     run(config, ALONE)
     assert losses(stopped) == losses(whole)
-    states = [json.loads((path / "checkpoints" / "latest" / "state.json").read_text()) for path in (stopped, whole)]
+    states = [
+        json.loads((path / "checkpoints" / "latest" / "state.json").read_text())
+        for path in (stopped, whole)
+    ]
     assert states[0]["files"] == states[1]["files"] and states[0]["lanes"] == states[1]["lanes"]
-    assert (stopped / "checkpoints" / "best").resolve().name == (whole / "checkpoints" / "best").resolve().name
+    assert (stopped / "checkpoints" / "best").resolve().name == (
+        whole / "checkpoints" / "best"
+    ).resolve().name
 
 
 @pytest.fixture(scope="module")
@@ -667,21 +734,31 @@ PIECES = st.one_of(st.sampled_from(WORDS), LETTERS, st.text(max_size=4))
 @given(pieces=st.lists(PIECES, min_size=1, max_size=12), glue=st.sampled_from(["", " ", "  "]))
 @example(pieces=["the", "the", "cat"], glue=" ")
 @example(pieces=["漢", "🙂🙂", "é"], glue=" ")
-def test_partners_are_the_tokens_that_are_one_on_both_sides(tokenizer: PairTokenizer, pieces: list[str], glue: str):
-    """By brute force: the only token of its characters on either side, white space at its ends aside."""
+def test_partners_are_the_tokens_that_are_one_on_both_sides(
+    tokenizer: PairTokenizer, pieces: list[str], glue: str
+):
+    """By brute force: the only token of its characters on either side, white space at its ends
+    aside.
+    """
     text = glue.join(pieces)
     if not text.strip():
         return
-    student, teacher = tokenizer.example(text, "eng_Latn", NONE)
-    cores = [[core(text, *offsets) for offsets in reading.offsets_S2.tolist()] for reading in (student, teacher)]
+    student, teacher = tokenizer.example(text, "eng_Latn", NO_ANNOTATIONS)
+    cores = [
+        [core(text, *offsets) for offsets in reading.offsets_S2.tolist()]
+        for reading in (student, teacher)
+    ]
     expected = [
-        cores[1].index(each) if each and cores[0].count(each) == cores[1].count(each) == 1 else -1 for each in cores[0]
+        cores[1].index(each) if each and cores[0].count(each) == cores[1].count(each) == 1 else -1
+        for each in cores[0]
     ]
     assert partners(text, student.offsets_S2, teacher.offsets_S2).tolist() == expected
 
 
 def core(text: str, start: int, end: int) -> tuple[int, int] | None:
-    """A token's characters without white space around them; None where nothing is left, as of special tokens."""
+    """A token's characters without white space around them; None where nothing is left, as of
+    special tokens.
+    """
     piece = text[start:end]
     if not piece.strip():
         return None
@@ -691,7 +768,7 @@ def core(text: str, start: int, end: int) -> tuple[int, int] | None:
 def test_most_words_have_a_partner(tokenizer: PairTokenizer):
     """Or the test above would see nothing."""
     text = " ".join(sorted(set(WORDS), key=WORDS.count)[-12:])
-    student, teacher = tokenizer.example(text, "eng_Latn", NONE)
+    student, teacher = tokenizer.example(text, "eng_Latn", NO_ANNOTATIONS)
     assert (partners(text, student.offsets_S2, teacher.offsets_S2) >= 0).mean() > 0.5
 
 
@@ -701,5 +778,9 @@ def test_stream_tells_which_tokens_are_partners(folder: Path, tokenizer: PairTok
     documents = [document for pack in stream.next_step() for document in pack.documents]
     stream.close()
     for document in documents:
-        assert (document.aligned_S >= 0).any() and (document.aligned_S < len(document.teacher_ids_T)).all()
-        assert document.aligned_S[0] == document.aligned_S[-1] == -1  # the language token and `</s>`
+        assert (document.aligned_S >= 0).any() and (
+            document.aligned_S < len(document.teacher_ids_T)
+        ).all()
+        assert (
+            document.aligned_S[0] == document.aligned_S[-1] == -1
+        )  # the language token and `</s>`

@@ -1,7 +1,7 @@
 import pytest
 from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
 
-from mtllm_engine.data.languages import (
+from mtllm_engine.languages import (
     FLORES_200,
     NAMES,
     OTHER_CODES,
@@ -28,10 +28,18 @@ def test_known_code_is_returned():
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [("en", "eng_Latn"), ("eng_Ltn", "eng_Latn"), ("ENG-latn", "eng_Latn"), ("swa_Latn", "swh_Latn"), ("", "ace_Arab")],
+    [
+        ("en", "eng_Latn"),
+        ("eng_Ltn", "eng_Latn"),
+        ("ENG-latn", "eng_Latn"),
+        ("swa_Latn", "swh_Latn"),
+        ("", "ace_Arab"),
+    ],
 )
 def test_unknown_code_suggests_the_nearest(typed, meant):
-    with pytest.raises(ValueError, match=rf"unknown language '{typed}'; did you mean .*{meant}") as error:
+    with pytest.raises(
+        ValueError, match=rf"unknown language '{typed}'; did you mean .*{meant}"
+    ) as error:
         check_language(typed)
     assert len(str(error.value).split("did you mean")[1].split(",")) == 3
 
@@ -39,7 +47,11 @@ def test_unknown_code_suggests_the_nearest(typed, meant):
 def test_every_language_has_a_name_and_a_script():
     assert tuple(sorted(FLORES_200)) == FLORES_200 and all(map(is_well_formed, FLORES_200))
     assert {code[4:] for code in FLORES_200} == set(SCRIPTS)
-    assert NAMES["sat_Olck"] == "Santali" and NAMES["zho_Hant"] == "Chinese" and NAMES["kbp_Latn"] == "Kabiyè"
+    assert (
+        NAMES["sat_Olck"] == "Santali"
+        and NAMES["zho_Hant"] == "Chinese"
+        and NAMES["kbp_Latn"] == "Kabiyè"
+    )
     assert all(name == name.strip() and name for name in [*NAMES.values(), *SCRIPTS.values()])
 
 
@@ -50,7 +62,9 @@ def test_private_codes_are_languages(code):
         check_language(code, known=["eng_Latn"])
 
 
-@pytest.mark.parametrize("code", ["qua_Latn", "qzz_Latn", "qaa", "qaa_latn", "qaaa_Latn", "qaa_Latn ", "xaa_Latn"])
+@pytest.mark.parametrize(
+    "code", ["qua_Latn", "qzz_Latn", "qaa", "qaa_latn", "qaaa_Latn", "qaa_Latn ", "xaa_Latn"]
+)
 def test_codes_like_private_ones_are_unknown(code):
     with pytest.raises(ValueError, match="unknown language"):
         check_language(code)
@@ -77,23 +91,42 @@ def test_benchmarks_codes(code, meant):
 
 
 def test_codes_that_say_too_little_or_nothing():
-    with pytest.raises(ValueError, match="'min' is written in several scripts: choose one of min_Arab, min_Latn"):
+    with pytest.raises(
+        ValueError, match="'min' is written in several scripts: choose one of min_Arab, min_Latn"
+    ):
         flores_code("min")
     with pytest.raises(ValueError, match="unknown language 'nij'; did you mean"):
         flores_code("nij")
-    assert set(OTHER_CODES.values()) <= set(FLORES_200) and not {code[:3] for code in FLORES_200} & set(OTHER_CODES)
+    assert set(OTHER_CODES.values()) <= set(FLORES_200) and not {
+        code[:3] for code in FLORES_200
+    } & set(OTHER_CODES)
 
 
 def test_an_encoder_is_given_its_own_tokens_or_declared_ones_only():
-    fallback = {"nij_Latn": "ind_Latn", "ind_Latn": "jav_Latn", "mad_Latn": "bbc_Latn", "bbc_Latn": "sat_Olck"}
-    resolve = {code: resolve_language(code, FAIRSEQ_LANGUAGE_CODES, fallback) for code in ("nij_Latn", "ind_Latn")}
-    assert resolve["nij_Latn"] == ("ind_Latn", "fallback") and resolve["ind_Latn"] == ("ind_Latn", "known")
-    assert resolve_language("bbc_Latn", FAIRSEQ_LANGUAGE_CODES, fallback) == ("sat_Olck", "fallback")
+    fallback = {
+        "nij_Latn": "ind_Latn",
+        "ind_Latn": "jav_Latn",
+        "mad_Latn": "bbc_Latn",
+        "bbc_Latn": "sat_Olck",
+    }
+    resolve = {
+        code: resolve_language(code, FAIRSEQ_LANGUAGE_CODES, fallback)
+        for code in ("nij_Latn", "ind_Latn")
+    }
+    assert resolve["nij_Latn"] == ("ind_Latn", "fallback") and resolve["ind_Latn"] == (
+        "ind_Latn",
+        "known",
+    )
+    assert resolve_language("bbc_Latn", FAIRSEQ_LANGUAGE_CODES, fallback) == (
+        "sat_Olck",
+        "fallback",
+    )
     for code in ("arb_Latn", "min_Arab", "bzd_Latn", "qaa_Latn", "sat_Beng_"):
         assert resolve_language(code, FAIRSEQ_LANGUAGE_CODES, fallback) == (None, "unknown")
     assert resolve_language("sat_Olck", FAIRSEQ_LANGUAGE_CODES, {}) == ("sat_Olck", "known")
     assert resolve_language("qaa_Latn", {"qaa_Latn"}, {}) == ("qaa_Latn", "known")
     with pytest.raises(
-        ValueError, match=r"languages\.fallback\.mad_Latn=bbc_Latn: the encoder has no token for that either"
+        ValueError,
+        match=r"languages\.fallback\.mad_Latn=bbc_Latn: the encoder has no token for that either",
     ):
         resolve_language("mad_Latn", FAIRSEQ_LANGUAGE_CODES, fallback)

@@ -1,5 +1,5 @@
-"""`mtllm_engine.kernels` finds the ops, and these find their sources in `csrc/`, however the project came: editable,
-wheel, bare checkout, from any directory."""
+"""`mtllm_engine.kernels` finds the ops, and these find their sources in `csrc/`, however the
+project came: editable, wheel, bare checkout, from any directory."""
 
 import os
 import subprocess
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.machine import ROOT
+
 OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))
 SOURCES = sorted(str(path.relative_to(ROOT / "csrc")) for path in (ROOT / "csrc").rglob("*.*"))
 SHOW = "import mtllm_engine.kernels as k; print(*k.discover()); print(*k.__path__)"
@@ -18,15 +19,19 @@ SHOW_SOURCES = (
 )
 
 
-def ops_and_place(cwd: Path, *, search: Path | None, program: str = SHOW) -> tuple[list[str], Path]:
+def ops_and_folder(
+    cwd: Path, *, search: Path | None, program: str = SHOW
+) -> tuple[list[str], Path]:
     """Runs a program; `search` alone is on the path, or (None) the installed project."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     if search is not None:
         environment["PYTHONPATH"] = str(search)
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True)
-    ops, place = done.stdout.strip().splitlines()[-2:]
-    return ops.split(), Path(place)
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=True
+    )
+    ops, folder = done.stdout.strip().splitlines()[-2:]
+    return ops.split(), Path(folder)
 
 
 @pytest.fixture(scope="module")
@@ -44,39 +49,44 @@ def wheel_site(tmp_path_factory) -> Path:
     build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
     subprocess.run([*pip, *build], check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")
-    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(folder / "site")], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "zipfile", "-e", str(wheel), str(folder / "site")], check=True
+    )
     return folder / "site"
 
 
 def test_editable(tmp_path: Path):
-    ops, place = ops_and_place(tmp_path, search=None)
-    assert ops == OPS and place == ROOT / "kernels"
+    ops, folder = ops_and_folder(tmp_path, search=None)
+    assert ops == OPS and folder == ROOT / "kernels"
 
 
 def test_wheel(wheel_site: Path, tmp_path: Path):
-    ops, place = ops_and_place(tmp_path, search=wheel_site)
-    assert ops == OPS and place == wheel_site / "mtllm_engine" / "kernels"
+    ops, folder = ops_and_folder(tmp_path, search=wheel_site)
+    assert ops == OPS and folder == wheel_site / "mtllm_engine" / "kernels"
 
 
 def test_bare_checkout_from_its_root():
-    ops, place = ops_and_place(ROOT, search=ROOT)
-    assert ops == OPS and place == ROOT / "kernels"
+    ops, folder = ops_and_folder(ROOT, search=ROOT)
+    assert ops == OPS and folder == ROOT / "kernels"
 
 
 def test_bare_checkout_from_elsewhere(tmp_path: Path):
-    ops, place = ops_and_place(tmp_path, search=ROOT)
-    assert ops == OPS and place == ROOT / "kernels"
+    ops, folder = ops_and_folder(tmp_path, search=ROOT)
+    assert ops == OPS and folder == ROOT / "kernels"
 
 
 def test_sources_of_native_ops(wheel_site: Path, tmp_path: Path):
     for search, parent in ((None, ROOT), (ROOT, ROOT), (wheel_site, wheel_site / "mtllm_engine")):
-        sources, place = ops_and_place(tmp_path, search=search, program=SHOW_SOURCES)
-        assert sources == SOURCES and place == parent / "csrc"
+        sources, folder = ops_and_folder(tmp_path, search=search, program=SHOW_SOURCES)
+        assert sources == SOURCES and folder == parent / "csrc"
 
 
 def test_our_folder_does_not_shadow_the_package_kernels():
-    """With the repository root first on the path, transformers must not take `kernels/` for Hugging Face's package."""
-    program = "from transformers import LlamaModel; import mtllm_engine; print(LlamaModel.__name__); print('ok')"
-    ops, _ = ops_and_place(ROOT, search=ROOT, program=program)
+    """With the repository root first on the path transformers must not take `kernels/` for it."""
+    program = (
+        "from transformers import LlamaModel; import mtllm_engine;"
+        "print(LlamaModel.__name__); print('ok')"
+    )
+    ops, _ = ops_and_folder(ROOT, search=ROOT, program=program)
     assert ops == ["LlamaModel"]
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -21,7 +21,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t CHUNK = 64;        // tokens, as in kernels/distill_loss/spans.py
+constexpr int64_t CHUNK = 64;        // tokens, as in mtllm_engine/spans.py
 constexpr int64_t MAX_GROUPS = 256;  // of spans: each keeps a sum of its teacher's means, D doubles
 constexpr int64_t COLUMNS = 512;     // of those sums that are added up at a time
 
@@ -90,15 +90,15 @@ VECTORISED Moments compare(const float* student_D, float student_scale, const fl
   return {1, error, cross / std::sqrt(std::max(student, least) * std::max(teacher, least)), teacher};
 }
 
-VECTORISED void add_columns(const double* parts_GD, int64_t G, int64_t D, int64_t columns, double* sum_D) {
+VECTORISED void add_columns(const double* parts_WD, int64_t W, int64_t D, int64_t columns, double* sum_D) {
   std::fill_n(sum_D, columns, 0.);
-  for (int64_t g = 0; g < G; ++g) {
+  for (int64_t g = 0; g < W; ++g) {
 #pragma omp simd
-    for (int64_t i = 0; i < columns; ++i) sum_D[i] += parts_GD[g * D + i];
+    for (int64_t i = 0; i < columns; ++i) sum_D[i] += parts_WD[g * D + i];
   }
 }
 
-// One side's states and spans, see kernels/distill_loss/spans.py.
+// One side's states and spans, see mtllm_engine/spans.py.
 template <class T>
 struct Side {
   const T* rows_SD;
@@ -131,9 +131,9 @@ class Forward {
   Forward(Side<T> student, Side<T> teacher, const float* w_D, float eps, const float* weight_P,
           const int32_t* aligned_S, float* error_PD, int64_t P, int64_t D)
       : student_(student), teacher_(teacher), w_D_(w_D), eps_(eps), weight_P_(weight_P), aligned_S_(aligned_S),
-        error_PD_(error_PD), P_(P), D_(D), G_(std::min(P, MAX_GROUPS)),
+        error_PD_(error_PD), P_(P), D_(D), W_(std::min(P, MAX_GROUPS)),
         student_slots_(new float[student.num_slots() * D]), teacher_slots_(new float[teacher.num_slots() * D]),
-        token_error_C_(student.num_chunks), token_error_G_(G_), moments_G_(G_), teacher_GD_(new double[G_ * D]) {}
+        token_error_C_(student.num_chunks), token_error_W_(W_), moments_W_(W_), teacher_WD_(new double[W_ * D]) {}
 
   void run(float* pooled_error, float* token_error, double* moments) {
     const int64_t num_chunks = student_.num_chunks, work = (student_.num_tokens + teacher_.num_tokens) * D_;
@@ -143,7 +143,7 @@ class Forward {
       else
         add_chunk(teacher_, teacher_slots_.get(), nullptr, unit - num_chunks);
     });
-    share_out(G_, work, [&](int64_t group) { finish(group); });
+    share_out(W_, work, [&](int64_t group) { finish(group); });
     add_up(pooled_error, token_error, moments);
   }
 
@@ -186,30 +186,30 @@ class Forward {
 
   void finish(int64_t group) {
     std::vector<float> student_D(D_), teacher_D(D_), error_D(D_);
-    double* sum_D = teacher_GD_.get() + group * D_;
+    double* sum_D = teacher_WD_.get() + group * D_;
     std::fill_n(sum_D, D_, 0.);
-    for (int64_t span = group * P_ / G_; span < (group + 1) * P_ / G_; ++span) {
-      token_error_G_[group] += add_span(student_, student_slots_.get(), aligned_S_, span, student_D.data());
+    for (int64_t span = group * P_ / W_; span < (group + 1) * P_ / W_; ++span) {
+      token_error_W_[group] += add_span(student_, student_slots_.get(), aligned_S_, span, student_D.data());
       add_span(teacher_, teacher_slots_.get(), nullptr, span, teacher_D.data());
       const Moments moments = compare(
           student_D.data(), 1.f / student_.length(span), teacher_D.data(), 1.f / teacher_.length(span), w_D_,
           weight_P_[span], error_PD_ ? error_PD_ + span * D_ : error_D.data(), sum_D, D_);
-      moments_G_[group].add(weight_P_[span], moments);
+      moments_W_[group].add(weight_P_[span], moments);
     }
   }
 
   void add_up(float* pooled_error, float* token_error, double* moments) const {
     Moments sum;
     double error = 0;
-    for (const Moments& part : moments_G_) sum.add(1, part);
+    for (const Moments& part : moments_W_) sum.add(1, part);
     for (double part : token_error_C_) error += part;
-    for (double part : token_error_G_) error += part;
+    for (double part : token_error_W_) error += part;
     *pooled_error = static_cast<float>(sum.error);
     *token_error = static_cast<float>(error);
     for (double moment : {sum.weight, sum.error, sum.cosine, sum.norm}) *moments++ = moment;
-    share_out((D_ + COLUMNS - 1) / COLUMNS, G_ * D_, [&](int64_t block) {
+    share_out((D_ + COLUMNS - 1) / COLUMNS, W_ * D_, [&](int64_t block) {
       const int64_t first = block * COLUMNS;
-      add_columns(teacher_GD_.get() + first, G_, D_, std::min(COLUMNS, D_ - first), moments + first);
+      add_columns(teacher_WD_.get() + first, W_, D_, std::min(COLUMNS, D_ - first), moments + first);
     });
   }
 
@@ -219,11 +219,11 @@ class Forward {
   const float* const weight_P_;
   const int32_t* const aligned_S_;  // or null
   float* const error_PD_;           // for backward, or null
-  const int64_t P_, D_, G_;
+  const int64_t P_, D_, W_;
   const std::unique_ptr<float[]> student_slots_, teacher_slots_;
-  std::vector<double> token_error_C_, token_error_G_;
-  std::vector<Moments> moments_G_;
-  const std::unique_ptr<double[]> teacher_GD_;
+  std::vector<double> token_error_C_, token_error_W_;
+  std::vector<Moments> moments_W_;
+  const std::unique_ptr<double[]> teacher_WD_;
 };
 
 template <class T>

@@ -1,4 +1,5 @@
-// rope on the CPU; kernels/rope/__init__.py has the formula. Out may be the source: then only what turns is touched.
+// rope on the CPU; kernels/rope/__init__.py has the formula and the letters. Out may be the source: then only what
+// turns is touched.
 #include <torch/csrc/stable/library.h>
 
 #include "rows.h"
@@ -21,15 +22,15 @@ VECTORISED void rotate(const float* in, float* out, int64_t num_heads, const flo
 
 }  // namespace
 
-void rope(const Tensor& source_SHK, Tensor out_SHK, const Tensor& cos_Sk, const Tensor& sin_Sk, int64_t num_rotated,
+void rope(const Tensor& source_SXK, Tensor out_SXK, const Tensor& cos_Sk, const Tensor& sin_Sk, int64_t num_rotated,
           bool inverse) {
-  const int64_t S = source_SHK.size(0), K = source_SHK.size(2), width = source_SHK.size(1) * K;
+  const int64_t S = source_SXK.size(0), K = source_SXK.size(2), width = source_SXK.size(1) * K;
   const int64_t turned = num_rotated * K;
   const float *cos = data<const float>(cos_Sk), *sin = data<const float>(sin_Sk), sign = inverse ? -1.f : 1.f;
-  with_type(source_SHK, [&](auto zero) {
+  with_type(source_SXK, [&](auto zero) {
     using T = decltype(zero);
-    const T* source = data<const T>(source_SHK);
-    T* out = data<T>(out_SHK);
+    const T* source = data<const T>(source_SXK);
+    T* out = data<T>(out_SXK);
     share_rows(S, width, [&](int64_t first, int64_t last) {
       std::vector<float> buffer(turned);
       for (int64_t i = first; i < last; ++i) {

@@ -1,4 +1,4 @@
-// What the CPU's ops share: number formats, rows of tensors, sharing out work.
+// What the CPU's ops share: number formats, rows of tensors, sharing out work. D is the width of any row here.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -60,13 +60,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distill_loss_forward(
     const Tensor& student_bounds_P2, const Tensor& student_chunks_C3, const Tensor& teacher_bounds_P2,
     const Tensor& teacher_chunks_C3, const Tensor& weight_P, const std::optional<Tensor>& aligned_S, bool keep_error) {
   const torch::stable::accelerator::DeviceGuard guard(student_SD.get_device_index());
-  const int64_t P = weight_P.size(0), D = student_SD.size(1), G = num_groups(P), C = student_chunks_C3.size(0);
+  const int64_t P = weight_P.size(0), D = student_SD.size(1), W = num_groups(P), C = student_chunks_C3.size(0);
   Tensor pooled_error = new_empty(weight_P, {}), token_error = new_empty(weight_P, {});
   Tensor moments = new_empty(weight_P, {4 + D}, ScalarType::Double);
   Tensor error_PD = new_empty(weight_P, {keep_error ? P : 0, D});
   Tensor student_slots = slots_for(weight_P, student_SD), teacher_slots = slots_for(weight_P, teacher_TD);
-  Tensor totals_G5 = new_empty(weight_P, {G, 5}, ScalarType::Double);
-  Tensor teacher_GD = new_empty(weight_P, {G, D}, ScalarType::Double);
+  Tensor totals_W5 = new_empty(weight_P, {W, 5}, ScalarType::Double);
+  Tensor teacher_WD = new_empty(weight_P, {W, D}, ScalarType::Double);
   Tensor token_error_C = new_empty(weight_P, {C}, ScalarType::Double);
   const ForwardArguments arguments{
       type_of(student_SD), static_cast<int>(P), static_cast<int>(D),
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distill_loss_forward(
       side_of(teacher_TD, teacher_bounds_P2, teacher_chunks_C3, data<float>(teacher_slots)),
       data<float>(norm_weight_D), data<float>(weight_P), static_cast<float>(eps), optional_data<int>(aligned_S),
       data<float>(pooled_error), data<float>(token_error), data<double>(moments),
-      keep_error ? data<float>(error_PD) : nullptr, data<double>(totals_G5), data<double>(teacher_GD),
+      keep_error ? data<float>(error_PD) : nullptr, data<double>(totals_W5), data<double>(teacher_WD),
       data<double>(token_error_C)};
   check(mtllm_distill_loss_forward(&arguments, current_stream(student_SD)));
   return {pooled_error, token_error, moments, error_PD};

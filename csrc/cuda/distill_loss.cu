@@ -1,4 +1,6 @@
 // distill_loss on CUDA devices; kernels/distill_loss/__init__.py has the formula and the letters.
+// Nothing chooses it yet: the Triton implementation comes first there, and this twin runs in tests and benchmarks only.
+// As template parameters T is an element's type, V how many elements are read together, R how many rows.
 //
 // A block's threads hold rows of up to MAX_WIDTH in registers, as they came, COLUMNS of each row in a thread, read 16
 // bytes at a time. A thread has the same columns of every row, so sums over rows are its own, and only a row's squares
@@ -255,8 +257,8 @@ __global__ void __launch_bounds__(THREADS) finish(const ForwardArguments a) {
   if (threadIdx.x == 0) {
     for (double& total : totals) total = 0;
   }
-  const int64_t group = blockIdx.x, G = gridDim.x;
-  for (int span = group * a.P / G; span < (group + 1) * a.P / G; ++span) {
+  const int64_t group = blockIdx.x, W = gridDim.x;
+  for (int span = group * a.P / W; span < (group + 1) * a.P / W; ++span) {
     float sum[COLUMNS];
     double products[5] = {};  // of the difference, across, of the student, of the teacher; the tokens' error
     products[4] = add_span<T, V, R, ALIGNED>(a, a.student, span, sum, sum_block);
@@ -282,19 +284,19 @@ __global__ void __launch_bounds__(THREADS) finish(const ForwardArguments a) {
     sum_products(products);
     if (threadIdx.x == 0) add_moments(weight, products, totals);
   }
-  store<double, V>(a.teacher_GD, group, a.D, [&](int i) { return teacher_sum[i * blockDim.x]; });
+  store<double, V>(a.teacher_WD, group, a.D, [&](int i) { return teacher_sum[i * blockDim.x]; });
   if (threadIdx.x == 0) {
-    for (int m = 0; m < 5; ++m) a.totals_G5[5 * group + m] = totals[m];
+    for (int m = 0; m < 5; ++m) a.totals_W5[5 * group + m] = totals[m];
   }
 }
 
-__device__ void add_columns(const ForwardArguments& a, int G) {
+__device__ void add_columns(const ForwardArguments& a, int W) {
   __shared__ double sums[ADDERS][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
   double sum = 0;
   if (column < a.D) {
 #pragma unroll 8
-    for (int group = warp; group < G; group += ADDERS) sum += a.teacher_GD[static_cast<int64_t>(group) * a.D + column];
+    for (int group = warp; group < W; group += ADDERS) sum += a.teacher_WD[static_cast<int64_t>(group) * a.D + column];
   }
   sums[warp][lane] = sum;
   __syncthreads();
@@ -303,10 +305,10 @@ __device__ void add_columns(const ForwardArguments& a, int G) {
   a.moments[4 + column] = sum;
 }
 
-__device__ void add_scalars(const ForwardArguments& a, int G) {
+__device__ void add_scalars(const ForwardArguments& a, int W) {
   double sums[5] = {};
-  for (int group = threadIdx.x; group < G; group += blockDim.x) {
-    for (int m = 0; m < 5; ++m) sums[m] += a.totals_G5[5 * group + m];
+  for (int group = threadIdx.x; group < W; group += blockDim.x) {
+    for (int m = 0; m < 5; ++m) sums[m] += a.totals_W5[5 * group + m];
   }
   if (a.aligned_S) {
 #pragma unroll 8
@@ -322,11 +324,11 @@ __device__ void add_scalars(const ForwardArguments& a, int G) {
 }
 
 // 32 columns of the teacher's moments in each block, all else in the last.
-__global__ void __launch_bounds__(32 * ADDERS) add_up(const ForwardArguments a, int G) {
+__global__ void __launch_bounds__(32 * ADDERS) add_up(const ForwardArguments a, int W) {
   if (blockIdx.x + 1 < gridDim.x)
-    add_columns(a, G);
+    add_columns(a, W);
   else
-    add_scalars(a, G);
+    add_scalars(a, W);
 }
 
 // ---- Backward -----------------------------------------------------------------------------------------------------
@@ -434,7 +436,7 @@ const char* last_error() {
 const char* mtllm_distill_loss_forward(const ForwardArguments* arguments, void* stream_handle) {
   const ForwardArguments& a = *arguments;
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
-  const int threads = threads_of(a.D), num_chunks = a.student.num_chunks + a.teacher.num_chunks, G = num_groups(a.P);
+  const int threads = threads_of(a.D), num_chunks = a.student.num_chunks + a.teacher.num_chunks, W = num_groups(a.P);
   const int scratch_bytes = threads * COLUMNS * (sizeof(double) + sizeof(float));
   choose_type(a.type, [&](auto zero) {
     using T = decltype(zero);
@@ -443,10 +445,10 @@ const char* mtllm_distill_loss_forward(const ForwardArguments* arguments, void* 
       sum_chunks<T, width(), aligned()><<<num_chunks, threads, 0, stream>>>(a);
       const auto kernel = finish<T, width(), aligned()>;
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, scratch_bytes);
-      kernel<<<G, threads, scratch_bytes, stream>>>(a);
+      kernel<<<W, threads, scratch_bytes, stream>>>(a);
     });
   });
-  add_up<<<(a.D + 31) / 32 + 1, 32 * ADDERS, 0, stream>>>(a, G);
+  add_up<<<(a.D + 31) / 32 + 1, 32 * ADDERS, 0, stream>>>(a, W);
   return last_error();
 }
 

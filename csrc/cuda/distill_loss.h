@@ -4,7 +4,7 @@
 
 enum class Type { float32, bfloat16, float16 };
 
-// One side's states and spans, see kernels/distill_loss/spans.py.
+// One side's states and spans, see mtllm_engine/spans.py.
 struct Side {
   const void* rows_SD;
   const int *bounds_P2, *chunks_C3;
@@ -22,7 +22,7 @@ struct ForwardArguments {
   float *pooled_error, *token_error;
   double* moments;
   float* error_PD;                  // or null
-  double *totals_G5, *teacher_GD;  // scratch, G = num_groups(P)
+  double *totals_W5, *teacher_WD;  // scratch, W = num_groups(P)
   double* token_error_C;            // scratch, C = student.num_chunks
 };
 
@@ -38,7 +38,7 @@ struct BackwardArguments {
   void* grad_SD;
 };
 
-constexpr int CHUNK = 64;  // tokens, as in kernels/distill_loss/spans.py
+constexpr int CHUNK = 64;  // tokens, as in mtllm_engine/spans.py
 constexpr int MAX_WIDTH = 8192;
 
 // A long span's sums begin in slot start / (CHUNK / 2), one for each chunk: over CHUNK tokens have at least as many

@@ -1,7 +1,10 @@
-"""attention: softmax(q k^T / sqrt(K)) v inside each packed document; causal or bidirectional, grouped-query.
+"""attention: softmax(q k^T / sqrt(K)) v inside each packed document.
 
-q (S, H, K), k and v (S, G, K); `cu_seqlens` int32 (N+1,) on the device and the same lengths on the host.
+Causal or bidirectional, grouped-query. q (S, H, K), k and v (S, G, K); `cu_seqlens` int32 (N+1,) on
+the device and the same lengths on the host.
 Source: arXiv 1706.03762, eq. 1; grouped queries arXiv 2305.13245.
+
+Letters, beside the project's legend: L is the length of one document, or of N equally long ones.
 """
 
 import dataclasses
@@ -40,7 +43,13 @@ def inputs(
 
 
 def cost(
-    dtype: torch.dtype, *, lengths: tuple[int, ...], heads: int, kv_heads: int, width: int, causal: bool
+    dtype: torch.dtype,
+    *,
+    lengths: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    width: int,
+    causal: bool,
 ) -> tuple[Cost, Cost]:
     states = sum(lengths) * width * dtype.itemsize * 2 * (heads + kv_heads)
     flops = sum(4 * length * length * heads * width for length in lengths) // (2 if causal else 1)
@@ -55,7 +64,9 @@ attention = Kernel(
     reference=reference,
     implementations={
         "torch SDPA": Implementation("cpu", "torch", "attention.library:attention_sdpa"),
-        "torch varlen_attn": Implementation("cuda", "torch", "attention.library:attention_varlen", dtypes=HALVES),
+        "torch varlen_attn": Implementation(
+            "cuda", "torch", "attention.library:attention_varlen", dtypes=HALVES
+        ),
         "flash-attn": Implementation(
             location="attention.library:attention_flash_attn", package="flash_attn", **_PACKAGE
         ),
@@ -63,7 +74,9 @@ attention = Kernel(
             location="attention.library:attention_fa3", package="flash_attn_interface", **_PACKAGE
         ),
         "torch varlen_attn, FlashAttention 4": Implementation(
-            location="attention.library:attention_fa4", package="flash_attn.cute.interface", **_PACKAGE
+            location="attention.library:attention_fa4",
+            package="flash_attn.cute.interface",
+            **_PACKAGE,
         ),
     },
     inputs=inputs,
@@ -93,22 +106,29 @@ _BACKENDS = {  # model.attention -> labels, best first
     "flash_attn": ("flash-attn",),
     "reference": (),
 }
-_GPUS = {"torch varlen_attn, FlashAttention 3": (9,), "torch varlen_attn, FlashAttention 4": (9, 10)}
+_GPUS = {
+    "torch varlen_attn, FlashAttention 3": (9,),
+    "torch varlen_attn, FlashAttention 4": (9, 10),
+}
 
 
 def select(backend: str, device: str) -> Kernel:
     """The op with the one implementation that `model.attention` asks for, which its label names.
 
     Args:
-        backend: auto (torch's own kernels), torch (the same, or FlashAttention 3 or 4 through torch where their package
-            is installed and the GPU is one of theirs), flash_attn (that package), reference (plain PyTorch).
+        backend: auto (torch's own kernels), torch (the same, or FlashAttention 3 or 4 through torch
+            where their package is installed and the GPU is one of theirs), flash_attn (that
+            package), reference (plain PyTorch).
         device: cpu or cuda.
 
     Raises:
-        ValueError: There is no such backend, it is not for the device, or its package is not installed.
+        ValueError: There is no such backend, it is not for the device, or its package is not
+            installed.
     """
     if backend not in _BACKENDS:
-        raise ValueError(f"unknown model.attention: {backend!r}; choose one of {', '.join(_BACKENDS)}")
+        raise ValueError(
+            f"unknown model.attention: {backend!r}; choose one of {', '.join(_BACKENDS)}"
+        )
     if backend == "reference":
         return dataclasses.replace(attention, implementations={})
     missing = []
@@ -122,10 +142,13 @@ def select(backend: str, device: str) -> Kernel:
                 missing.append(str(error))
     why = "; ".join(missing) or f"it is not for {device}"
     raise ValueError(
-        f"model.attention = {backend!r}: {why}; pip install flash-attn on a CUDA machine, or set it to 'auto'"
+        f"model.attention = {backend!r}: {why}; pip install flash-attn on a CUDA machine, or set "
+        "it to 'auto'"
     )
 
 
 def _suits(label: str) -> bool:
-    """Whether the GPU is one that a package was written for; all others run wherever their device is."""
-    return label not in _GPUS or (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in _GPUS[label])
+    """Whether the GPU is one that the package is for; others run wherever their device is."""
+    if label not in _GPUS:
+        return True
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in _GPUS[label]

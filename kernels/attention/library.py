@@ -1,4 +1,4 @@
-"""Packed attention by others' fused kernels: FlashAttention on CUDA, SDPA over runs of equal documents on the CPU."""
+"""Packed attention by others' fused kernels: FlashAttention on CUDA, SDPA on the CPU."""
 
 import functools
 import inspect
@@ -23,7 +23,9 @@ def attention_varlen(
     causal: bool,
     flash: Literal["FA3", "FA4"] | None = None,
 ) -> torch.Tensor:
-    """torch's varlen_attn, with the FlashAttention 2 that is built into it (sm_80 and later) or another.
+    """torch's varlen_attn, with the FlashAttention 2 that is built into it or another.
+
+    The former is for sm_80 and later.
 
     Args:
         flash: FlashAttention 3 (sm_90) or 4 (sm_90 and sm_100), each from a package of its own.
@@ -72,10 +74,10 @@ def attention_flash_attn(
 
     _check_dtype(q_SHK)
     longest = max(lengths)
-    deterministic = torch.are_deterministic_algorithms_enabled()  # varlen_attn follows this switch by itself
-    return flash_attn_varlen_func(
-        q_SHK, k_SGK, v_SGK, cu_seqlens, cu_seqlens, longest, longest, causal=causal, deterministic=deterministic
-    )
+    # varlen_attn follows this switch by itself
+    options = {"deterministic": torch.are_deterministic_algorithms_enabled(), "causal": causal}
+    packing = (cu_seqlens, cu_seqlens, longest, longest)
+    return flash_attn_varlen_func(q_SHK, k_SGK, v_SGK, *packing, **options)
 
 
 def attention_sdpa(
@@ -89,23 +91,29 @@ def attention_sdpa(
 ) -> torch.Tensor:
     """One call of SDPA's kernel for each run of documents of equal length.
 
-    Kept for backward: q, k, v and the output, as they are, and the logarithms of the sums of exponentials.
+    Kept for backward: q, k, v and the output, as they are, and the logarithms of the sums of
+    exponentials.
 
-    Not padded, masked by block or nested: with 4 heads of 32 channels, 30 documents of about 40 tokens and 5 of about
-    350 on one core, padding gains nothing, nested tensors take 3 to 5 times as long and a block mask 3 to 7 times.
+    Not padded, masked by block or nested: with 4 heads of 32 channels, 30 documents of about 40
+    tokens and 5 of about 350 on one core, padding gains nothing, nested tensors take 3 to 5 times
+    as long and a block mask 3 to 7 times.
     """
     return _Sdpa.apply(q_SHK, k_SGK, v_SGK, lengths, causal)
 
 
 class _Sdpa(torch.autograd.Function):
-    """One node however many runs there are: torch's own graph would have a dozen for each, and keep each output twice,
-    in its run and among all."""
+    """One node however many runs there are.
+
+    torch's own graph would have a dozen for each, and keep each output twice, in its run and among
+    all.
+    """
 
     @staticmethod
     def forward(ctx, q_SHK, k_SGK, v_SGK, lengths, causal):
         out_SHK, sums = torch.empty_like(q_SHK, memory_format=torch.contiguous_format), []
+        forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         for out_NHLK, *run in _runs(lengths, out_SHK, q_SHK, k_SGK, v_SGK):
-            run_out_NHLK, sums_NHL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*run, 0.0, causal)
+            run_out_NHLK, sums_NHL = forward(*run, 0.0, causal)
             out_NHLK.copy_(run_out_NHLK)
             sums.append(sums_NHL)
         ctx.save_for_backward(q_SHK, k_SGK, v_SGK, out_SHK, *sums)
@@ -116,18 +124,20 @@ class _Sdpa(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout_SHK):
         q_SHK, k_SGK, v_SGK, out_SHK, *sums = ctx.saved_tensors
-        gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_SHK, k_SGK, v_SGK)]
-        runs = _runs(ctx.lengths, *gradients, dout_SHK, q_SHK, k_SGK, v_SGK, out_SHK)
+        inputs = (q_SHK, k_SGK, v_SGK)
+        contiguous = {"memory_format": torch.contiguous_format}
+        gradients = [torch.empty_like(x, **contiguous) for x in inputs]
+        runs = _runs(ctx.lengths, *gradients, dout_SHK, *inputs, out_SHK)
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         for (dq_NHLK, dk_NGLK, dv_NGLK, *run), sums_NHL in zip(runs, sums, strict=True):
-            backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-            found = backward(*run, sums_NHL, 0.0, ctx.causal)
-            for gradient, value in zip((dq_NHLK, dk_NGLK, dv_NGLK), found, strict=True):
+            values = backward(*run, sums_NHL, 0.0, ctx.causal)
+            for gradient, value in zip((dq_NHLK, dk_NGLK, dv_NGLK), values, strict=True):
                 gradient.copy_(value)
         return *gradients, None, None
 
 
 def _runs(lengths: tuple[int, ...], *states: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Views (N, heads, L, K) of each of the states (S, heads, K), for each run of N documents of equal length."""
+    """Views (N, heads, L, K) of states (S, heads, K), for each run of N equally long documents."""
     runs = [(length, length * len(list(same))) for length, same in itertools.groupby(lengths)]
     parts = [x.transpose(0, 1).split([size for _, size in runs], dim=1) for x in states]
     for (length, _), *run in zip(runs, *parts, strict=True):

@@ -3,7 +3,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from .spans import Spans
+from mtllm_engine.spans import Spans
 
 
 class Distilled(NamedTuple):
@@ -27,7 +27,8 @@ def distill_loss(
     pooled_error = weight_P @ (student_PD - teacher_PD).square().sum(1)
     token_error = student_SD.new_zeros(())
     if aligned_S is not None:
-        error_SD = student_SD - teacher_TD[aligned_S.long()]  # -1, no partner, reads a row that the mask drops
+        # -1, no partner, reads a row that the mask drops
+        error_SD = student_SD - teacher_TD[aligned_S.long()]
         token_error = error_SD.square().sum(1) @ (aligned_S >= 0).float()
     return Distilled(pooled_error, token_error, moments(student_PD.detach(), teacher_PD, weight_P))
 
@@ -41,12 +42,15 @@ def pool(states_SD: torch.Tensor, spans: Spans) -> torch.Tensor:
     starts_P, ends_P = spans.bounds_P2.long().unbind(1)
     lengths_P = ends_P - starts_P
     span_S = torch.repeat_interleave(lengths_P)  # of each pooled token
-    token_S = torch.arange(len(span_S), device=span_S.device) + (ends_P - lengths_P.cumsum(0))[span_S]
+    shift_S = (ends_P - lengths_P.cumsum(0))[span_S]
+    token_S = torch.arange(len(span_S), device=span_S.device) + shift_S
     sums_PD = torch.zeros(len(lengths_P), states_SD.shape[1], device=states_SD.device)
     return sums_PD.index_add(0, span_S, states_SD[token_S]) / lengths_P[:, None]
 
 
-def moments(student_PD: torch.Tensor, teacher_PD: torch.Tensor, weight_P: torch.Tensor) -> torch.Tensor:
+def moments(
+    student_PD: torch.Tensor, teacher_PD: torch.Tensor, weight_P: torch.Tensor
+) -> torch.Tensor:
     student_PD, teacher_PD, weight_P = student_PD.double(), teacher_PD.double(), weight_P.double()
     error_P, norm_P = (student_PD - teacher_PD).square().sum(1), teacher_PD.square().sum(1)
     cosine_P = torch.cosine_similarity(student_PD, teacher_PD, dim=1)

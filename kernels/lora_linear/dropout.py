@@ -1,4 +1,7 @@
-"""Dropout masks as a hash of (token, linear, channel): no RNG state, so recomputation and any sharding agree."""
+"""Dropout masks as a hash of (token, linear, channel).
+
+There is no RNG state, so recomputation and any sharding agree.
+"""
 
 import functools
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ CHUNK = 2**18  # hashes that stay in a core's cache from the first to the last o
 
 @dataclass(frozen=True, kw_only=True)
 class Dropout:
-    """`seeds_S` int32: one number per token and step; `linears`: one number per adapted linear of the group."""
+    """`seeds_S` int32, of each token and step; `linears`, of each adapted one of the group."""
 
     p: float
     seeds_S: torch.Tensor
@@ -34,10 +37,11 @@ def keep_mask(dropout: Dropout, adapter: int, x_SD: torch.Tensor) -> torch.Tenso
 
 
 def kept(dropout: Dropout, adapter: int, x_SD: torch.Tensor) -> torch.Tensor:
-    """(S, D) bool: scramble(mix(seed_s ^ mix(linear)) + d * golden) >= (p - 1/2) 2^32, all on 32-bit integers.
+    """(S, D) bool: scramble(mix(seed_s ^ mix(linear)) + d * golden) >= (p - 1/2) 2^32.
 
-    The comparison hangs on a hash's high bits, and mix's last step, mix(h) = scramble(h) ^ (scramble(h) >> 16), only
-    changes low ones; a GPU spends more time on hashing than on reading x.
+    All on 32-bit integers. The comparison hangs on a hash's high bits, and mix's last step, mix(h)
+    = scramble(h) ^ (scramble(h) >> 16), only changes low ones; a GPU spends more time on hashing
+    than on reading x.
     """
     num_tokens, width = x_SD.shape
     hashes_S = mix32_(dropout.seeds_S ^ linear_hash(dropout.linears[adapter]))
@@ -63,6 +67,6 @@ def mix32_(x: torch.Tensor) -> torch.Tensor:
 
 
 def scramble32_(x: torch.Tensor) -> torch.Tensor:
-    """All but its last step, in place on int32 tensors, whose products wrap and whose shifts must be made logical."""
+    """All but its last step, in place on int32, whose products wrap; shifts are made logical."""
     x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(MULTIPLIERS[0])
     return x.bitwise_xor_((x >> 13).bitwise_and_(0x7FFFF)).mul_(MULTIPLIERS[1])

@@ -1,22 +1,21 @@
-"""A frozen linear with LoRA on CUDA; two ways to the base GEMM, the same kernels around it."""
+"""A frozen linear with LoRA on CUDA: the base GEMM is the library's, the kernels around it ours."""
 
 import torch
 from mtllm_engine.kernels.contract import DTYPES, check, check_shape
 from torch.autograd.function import once_differentiable
 
 from .dropout import Dropout
-from .gemm import matmul
 from .low_rank import (
     MAX_ADAPTERS,
     MAX_RANK,
     Group,
     input_gradients,
     low_activations,
-    masked_update,
     output_gradients,
     pack,
 )
 from .quantised import Quantised, input_gradient, product, split
+from .update import masked_update, update
 
 Adapters = tuple[tuple[int, torch.Tensor, torch.Tensor], ...]
 
@@ -29,49 +28,27 @@ def lora_linear(
     scale: float = 1.0,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """x W^T + b, plus scale * drop(x) A^T B^T into the output channels from `start` on, for each adapter.
+    """x W^T + b, plus scale * drop(x) A^T B^T of each adapter into the channels from `start` on.
 
-    The GEMMs with W are the library's; they add themselves to the adapters' update, which lies in their output already.
-    Backward keeps x, the low-rank activations and the parameters themselves; of masks nothing.
+    The GEMMs with W are the library's; they add themselves to the adapters' update, which lies in
+    their output already. Backward keeps x, the low-rank activations and the parameters themselves;
+    of masks nothing.
 
     Args:
         x_SD: fp32, bf16 or fp16, contiguous.
         weight_FD: Like x, or quantised. Frozen; never gets a gradient.
         bias_F: Like x. Frozen.
-        adapters: At most MAX_ADAPTERS of (start, lora_A (R, D), lora_B (f, R)), contiguous, all of one rank R up to
-            MAX_RANK; rounded to x's dtype where used, gradients are sums in fp32.
+        adapters: At most MAX_ADAPTERS of (start, lora_A (R, D), lora_B (f, R)), contiguous, all of
+            one rank R up to MAX_RANK; rounded to x's dtype where used, gradients are sums in fp32.
         scale: alpha / R.
         dropout: None in evaluation and without dropout.
 
     Raises:
-        ValueError: An argument is not contiguous, on another device, of a wrong shape or dtype, or out of range.
+        ValueError: An argument is not contiguous, on another device, of a wrong shape or dtype, or
+            out of range.
 
     Source: arXiv 2106.09685, eq. 3.
     """
-    return _apply(False, x_SD, weight_FD, bias_F, adapters, scale, dropout)
-
-
-def lora_linear_gemm(
-    x_SD: torch.Tensor,
-    weight_FD: torch.Tensor,
-    bias_F: torch.Tensor | None,
-    adapters: Adapters = (),
-    scale: float = 1.0,
-    dropout: Dropout | None = None,
-) -> torch.Tensor:
-    """`lora_linear` with a GEMM of our own, which sums the adapters' update into its accumulators."""
-    return _apply(True, x_SD, weight_FD, bias_F, adapters, scale, dropout)
-
-
-def _apply(
-    own_gemm: bool,
-    x_SD: torch.Tensor,
-    weight_FD: torch.Tensor | Quantised,
-    bias_F: torch.Tensor | None,
-    adapters: Adapters,
-    scale: float,
-    dropout: Dropout | None,
-) -> torch.Tensor:
     check(x_SD, x_SD=x_SD, bias_F=bias_F)
     check_shape((None, None), DTYPES, x_SD=x_SD)
     if not isinstance(weight_FD, Quantised):
@@ -82,8 +59,7 @@ def _apply(
     if adapters and dropout is not None:
         _check_dropout(x_SD, dropout, len(adapters))
     matrices = [matrix for _, *pair in adapters for matrix in pair]
-    own_gemm = own_gemm and not isinstance(weight_FD, Quantised)
-    return _LoraLinear.apply(own_gemm, x_SD, weight_FD, bias_F, group, scale, dropout, *matrices)
+    return _LoraLinear.apply(x_SD, weight_FD, bias_F, group, scale, dropout, *matrices)
 
 
 def _check_adapters(x_SD: torch.Tensor, out_width: int, adapters: Adapters) -> Group | None:
@@ -99,9 +75,10 @@ def _check_adapters(x_SD: torch.Tensor, out_width: int, adapters: Adapters) -> G
         check(x_SD, **names)
         for shape, (name, matrix) in zip(((rank, x_SD.shape[1]), (None, rank)), names.items()):
             check_shape(shape, DTYPES, **{name: matrix})
-        if not 0 <= start < start + len(lora_B_fR) <= out_width:
+        end = start + len(lora_B_fR)
+        if not 0 <= start < end <= out_width:
             raise ValueError(
-                f"adapters[{i}] is on channels {start} to {start + len(lora_B_fR)}, weight_FD has {out_width}"
+                f"adapters[{i}] is on channels {start} to {end}, weight_FD has {out_width}"
             )
     starts = tuple(start for start, _, _ in adapters)
     return Group(starts, tuple(start + len(lora_B_fR) for start, _, lora_B_fR in adapters), rank)
@@ -119,22 +96,20 @@ def _check_dropout(x_SD: torch.Tensor, dropout: Dropout, num_adapters: int) -> N
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, own_gemm, x_SD, weight_FD, bias_F, group, scale, dropout, *matrices):
+    def forward(ctx, x_SD, weight_FD, bias_F, group, scale, dropout, *matrices):
         low_SQ = lora_B_FQ = None
         ctx.out_width = weight_FD.shape[0]
         if group is not None:
             lora_A_QD, lora_B_FQ = pack(group, ctx.out_width, scale, matrices, x_SD.dtype)
             low_SQ = low_activations(group, x_SD, lora_A_QD, dropout)
-        ctx.quantised, saved_FD = split(weight_FD, needed=ctx.needs_input_grad[1])
+        ctx.quantised, saved_FD = split(weight_FD, needed=ctx.needs_input_grad[0])
         ctx.save_for_backward(None if group is None else x_SD, low_SQ, saved_FD, *matrices)
-        ctx.own_gemm, ctx.group, ctx.scale, ctx.dropout = own_gemm, group, scale, dropout
-        if own_gemm:
-            return matmul(x_SD, weight_FD, bias_F, low_SQ, lora_B_FQ)
+        ctx.group, ctx.scale, ctx.dropout = group, scale, dropout
         if group is None:
             return product(x_SD, weight_FD, bias_F)
         if ctx.quantised is not None:
-            return matmul(low_SQ, lora_B_FQ, bias_F, added_SF=weight_FD.product(x_SD))
-        return matmul(low_SQ, lora_B_FQ, bias_F).addmm_(x_SD, weight_FD.T)
+            return update(low_SQ, lora_B_FQ, bias_F, added_SF=weight_FD.product(x_SD))
+        return update(low_SQ, lora_B_FQ, bias_F).addmm_(x_SD, weight_FD.T)
 
     @staticmethod
     @once_differentiable
@@ -143,26 +118,23 @@ class _LoraLinear(torch.autograd.Function):
         x_SD, low_SQ, weight_FD, *matrices = ctx.saved_tensors
         weight_FD = weight_FD if ctx.quantised is None else ctx.quantised
         if ctx.group is None:
-            dx_SD = matmul(dy_SF, weight_FD, transposed=True) if ctx.own_gemm else input_gradient(dy_SF, weight_FD)
-            return None, dx_SD, None, None, None, None, None
+            return input_gradient(dy_SF, weight_FD), None, None, None, None, None
         lora_A_QD, lora_B_FQ = pack(ctx.group, ctx.out_width, ctx.scale, matrices, dy_SF.dtype)
         dlow_SQ, dBs = output_gradients(ctx.group, dy_SF, low_SQ, lora_B_FQ, ctx.scale)
         dAs = input_gradients(ctx.group, x_SD, dlow_SQ, ctx.dropout)
         gradients = [gradient for pair in zip(dAs, dBs) for gradient in pair]
-        dx_SD = None if weight_FD is None else _input_gradient(ctx, dy_SF, weight_FD, dlow_SQ, lora_A_QD)
-        return None, dx_SD, None, None, None, None, None, *gradients
+        dx_SD = None
+        if weight_FD is not None:
+            dx_SD = _input_gradient(ctx, dy_SF, weight_FD, dlow_SQ, lora_A_QD)
+        return dx_SD, None, None, None, None, None, *gradients
 
 
 def _input_gradient(ctx, dy_SF, weight_FD, dlow_SQ, lora_A_QD):
-    """dy W + sum of drop_i(dlow_i A_i). Masked products cannot join the accumulators: they are written first."""
-    if ctx.own_gemm and ctx.dropout is None:
-        return matmul(dy_SF, weight_FD, None, dlow_SQ, lora_A_QD, transposed=True)
+    """dy W + sum of drop_i(dlow_i A_i), of which the latter is written first."""
     if ctx.dropout is None:
-        dx_SD = matmul(dlow_SQ, lora_A_QD, transposed=True)
+        dx_SD = update(dlow_SQ, lora_A_QD, transposed=True)
     else:
         dx_SD = masked_update(ctx.group, dlow_SQ, lora_A_QD, ctx.dropout)
-    if ctx.own_gemm:
-        return matmul(dy_SF, weight_FD, added_SF=dx_SD, transposed=True)
     if ctx.quantised is not None:
         return dx_SD.add_(weight_FD.input_gradient(dy_SF))
     return dx_SD.addmm_(dy_SF, weight_FD)

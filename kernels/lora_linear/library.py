@@ -1,7 +1,8 @@
 """A frozen linear with LoRA that keeps for backward only its input and the low-rank activations.
 
-The GEMMs are the library's (oneDNN, cuBLAS); what is ours is what is saved: the weight as the Parameter itself, which
-ZeRO-3 may release after the layer and gather again for backward, and dropout masks not at all: they are hashed anew.
+The GEMMs are the library's (oneDNN, cuBLAS); what is ours is what is saved: the weight as the
+Parameter itself, which ZeRO-3 may release after the layer and gather again for backward, and
+dropout masks not at all: they are hashed anew.
 """
 
 import torch
@@ -19,13 +20,14 @@ def lora_linear(
     scale: float = 1.0,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """x W^T + b, plus scale * drop(x) A^T B^T into the output channels from `start` on, for each adapter.
+    """x W^T + b, plus scale * drop(x) A^T B^T of each adapter into the channels from `start` on.
 
     Args:
         x_SD: Compute dtype.
         weight_FD: Frozen; never gets a gradient.
         bias_F: Frozen.
-        adapters: (start, lora_A (R, D), lora_B (f, R)) with fp32 parameters, cast to x's dtype where used.
+        adapters: (start, lora_A (R, D), lora_B (f, R)) with fp32 parameters, cast to x's dtype
+            where used.
         scale: alpha / R.
         dropout: None in evaluation and without dropout.
     """
@@ -39,10 +41,12 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx, x_SD, weight_FD, bias_F, starts, scale, dropout, *matrices):
         y_SF = product(x_SD, weight_FD, bias_F)
         lows = []
-        for i, (start, lora_A_RD, lora_B_fR) in enumerate(zip(starts, matrices[::2], matrices[1::2])):
-            low_SR = _drop(x_SD, _kept(x_SD, dropout, i)) @ lora_A_RD.to(x_SD.dtype).T
+        for i, start in enumerate(starts):
+            lora_A_RD, lora_B_fR = (each.to(x_SD.dtype) for each in matrices[2 * i : 2 * i + 2])
+            low_SR = _drop(x_SD, _kept(x_SD, dropout, i)) @ lora_A_RD.T
             low_SR *= 1.0 if dropout is None else dropout.keep_scale
-            y_SF[:, start : start + len(lora_B_fR)].addmm_(low_SR, lora_B_fR.to(x_SD.dtype).T, alpha=scale)
+            y_Sf = y_SF[:, start : start + len(lora_B_fR)]
+            y_Sf.addmm_(low_SR, lora_B_fR.T, alpha=scale)
             lows.append(low_SR)
         ctx.quantised, saved_FD = split(weight_FD, needed=ctx.needs_input_grad[0])
         ctx.save_for_backward(x_SD if matrices else None, saved_FD, *matrices, *lows)
@@ -74,12 +78,15 @@ def _kept(x_SD: torch.Tensor, dropout: Dropout | None, adapter: int) -> torch.Te
 
 
 def _drop(x_SD: torch.Tensor, keep_SD: torch.Tensor | None) -> torch.Tensor:
-    """What is kept, not yet scaled by 1 / (1 - p): the low-rank side of a product has fewer values to scale."""
+    """What is kept, unscaled: 1 / (1 - p) is left to the low-rank side, which has fewer values."""
     return x_SD if keep_SD is None else x_SD * keep_SD
 
 
 def _add_product(
-    dx_SD: torch.Tensor, dlow_SR: torch.Tensor, lora_A_RD: torch.Tensor, keep_SD: torch.Tensor | None
+    dx_SD: torch.Tensor,
+    dlow_SR: torch.Tensor,
+    lora_A_RD: torch.Tensor,
+    keep_SD: torch.Tensor | None,
 ) -> None:
     """Adds what is kept of dlow A, without a dropout in the product's own sums."""
     if keep_SD is None:

@@ -1,12 +1,14 @@
-"""What surrounds the base GEMMs: the adapters' skinny products, each reading its large operand once for all adapters.
+"""The adapters' skinny products, each of which reads its large operand once for all adapters.
 
-`lora_A_QD` stacks the group's A, each padded to R rows, to Q = adapters x R; `lora_B_FQ` holds scale * B, an adapter's
-in its own rows and columns, zeros elsewhere. So low_SQ lora_B_FQ^T updates the whole group, and zeros pad the ranks.
-Sums that are split over C programs are added up in a fixed order: the same bits every time.
+`lora_A_QD` stacks the group's A, each padded to R rows, to Q = adapters x R; `lora_B_FQ` holds
+scale * B, an adapter's in its own rows and columns, zeros elsewhere. So low_SQ lora_B_FQ^T updates
+the whole group, and zeros pad the ranks. Sums that are split into C parts, one to a program, are
+added up in a fixed order: the same bits every time.
 
-Products inside loops have fewer than 64 rows here, so that Triton does not take Hopper's asynchronous ones (wgmma).
-These gain nothing where memory is the bound, and of a tile that one of them reads, and something else too, Triton's
-pipeline (3.9) keeps a copy too few: the next tile is loaded into the one that is still being multiplied.
+Products inside loops have fewer than 64 rows here, so that Triton does not take Hopper's
+asynchronous ones (wgmma). These gain nothing where memory is the bound, and of a tile that one of
+them reads, and something else too, Triton's pipeline (3.9) keeps a copy too few: the next tile is
+loaded into the one that is still being multiplied.
 """
 
 import itertools
@@ -23,7 +25,8 @@ from .masks import HASHES, keep, row_hash
 MAX_RANK = 64
 MAX_ROWS = 32
 MAX_ADAPTERS = len(HASHES)
-PROGRAMS = 264  # two for each multiprocessor of an H100; a constant, for results depend on how sums are split
+# Two for each multiprocessor of an H100; a constant, for results depend on how sums are split
+PROGRAMS = 264
 
 
 class Group(NamedTuple):
@@ -44,7 +47,11 @@ class Group(NamedTuple):
 
 
 def pack(
-    group: Group, out_width: int, scale: float, matrices: tuple[torch.Tensor, ...], dtype: torch.dtype
+    group: Group,
+    out_width: int,
+    scale: float,
+    matrices: tuple[torch.Tensor, ...],
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(lora_A_QD, lora_B_FQ) from A, B of each adapter in turn, rounded once to `dtype`."""
     num, block = len(group.starts), group.padded_rank
@@ -58,16 +65,20 @@ def pack(
 
 
 def masks(dropout: Dropout | None) -> tuple[torch.Tensor | int | float | None, ...]:
-    """A `Dropout` as kernels take it, the linears' hashes as plain integers: a tensor would be a copy to wait for."""
+    """A `Dropout` as kernels take it: of integers, for a tensor would be a copy to wait for."""
     if dropout is None:
         return None, *(0,) * MAX_ADAPTERS, 0, 1.0
     hashes = [linear_hash(linear) for linear in dropout.linears]
-    return dropout.seeds_S, *hashes, *(0,) * (MAX_ADAPTERS - len(hashes)), dropout.threshold, dropout.keep_scale
+    hashes += [0] * (MAX_ADAPTERS - len(hashes))
+    return dropout.seeds_S, *hashes, dropout.threshold, dropout.keep_scale
 
 
-def low_activations(group: Group, x_SD: torch.Tensor, lora_A_QD: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
+def low_activations(
+    group: Group, x_SD: torch.Tensor, lora_A_QD: torch.Tensor, dropout: Dropout | None
+) -> torch.Tensor:
     """(S, Q) in x's dtype: drop_i(x) A_i^T for every adapter i, in one read of x."""
-    (num_tokens, width), block_S, block_D = x_SD.shape, 64, 32 if x_SD.dtype == torch.float32 else 64
+    num_tokens, width = x_SD.shape
+    block_S, block_D = 64, 32 if x_SD.dtype == torch.float32 else 64
     blocks = triton.cdiv(num_tokens, block_S)
     chunk, splits = _split(width, block_D, blocks)
     dtype = x_SD.dtype if splits == 1 else torch.float32
@@ -85,7 +96,8 @@ def output_gradients(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """(dlow_SQ in dy's dtype, fp32 dB of each adapter) in one read of the adapted channels of dy.
 
-    A program holds dB of a slab of channels while it walks over tokens, and leaves its share of dlow behind.
+    A program holds dB of a slab of channels while it walks over tokens, and leaves its part of
+    dlow behind.
     """
     (num_tokens, width), block_R = dy_SF.shape, group.padded_rank
     widths = [end - start for start, end in zip(group.starts, group.ends)]
@@ -97,8 +109,8 @@ def output_gradients(
     dB_parts_CFR = dy_SF.new_empty(splits, slabs * block_F, block_R, dtype=torch.float32)
     _output_gradients[slabs, splits](
         dy_SF, low_SQ, lora_B_FQ, dlow_parts_CSR, dB_parts_CFR, num_tokens, chunk, scale,
-        WIDTH=width, FIRSTS=firsts[:-1], STARTS=group.starts, ENDS=group.ends, R=block_R, ROWS=group.rows,
-        BLOCK_S=block_S, BLOCK_F=block_F, num_warps=8, num_stages=3,
+        WIDTH=width, FIRSTS=firsts[:-1], STARTS=group.starts, ENDS=group.ends,
+        R=block_R, ROWS=group.rows, BLOCK_S=block_S, BLOCK_F=block_F, num_warps=8, num_stages=3,
     )  # fmt: skip
     dB_FR = dB_parts_CFR.sum(0)[:, : group.rank]
     dBs = [dB_FR[first * block_F : first * block_F + f] for first, f in zip(firsts, widths)]
@@ -123,44 +135,44 @@ def input_gradients(
     return [dA_QD[first : first + group.rank] for first in range(0, num_ranks, group.padded_rank)]
 
 
-def masked_update(group: Group, dlow_SQ: torch.Tensor, lora_A_QD: torch.Tensor, dropout: Dropout) -> torch.Tensor:
-    """(S, D) in dlow's dtype: the adapters' part of dx, the sum of drop_i(dlow_i A_i)."""
-    num_tokens, width, block_S, block_D = len(dlow_SQ), lora_A_QD.shape[1], 64, 128
-    dx_SD = dlow_SQ.new_empty(num_tokens, width)
-    _masked_update[triton.cdiv(width, block_D), triton.cdiv(num_tokens, block_S)](
-        dlow_SQ, lora_A_QD, *masks(dropout), dx_SD, num_tokens,
-        WIDTH=width, ADAPTERS=len(group.starts), R=group.padded_rank, BLOCK_S=block_S, BLOCK_D=block_D, num_warps=8,
-    )  # fmt: skip
-    return dx_SD
-
-
 def _slab(dtype: torch.dtype, block_R: int) -> int:
-    """Channels whose dB fits the registers of 8 warps; the wider, the fewer shares of dlow."""
+    """Channels whose dB fits the registers of 8 warps; the more, the fewer parts of dlow."""
     return 128 if dtype == torch.float32 else 512 if block_R <= 32 else 256
 
 
 def _split(length: int, block: int, others: int) -> tuple[int, int]:
-    """(how much of a sum a program takes, a multiple of `block`; in how many programs) if `others` share other axes."""
+    """(how much of a sum a program takes, a multiple of `block`; in how many parts the sum is).
+
+    Args:
+        others: How many programs share the other axes.
+    """
     steps = triton.cdiv(length, block)
     chunk = max(1, triton.cdiv(steps, max(1, PROGRAMS // max(1, others)))) * block
     return chunk, max(1, triton.cdiv(length, chunk))
 
 
-def _sum_parts(parts_CSW: torch.Tensor, firsts: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """(S, len(firsts) * W): parts from firsts[i] to the next added up side by side."""
-    num_parts, num_rows, width = parts_CSW.shape
-    out_SQ = parts_CSW.new_empty(num_rows, len(firsts) * width, dtype=dtype)
+def _sum_parts(
+    parts_CSR: torch.Tensor, firsts: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """(S, len(firsts) * R): the sums of the parts from each of `firsts` to the next, side by side.
+
+    Args:
+        parts_CSR: Of the ranks of one adapter, or of all, which are one group then.
+    """
+    num_parts, num_rows, width = parts_CSR.shape
+    out_SQ = parts_CSR.new_empty(num_rows, len(firsts) * width, dtype=dtype)
     _sum_parts_kernel[triton.cdiv(num_rows * width, 1024), len(firsts)](
-        parts_CSW, out_SQ, num_parts, num_rows, FIRSTS=firsts, WIDTH=width, BLOCK=1024, num_warps=4
+        parts_CSR, out_SQ, num_parts, num_rows, FIRSTS=firsts, WIDTH=width, BLOCK=1024, num_warps=4
     )
     return out_SQ
 
 
 @triton.jit(do_not_specialize=HASHES)
 def _low_activations(
-    x_ptr, a_ptr, seeds_ptr, hash0, hash1, hash2, hash3, threshold, keep_scale, low_ptr, num_rows, chunk,
-    WIDTH: tl.constexpr, ADAPTERS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    x_ptr, a_ptr, seeds_ptr, hash0, hash1, hash2, hash3, threshold, keep_scale,
+    low_ptr, num_rows, chunk,
+    WIDTH: tl.constexpr, ADAPTERS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     RANKS: tl.constexpr = ADAPTERS * R
     hashes = (hash0, hash1, hash2, hash3)
@@ -170,7 +182,8 @@ def _low_activations(
     row_hashes = ()
     if seeds_ptr is not None:
         for i in tl.static_range(ADAPTERS):
-            row_hashes = row_hashes + (row_hash(seeds_ptr, first_row + rows, num_rows, hashes[i])[None, :],)
+            hash_S = row_hash(seeds_ptr, first_row + rows, num_rows, hashes[i])
+            row_hashes = row_hashes + (hash_S[None, :],)
     x_ptr += tl.cast(first_row, tl.int64) * WIDTH
     lows = (tl.zeros([ROWS, BLOCK_S], tl.float32),) * (RANKS // ROWS)
     begin = tl.program_id(1) * chunk
@@ -182,7 +195,8 @@ def _low_activations(
         for i in tl.static_range(ADAPTERS):
             kept = x
             if seeds_ptr is not None:
-                kept = tl.where(keep(row_hashes[i], channels[:, None], threshold), x, tl.zeros_like(x))
+                is_kept = keep(row_hashes[i], channels[:, None], threshold)
+                kept = tl.where(is_kept, x, tl.zeros_like(x))
             for j in tl.static_range(i * R // ROWS, (i + 1) * R // ROWS):
                 a = tl.load(a_ptrs + j * ROWS * WIDTH, (channels < WIDTH)[None, :], other=0.0)
                 sums = sums + (dot(a, kept, lows[j]),)
@@ -196,8 +210,8 @@ def _low_activations(
 @triton.jit
 def _output_gradients(
     dy_ptr, low_ptr, b_ptr, dlow_ptr, db_ptr, num_rows, chunk, scale,
-    WIDTH: tl.constexpr, FIRSTS: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, R: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_F: tl.constexpr,
+    WIDTH: tl.constexpr, FIRSTS: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr,
+    R: tl.constexpr, ROWS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     RANKS: tl.constexpr = len(STARTS) * R
     slab, slabs = tl.program_id(0), tl.num_programs(0)
@@ -229,14 +243,16 @@ def _output_gradients(
         db = sums
     db_ptrs = db_ptr + (tl.program_id(1) * slabs + slab) * (BLOCK_F * R)
     for i in tl.static_range(R // ROWS):
-        tl.store(db_ptrs + channels[None, :] * R + (i * ROWS + tl.arange(0, ROWS))[:, None], db[i] * scale)
+        ranks = i * ROWS + tl.arange(0, ROWS)
+        tl.store(db_ptrs + channels[None, :] * R + ranks[:, None], db[i] * scale)
 
 
 @triton.jit(do_not_specialize=HASHES)
 def _input_gradients(
-    x_ptr, dlow_ptr, seeds_ptr, hash0, hash1, hash2, hash3, threshold, keep_scale, da_ptr, num_rows, chunk,
-    WIDTH: tl.constexpr, ADAPTERS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    x_ptr, dlow_ptr, seeds_ptr, hash0, hash1, hash2, hash3, threshold, keep_scale,
+    da_ptr, num_rows, chunk,
+    WIDTH: tl.constexpr, ADAPTERS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     RANKS: tl.constexpr = ADAPTERS * R
     hashes = (hash0, hash1, hash2, hash3)
@@ -255,7 +271,8 @@ def _input_gradients(
                 hash_S = row_hash(seeds_ptr, first + rows, num_rows, hashes[i])
                 kept = tl.where(keep(hash_S[:, None], channels, threshold), x, tl.zeros_like(x))
             for j in tl.static_range(i * R // ROWS, (i + 1) * R // ROWS):
-                dlow_ptrs = dlow_ptr + first_64 * RANKS + rows[None, :] * RANKS + (j * ROWS + ranks)[:, None]
+                dlow_ptrs = dlow_ptr + first_64 * RANKS + rows[None, :] * RANKS
+                dlow_ptrs += (j * ROWS + ranks)[:, None]
                 dlow = tl.load(dlow_ptrs, is_row[None, :], other=0.0)
                 sums = sums + (dot(dlow, kept, da[j]),)
         da = sums
@@ -264,32 +281,11 @@ def _input_gradients(
         tl.store(da_ptrs + j * ROWS * WIDTH, da[j] * keep_scale, channels < WIDTH)
 
 
-@triton.jit(do_not_specialize=HASHES)
-def _masked_update(
-    dlow_ptr, a_ptr, seeds_ptr, hash0, hash1, hash2, hash3, threshold, keep_scale, dx_ptr, num_rows,
-    WIDTH: tl.constexpr, ADAPTERS: tl.constexpr, R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    hashes = (hash0, hash1, hash2, hash3)
-    channels = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    first_row = tl.program_id(1) * BLOCK_S
-    rows, ranks, first_64 = tl.arange(0, BLOCK_S), tl.arange(0, R), tl.cast(first_row, tl.int64)
-    is_row = (first_row + rows < num_rows)[:, None]
-    zeros = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
-    dx = zeros
-    for i in tl.static_range(ADAPTERS):
-        dlow_ptrs = dlow_ptr + (first_64 * ADAPTERS + i) * R + rows[:, None] * (ADAPTERS * R) + ranks[None, :]
-        a_ptrs = a_ptr + (i * R + ranks)[:, None] * WIDTH + channels
-        update = dot(tl.load(dlow_ptrs, is_row, other=0.0), tl.load(a_ptrs, channels < WIDTH, other=0.0), zeros)
-        hash_S = row_hash(seeds_ptr, first_row + rows, num_rows, hashes[i])
-        dx += tl.where(keep(hash_S[:, None], channels, threshold), update, 0.0)
-    dx_ptrs = dx_ptr + first_64 * WIDTH + rows[:, None] * WIDTH + channels
-    tl.store(dx_ptrs, (dx * keep_scale).to(dx_ptr.dtype.element_ty), is_row & (channels < WIDTH))
-
-
 @triton.jit
 def _sum_parts_kernel(
-    parts_ptr, out_ptr, num_parts, num_rows, FIRSTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
+    parts_ptr, out_ptr, num_parts, num_rows,
+    FIRSTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     size, group = num_rows * WIDTH, tl.program_id(1)
     begin, end = 0, num_parts
     for i in tl.static_range(1, len(FIRSTS)):
@@ -298,6 +294,7 @@ def _sum_parts_kernel(
     elements = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for part in range(begin, end):
-        total += tl.load(parts_ptr + part * tl.cast(size, tl.int64) + elements, elements < size, other=0.0)
+        part_ptrs = parts_ptr + part * tl.cast(size, tl.int64) + elements
+        total += tl.load(part_ptrs, elements < size, other=0.0)
     out = elements // WIDTH * (len(FIRSTS) * WIDTH) + group * WIDTH + elements % WIDTH
     tl.store(out_ptr + out, total.to(out_ptr.dtype.element_ty), elements < size)

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-HASHES = ("hash0", "hash1", "hash2", "hash3")  # arguments not to specialise on: one in 16 happens to divide by 16
+# Arguments not to specialise on: one in 16 happens to divide by 16
+HASHES = ("hash0", "hash1", "hash2", "hash3")
 
 
 @triton.jit

@@ -1,7 +1,9 @@
-"""Frozen weights in 8 or 4 bits. A linear needs two products of its weight: x W^T in forward, dy W in backward.
+"""Frozen weights in 8 or 4 bits.
 
-A quantised weight stands in the weight's place in `lora_linear`, and is nobody's parameter: it is made once, from the
-full weight, and never changes. Both products are of the same quantised W, so dy W is the gradient of what was computed.
+A linear needs two products of its weight: x W^T in forward, dy W in backward. A quantised weight
+stands in the weight's place in `lora_linear`, and is nobody's parameter: it is made once, from the
+full weight, and never changes. Both products are of the same quantised W, so dy W is the gradient
+of what was computed.
 """
 
 import contextlib
@@ -20,11 +22,15 @@ FP8 = torch.float8_e4m3fn
 FP8_CAPABILITY = (8, 9)  # the first NVIDIA GPUs that multiply fp8: Ada, then Hopper
 FP8_MULTIPLE = 16  # widths that `_scaled_mm` takes on CUDA
 BLOCK = 64  # NF4's weights that share a scale, itself 8 bits; 256 of those share an fp32 one
-BYTES = {"fp8": 2.0, "nf4": 0.5 + 1 / BLOCK + 4 / (256 * BLOCK)}  # of a weight, scales of rows left out
+# Of a weight, scales of rows left out
+BYTES = {"fp8": 2.0, "nf4": 0.5 + 1 / BLOCK + 4 / (256 * BLOCK)}
 
 
 class Quantised(ABC):
-    """A frozen weight (F, D), as a linear uses it; inputs and results in the dtype that the weight had."""
+    """A frozen weight (F, D), as a linear uses it.
+
+    Inputs and results are in the dtype that the weight had.
+    """
 
     shape: torch.Size
 
@@ -42,7 +48,9 @@ class Quantised(ABC):
         """dy W."""
 
 
-def product(x_SD: torch.Tensor, weight_FD: torch.Tensor | Quantised, bias_F: torch.Tensor | None) -> torch.Tensor:
+def product(
+    x_SD: torch.Tensor, weight_FD: torch.Tensor | Quantised, bias_F: torch.Tensor | None
+) -> torch.Tensor:
     """x W^T + b, of a weight held in either way."""
     if not isinstance(weight_FD, Quantised):
         return functional.linear(x_SD, weight_FD, bias_F)
@@ -52,46 +60,69 @@ def product(x_SD: torch.Tensor, weight_FD: torch.Tensor | Quantised, bias_F: tor
 
 def input_gradient(dy_SF: torch.Tensor, weight_FD: torch.Tensor | Quantised) -> torch.Tensor:
     """dy W, of a weight held in either way."""
-    return weight_FD.input_gradient(dy_SF) if isinstance(weight_FD, Quantised) else dy_SF @ weight_FD
+    if not isinstance(weight_FD, Quantised):
+        return dy_SF @ weight_FD
+    return weight_FD.input_gradient(dy_SF)
 
 
-def split(weight_FD: torch.Tensor | Quantised, *, needed: bool) -> tuple[Quantised | None, torch.Tensor | None]:
-    """What autograd keeps for dy W: a quantised weight as it is, for nobody releases it, or a tensor to be saved."""
+def split(
+    weight_FD: torch.Tensor | Quantised, *, needed: bool
+) -> tuple[Quantised | None, torch.Tensor | None]:
+    """What is kept for dy W: a quantised weight, which nobody releases, or a tensor to save."""
     if not needed:
         return None, None
     return (weight_FD, None) if isinstance(weight_FD, Quantised) else (None, weight_FD)
 
 
 def quantise(weight_FD: torch.Tensor, kind: str) -> Quantised:
-    """Args: kind: "fp8" (two copies of a byte a weight, for speed) or "nf4" (about half a byte, for memory)."""
+    """The weight as it is held.
+
+    Args:
+        kind: "fp8" (two copies of a byte a weight, for speed) or "nf4" (about half a byte, for
+            memory).
+    """
     return Fp8.quantise(weight_FD) if kind == "fp8" else Nf4.quantise(weight_FD)
 
 
 def check_available(kind: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises: ValueError: This machine cannot hold frozen weights in such a form; the message says what it lacks."""
+    """Asks whether this machine can hold frozen weights in such a form.
+
+    Raises:
+        ValueError: It cannot; the message says what it lacks.
+    """
     if kind == "nf4":
         _bitsandbytes()
     if kind == "fp8" and device.type == "cpu":
+        weight = Fp8.quantise(torch.ones(FP8_MULTIPLE, FP8_MULTIPLE))
         try:
-            Fp8.quantise(torch.ones(FP8_MULTIPLE, FP8_MULTIPLE)).product(torch.ones(1, FP8_MULTIPLE))
+            weight.product(torch.ones(1, FP8_MULTIPLE))
         except RuntimeError as error:  # 2.11, for one, knows a single scale for all rows here
-            told = f"model.base='fp8': torch {torch.__version__} cannot scale rows apart on a CPU"
-            raise ValueError(f"{told}; install torch 2.13, or set model.base='full'") from error
+            raise ValueError(
+                f"model.quantization='fp8': torch {torch.__version__} cannot scale rows apart on a "
+                "CPU; install torch 2.13, or set model.quantization='none'"
+            ) from error
     if kind == "fp8" and device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < FP8_CAPABILITY:
-            told = f"model.base='fp8': {torch.cuda.get_device_name(device)} (sm_{capability[0]}{capability[1]})"
-            raise ValueError(f"{told} has no fp8 units; set model.base='full', or 'nf4' to save memory")
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < FP8_CAPABILITY:
+            gpu = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
+            raise ValueError(
+                f"model.quantization='fp8': {gpu} has no fp8 units; set model.quantization='none', "
+                "or 'nf4' to save memory"
+            )
         if dtype != torch.bfloat16:
-            raise ValueError("model.base='fp8' multiplies into bfloat16 on a GPU; set model.dtype='bfloat16'")
+            raise ValueError(
+                "model.quantization='fp8' multiplies into bfloat16 on a GPU; "
+                "set model.dtype='bfloat16'"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Fp8(Quantised):
-    """W = scale_F Q, Q in e4m3, and Q once more, transposed: `_scaled_mm` sums over the last axis of both operands.
+    """W = scale_F Q, Q in e4m3, and Q once more, transposed.
 
-    Activations are quantised where they are used, a scale for each token. In y_sf = sum_d x_sd W_fd the weight's scale
-    depends on f, which remains: it is applied to the sum. In dx_sd = sum_f dy_sf W_fd the sum runs over f, so that the
+    `_scaled_mm` sums over the last axis of both operands. Activations are quantised where they are
+    used, a scale for each token. In y_sf = sum_d x_sd W_fd the weight's scale depends on f, which
+    remains: it is applied to the sum. In dx_sd = sum_f dy_sf W_fd the sum runs over f, so that the
     scale must go in before it: dy scale_F is quantised, and multiplied by the bare Q.
     """
 
@@ -104,11 +135,17 @@ class Fp8(Quantised):
     def quantise(cls, weight_FD: torch.Tensor) -> "Fp8":
         """Raises: ValueError: A width is none that fp8 products take."""
         if any(width % FP8_MULTIPLE for width in weight_FD.shape):
-            told = f"a linear of {weight_FD.shape[0]} x {weight_FD.shape[1]} weights"
-            raise ValueError(f"model.base='fp8': {told}, not multiples of {FP8_MULTIPLE}; set model.base='full'")
+            widths = " x ".join(map(str, weight_FD.shape))
+            raise ValueError(
+                f"model.quantization='fp8': a linear of {widths} weights, not multiples of "
+                f"{FP8_MULTIPLE}; set model.quantization='none'"
+            )
         quantised_FD, scale_F = quantise_rows(weight_FD)
         return cls(
-            shape=weight_FD.shape, weight_FD=quantised_FD, transposed_DF=quantised_FD.T.contiguous(), scale_F=scale_F
+            shape=weight_FD.shape,
+            weight_FD=quantised_FD,
+            transposed_DF=quantised_FD.T.contiguous(),
+            scale_F=scale_F,
         )
 
     @property
@@ -119,19 +156,24 @@ class Fp8(Quantised):
         return _scaled_product(x_SD, self.weight_FD, self.scale_F)
 
     def input_gradient(self, dy_SF: torch.Tensor) -> torch.Tensor:
-        return _scaled_product(dy_SF, self.transposed_DF, self.scale_F.new_ones(self.shape[1]), self.scale_F)
+        ones_D = self.scale_F.new_ones(self.shape[1])
+        return _scaled_product(dy_SF, self.transposed_DF, ones_D, self.scale_F)
 
 
-def quantise_rows(x_SD: torch.Tensor, column_D: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_rows(
+    x_SD: torch.Tensor, column_D: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(e4m3 (S, D), fp32 scale (S,)): x column is about scale times the former. For fp32 and bf16.
 
-    Scales are powers of two, the least that bring a row below e4m3's 448: to scale is exact, whatever the dtype, and
-    the one rounding is that to e4m3. A row of zeros, such as an idle rank's gradients, stays one.
+    Scales are powers of two, the least that bring a row below e4m3's 448: to scale is exact,
+    whatever the dtype, and the one rounding is that to e4m3. A row of zeros, such as an idle rank's
+    gradients, stays one.
     """
     if column_D is not None:
         x_SD = x_SD * column_D.to(x_SD.dtype)
     largest_S = torch.linalg.vector_norm(x_SD, torch.inf, dim=1).float().clamp_(min=2.0**-100)
-    # 448 = 1.75 * 2^8: a mantissa above 1.75 needs the next power. Its bits are the exponent's of x * 2 / 1.75.
+    # 448 = 1.75 * 2^8: a mantissa above 1.75 needs the next power, which is the exponent of
+    # x * 2 / 1.75.
     above_S = (largest_S * (8 / 7)).view(torch.int32).bitwise_and_(0x7F800000).view(torch.float32)
     scale_S = above_S * 2.0**-8
     return (x_SD * scale_S.reciprocal().to(x_SD.dtype)[:, None]).to(FP8), scale_S
@@ -147,22 +189,20 @@ def _row_quantiser(device: str) -> Callable[..., tuple[torch.Tensor, torch.Tenso
 
 
 def _scaled_product(
-    x_SK: torch.Tensor, weight_FK: torch.Tensor, scale_F: torch.Tensor, column_K: torch.Tensor | None = None
+    x_SI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    scale_O: torch.Tensor,
+    column_I: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(x column) (scale weight)^T."""
-    quantised_SK, scale_S = _row_quantiser(x_SK.device.type)(x_SK, column_K)
-    return torch._scaled_mm(
-        quantised_SK,
-        weight_FK.T,
-        scale_a=scale_S[:, None],
-        scale_b=scale_F[None, :],
-        out_dtype=x_SK.dtype,
-    )
+    quantised_SI, scale_S = _row_quantiser(x_SI.device.type)(x_SI, column_I)
+    scales = {"scale_a": scale_S[:, None], "scale_b": scale_O[None, :]}
+    return torch._scaled_mm(quantised_SI, weight_OI.T, **scales, out_dtype=x_SI.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Nf4(Quantised):
-    """bitsandbytes' NF4 with scales of 8 bits; made full for the length of a product, in forward and in backward.
+    """bitsandbytes' NF4 with scales of 8 bits, made full for the length of each product.
 
     Source: arXiv 2305.14314.
     """
@@ -173,16 +213,20 @@ class Nf4(Quantised):
 
     @classmethod
     def quantise(cls, weight_FD: torch.Tensor) -> "Nf4":
-        # Flat: bitsandbytes' CPU kernel (0.50.2) takes the scales of wrong blocks where D is no multiple of BLOCK.
+        # Flat: bitsandbytes' CPU kernel (0.50.2) takes wrong blocks' scales where BLOCK does not
+        # divide D.
         codes, state = _bitsandbytes().functional.quantize_4bit(
-            weight_FD.detach().reshape(-1), blocksize=BLOCK, quant_type="nf4", compress_statistics=True
+            weight_FD.detach().reshape(-1),
+            blocksize=BLOCK,
+            quant_type="nf4",
+            compress_statistics=True,
         )
         return cls(shape=weight_FD.shape, codes=codes, state=state)
 
     @property
     def num_bytes(self) -> int:
-        scales = self.state.state2
-        return sum(tensor.nbytes for tensor in (self.codes, self.state.absmax, scales.absmax, scales.code))
+        state, outer = self.state, self.state.state2
+        return sum(each.nbytes for each in (self.codes, state.absmax, outer.absmax, outer.code))
 
     def product(self, x_SD: torch.Tensor) -> torch.Tensor:
         return functional.linear(x_SD, self.full())
@@ -196,9 +240,12 @@ class Nf4(Quantised):
 
 
 def _bitsandbytes():
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a CPU kernel that it would like to fetch
+    # It tells of a CPU kernel that it would like to fetch
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError as error:
-        told = f"model.base='nf4' needs bitsandbytes ({error})"
-        raise ValueError(f"{told}; pip install 'mtllm-engine[quantised]', or set model.base='full'") from error
+        raise ValueError(
+            f"model.quantization='nf4' needs bitsandbytes ({error}); "
+            "pip install 'mtllm-engine[quantised]', or set model.quantization='none'"
+        ) from error

@@ -1,7 +1,7 @@
 """LayerNorm in Triton, which reads x once, and cuBLAS for the products.
 
-The normalised states live for the length of a product: backward keeps x alone and makes them again, for which it reads
-what it would read of them anyway.
+The normalised states live for the length of a product: backward keeps x alone and makes them again,
+for which it reads what it would read of them anyway.
 """
 
 import torch
@@ -28,7 +28,8 @@ def projection(
         x_SE: fp32, bf16 or fp16, contiguous, at most MAX_WIDTH wide.
         norm_weight_E: fp32, bf16 or fp16. Frozen; never gets a gradient.
         norm_bias_E: Like norm_weight.
-        weight_DE: fp32, bf16 or fp16, contiguous; rounded to x's dtype once; its gradient is summed and left in fp32.
+        weight_DE: fp32, bf16 or fp16, contiguous; rounded to x's dtype once; its gradient is summed
+            and left in fp32.
         bias_D: Like weight.
 
     Raises:
@@ -36,7 +37,8 @@ def projection(
 
     Source: arXiv 2406.12739, section 3; arXiv 1607.06450, eq. 4.
     """
-    check(x_SE, x_SE=x_SE, norm_weight_E=norm_weight_E, norm_bias_E=norm_bias_E, weight_DE=weight_DE, bias_D=bias_D)
+    check(x_SE, x_SE=x_SE, norm_weight_E=norm_weight_E, norm_bias_E=norm_bias_E)
+    check(x_SE, weight_DE=weight_DE, bias_D=bias_D)
     check_shape((None, None), DTYPES, x_SE=x_SE)
     check_shape(x_SE.shape[1:], DTYPES, norm_weight_E=norm_weight_E, norm_bias_E=norm_bias_E)
     check_shape((None, x_SE.shape[1]), DTYPES, weight_DE=weight_DE)
@@ -64,17 +66,22 @@ class _Projection(torch.autograd.Function):
             dnormed_SE = dy_SD @ weight_DE.to(x_SE.dtype)
             dx_SE = _launch(_norm_backward, dnormed_SE, x_SE, norm_weight_E, ctx.eps)
         if ctx.needs_input_grad[4]:
-            dweight_DE = _product_in_fp32(dy_SD.T, _normalise(x_SE, norm_weight_E, norm_bias_E, ctx.eps))
+            normed_SE = _normalise(x_SE, norm_weight_E, norm_bias_E, ctx.eps)
+            dweight_DE = _product_in_fp32(dy_SD.T, normed_SE)
         if ctx.needs_input_grad[5]:
             dbias_D = dy_SD.sum(0, dtype=torch.float32)
         return dx_SE, None, None, None, dweight_DE, dbias_D
 
 
-def _normalise(x_SE: torch.Tensor, norm_weight_E: torch.Tensor, norm_bias_E: torch.Tensor, eps: float) -> torch.Tensor:
+def _normalise(
+    x_SE: torch.Tensor, norm_weight_E: torch.Tensor, norm_bias_E: torch.Tensor, eps: float
+) -> torch.Tensor:
     return _launch(_norm_forward, torch.empty_like(x_SE), x_SE, norm_weight_E, norm_bias_E, eps)
 
 
-def _launch(kernel: triton.JITFunction, out_SE: torch.Tensor, *arguments: torch.Tensor | float) -> torch.Tensor:
+def _launch(
+    kernel: triton.JITFunction, out_SE: torch.Tensor, *arguments: torch.Tensor | float
+) -> torch.Tensor:
     """A program for each row, which it holds in registers."""
     num_tokens, width = out_SE.shape
     block = triton.next_power_of_2(width)
@@ -91,7 +98,9 @@ def _product_in_fp32(a_DS: torch.Tensor, b_SE: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _norm_forward(y_ptr, x_ptr, weight_ptr, bias_ptr, eps, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr):
+def _norm_forward(
+    y_ptr, x_ptr, weight_ptr, bias_ptr, eps, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr
+):
     row, columns = tl.cast(tl.program_id(0), tl.int64), tl.arange(0, BLOCK_E)
     is_column = columns < WIDTH
     normed, _ = _normed(x_ptr + row * WIDTH + columns, is_column, eps, WIDTH)
@@ -103,7 +112,7 @@ def _norm_forward(y_ptr, x_ptr, weight_ptr, bias_ptr, eps, WIDTH: tl.constexpr, 
 
 @triton.jit
 def _norm_backward(dy_ptr, x_ptr, weight_ptr, eps, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr):
-    """dx = rstd (g - mean(g) - n mean(g n)), in the place of dy, with n = (x - mean) rstd and its gradient g"""
+    """dx = rstd (g - mean(g) - n mean(g n)), over dy; n = (x - mean) rstd, g its gradient."""
     row, columns = tl.cast(tl.program_id(0), tl.int64), tl.arange(0, BLOCK_E)
     is_column = columns < WIDTH
     normed, rstd = _normed(x_ptr + row * WIDTH + columns, is_column, eps, WIDTH)

@@ -1,7 +1,10 @@
-"""rms_norm: h = x + residual (if given), y = h / sqrt(mean(h^2) + eps) * weight over the last dimension; (y, h) out.
+"""rms_norm: h = x + residual (if given), y = h / sqrt(mean(h^2) + eps) * weight; (y, h) out.
 
-Statistics in fp32; the weight is frozen and gets no gradient. Source: arXiv 1910.07467, eq. 4; rounding as in Llama
-(the normalised value is rounded to x's dtype, then scaled).
+Over the last dimension, with statistics in fp32; the weight is frozen and gets no gradient.
+Source: arXiv 1910.07467, eq. 4; rounding as in Llama (the normalised value is rounded to x's dtype,
+then scaled).
+
+Letters, beside the project's legend: D is the width of whatever is normed.
 """
 
 from typing import Any

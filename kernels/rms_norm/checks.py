@@ -7,9 +7,17 @@ from mtllm_engine.kernels.contract import DTYPES, check, check_shape
 
 
 def check_inputs(
-    x_SD: torch.Tensor, weight_D: torch.Tensor, residual_SD: torch.Tensor | None, *, max_width: int = sys.maxsize
+    x_SD: torch.Tensor,
+    weight_D: torch.Tensor,
+    residual_SD: torch.Tensor | None,
+    *,
+    max_width: int = sys.maxsize,
 ) -> None:
-    """Raises: ValueError: An argument is not contiguous, on another device, or of a wrong shape or dtype."""
+    """Checks what can be seen without asking the device.
+
+    Raises:
+        ValueError: An argument is not contiguous, on another device, or of a wrong shape or dtype.
+    """
     check(x_SD, x_SD=x_SD, weight_D=weight_D, residual_SD=residual_SD)
     check_shape((None, None), DTYPES, x_SD=x_SD)
     check_shape(x_SD.shape[1:], DTYPES, weight_D=weight_D)

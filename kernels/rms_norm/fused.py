@@ -1,4 +1,4 @@
-"""RMSNorm with the residual's addition: a program holds whole rows in registers, so that every byte moves once."""
+"""RMSNorm with the residual's addition: programs hold whole rows, so that every byte moves once."""
 
 import torch
 import triton
@@ -13,7 +13,9 @@ MAX_WIDTH = 32768  # above 16384 some registers spill: right, but slower
 def rms_norm(
     x_SD: torch.Tensor, weight_D: torch.Tensor, eps: float, residual_SD: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, h): h = x + residual, rounded to x's dtype, and its RMSNorm; without a residual h is x itself, not a copy.
+    """(y, h): h = x + residual, rounded to x's dtype, and its RMSNorm y.
+
+    Without a residual h is x itself, not a copy.
 
     Args:
         x_SD: fp32, bf16 or fp16, contiguous, at most MAX_WIDTH wide.
@@ -32,17 +34,23 @@ def rms_norm(
 
 
 class _RmsNorm(torch.autograd.Function):
-    """y, or with a residual (y, h). Keeps h and the weight: rstd costs backward one sum over a row that it holds."""
+    """y, or with a residual (y, h).
+
+    Keeps h and the weight: rstd costs backward one sum over a row that it holds.
+    """
 
     @staticmethod
     def forward(ctx, x_SD, weight_D, eps, residual_SD):
         y_SD = torch.empty_like(x_SD)
         hidden_SD = x_SD if residual_SD is None else torch.empty_like(x_SD)
         grid, launch = _tile(x_SD)
-        _rms_norm_forward[grid](x_SD, residual_SD, weight_D, y_SD, hidden_SD, len(x_SD), eps, **launch)
+        _rms_norm_forward[grid](
+            x_SD, residual_SD, weight_D, y_SD, hidden_SD, len(x_SD), eps, **launch
+        )
         ctx.save_for_backward(hidden_SD, weight_D)
         ctx.eps = eps
-        ctx.set_materialize_grads(False)  # an unused h has no gradient to read, nor a zero one to write
+        # An unused h has no gradient to read, nor a zero one to write
+        ctx.set_materialize_grads(False)
         return y_SD if residual_SD is None else (y_SD, hidden_SD)
 
     @staticmethod
@@ -54,27 +62,28 @@ class _RmsNorm(torch.autograd.Function):
             dy_SD, dhidden_SD = (None if x is None else x.contiguous() for x in (dy_SD, dhidden_SD))
             dx_SD = torch.empty_like(hidden_SD)
             grid, launch = _tile(hidden_SD)
-            _rms_norm_backward[grid](dy_SD, dhidden_SD, hidden_SD, weight_D, dx_SD, len(hidden_SD), ctx.eps, **launch)
+            _rms_norm_backward[grid](
+                dy_SD, dhidden_SD, hidden_SD, weight_D, dx_SD, len(hidden_SD), ctx.eps, **launch
+            )
         return dx_SD, None, None, dx_SD if ctx.needs_input_grad[3] else None
 
 
 def _tile(x_SD: torch.Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """A row per program, or several narrow ones; 16 elements a thread are two 16-byte loads and stay in registers."""
+    """A row per program, or several narrow ones.
+
+    16 elements a thread are two 16-byte loads and stay in registers.
+    """
     block = triton.next_power_of_2(x_SD.shape[1])
     rows = max(1, 2048 // block)
     num_warps = min(32, max(4, rows * block // 512))
-    return (triton.cdiv(len(x_SD), rows),), {
-        "WIDTH": x_SD.shape[1],
-        "ROWS": rows,
-        "BLOCK": block,
-        "num_warps": num_warps,
-    }
+    launch = {"WIDTH": x_SD.shape[1], "ROWS": rows, "BLOCK": block, "num_warps": num_warps}
+    return (triton.cdiv(len(x_SD), rows),), launch
 
 
 @triton.jit
 def _rms_norm_forward(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, hidden_ptr, num_rows, eps, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, y_ptr, hidden_ptr, num_rows, eps,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     rows = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -94,10 +103,10 @@ def _rms_norm_forward(
 
 @triton.jit
 def _rms_norm_backward(
-    dy_ptr, dhidden_ptr, hidden_ptr, weight_ptr, dx_ptr, num_rows, eps, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    dy_ptr, dhidden_ptr, hidden_ptr, weight_ptr, dx_ptr, num_rows, eps,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd * (dy w - h * rstd^2 * mean(dy w h)) + dh"""
+    """dx = rstd * (dy w - h * rstd^2 * mean(dy w h)) + dh."""
     dtype: tl.constexpr = dx_ptr.dtype.element_ty
     rows = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]

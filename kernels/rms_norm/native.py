@@ -13,9 +13,10 @@ native.load("cpu")
 def rms_norm(
     x_SD: torch.Tensor, weight_D: torch.Tensor, eps: float, residual_SD: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, h): h = x + residual, rounded to x's dtype, and its RMSNorm; without a residual h is x itself, not a copy.
+    """(y, h): h = x + residual, rounded to x's dtype, and its RMSNorm y.
 
-    For backward it keeps h and the weight, neither of them copied, and 1 / rms in fp32 (S,).
+    Without a residual h is x itself, not a copy. For backward it keeps h and the weight, neither of
+    them copied, and 1 / rms in fp32 (S,).
 
     Args:
         x_SD: fp32, bf16 or fp16, contiguous, on the CPU.
@@ -52,7 +53,9 @@ class _RmsNorm(torch.autograd.Function):
         if dy_SD is not None:
             dy_SD, dhidden_SD = (None if x is None else x.contiguous() for x in (dy_SD, dhidden_SD))
             weight_D = _rounded(weight_D, hidden_SD.dtype)
-            dx_SD = torch.ops.mtllm.rms_norm_backward(dy_SD, dhidden_SD, hidden_SD, weight_D, rstd_S)
+            dx_SD = torch.ops.mtllm.rms_norm_backward(
+                dy_SD, dhidden_SD, hidden_SD, weight_D, rstd_S
+            )
         return dx_SD, None, None, dx_SD if ctx.needs_input_grad[3] else None
 
 

@@ -1,7 +1,10 @@
-"""rope: rotates channel pairs (k, k + K/2) of the first `num_rotated` heads (queries, then keys) of a packed q/k/v.
+"""rope: rotates channel pairs (k, k + K/2) of the first `num_rotated` heads of a packed q/k/v.
 
-heads (S, H + 2G, K); cos and sin of the angles are fp32 (S, K/2), one row per token, whatever document it is of. An
-implementation may work in place. Source: arXiv 2104.09864, eq. 34; halves, not neighbours, as in Hugging Face's Llama.
+These are the queries, then the keys. Heads (S, H + 2G, K); cos and sin of the angles are fp32
+(S, K/2), one row per token, whatever document it is of. An implementation may work in place.
+Source: arXiv 2104.09864, eq. 34; halves, not neighbours, as in Hugging Face's Llama.
+
+Letters, beside the project's legend: X all heads, H + 2G of them, k pairs of channels, K/2 of them.
 """
 
 from typing import Any
@@ -13,18 +16,26 @@ from .reference import rope as reference
 
 
 def inputs(
-    generator: torch.Generator, dtype: torch.dtype, *, tokens: int, heads: int, rotated: int, width: int
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    *,
+    tokens: int,
+    heads: int,
+    rotated: int,
+    width: int,
 ) -> dict[str, Any]:
     angles_Sk = 10 * randn(generator, torch.float32, tokens, width // 2)
     return {
-        "heads_SHK": randn(generator, dtype, tokens, heads, width, grad=True),
+        "heads_SXK": randn(generator, dtype, tokens, heads, width, grad=True),
         "cos_Sk": angles_Sk.cos(),
         "sin_Sk": angles_Sk.sin(),
         "num_rotated": rotated,
     }
 
 
-def cost(dtype: torch.dtype, *, tokens: int, heads: int, rotated: int, width: int) -> tuple[Cost, Cost]:
+def cost(
+    dtype: torch.dtype, *, tokens: int, heads: int, rotated: int, width: int
+) -> tuple[Cost, Cost]:
     states = tokens * rotated * width
     once = Cost(bytes=2 * states * dtype.itemsize + 4 * tokens * width, flops=3 * states)
     return once, once

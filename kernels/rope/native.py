@@ -10,43 +10,47 @@ from .checks import check_inputs
 native.load("cpu")
 
 
-def rope(heads_SHK: torch.Tensor, cos_Sk: torch.Tensor, sin_Sk: torch.Tensor, num_rotated: int) -> torch.Tensor:
+def rope(
+    heads_SXK: torch.Tensor, cos_Sk: torch.Tensor, sin_Sk: torch.Tensor, num_rotated: int
+) -> torch.Tensor:
     """Rotates channel pairs (k, k + K/2) of the first `num_rotated` heads, fp32 inside.
 
     Args:
-        heads_SHK: fp32, bf16 or fp16, contiguous, on the CPU, K even. Overwritten: from here on only the result may be
-            used, the argument holds the same memory without the rotation's gradient.
+        heads_SXK: fp32, bf16 or fp16, contiguous, on the CPU, K even. Overwritten: from here on
+            only the result may be used, the argument holds the same memory without the rotation's
+            gradient.
         cos_Sk: fp32, contiguous, one row a token, K/2 wide.
         sin_Sk: Like cos.
-        num_rotated: From 0 to H; later heads stay as they are.
+        num_rotated: From 0 to X; later heads stay as they are.
 
     Returns:
         The argument's memory, as a tensor with its own gradient.
 
     Raises:
-        ValueError: An argument is not contiguous, on another device, of a wrong shape or dtype, or out of range.
+        ValueError: An argument is not contiguous, on another device, of a wrong shape or dtype, or
+            out of range.
 
     Source: arXiv 2104.09864, eq. 34.
     """
-    check_inputs(heads_SHK, cos_Sk, sin_Sk, num_rotated)
-    return _Rope.apply(heads_SHK, cos_Sk, sin_Sk, num_rotated)
+    check_inputs(heads_SXK, cos_Sk, sin_Sk, num_rotated)
+    return _Rope.apply(heads_SXK, cos_Sk, sin_Sk, num_rotated)
 
 
 class _Rope(torch.autograd.Function):
     """An alias, not `mark_dirty`, and a new tensor in backward: why, rope/fused.py says."""
 
     @staticmethod
-    def forward(ctx, heads_SHK, cos_Sk, sin_Sk, num_rotated):
-        turned_SHK = heads_SHK.detach()
-        torch.ops.mtllm.rope(turned_SHK, turned_SHK, cos_Sk, sin_Sk, num_rotated, False)
+    def forward(ctx, heads_SXK, cos_Sk, sin_Sk, num_rotated):
+        turned_SXK = heads_SXK.detach()
+        torch.ops.mtllm.rope(turned_SXK, turned_SXK, cos_Sk, sin_Sk, num_rotated, False)
         ctx.save_for_backward(cos_Sk, sin_Sk)
         ctx.num_rotated = num_rotated
-        return turned_SHK
+        return turned_SXK
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dturned_SHK):
-        dturned_SHK = dturned_SHK.contiguous()
-        dheads_SHK = torch.empty_like(dturned_SHK)
-        torch.ops.mtllm.rope(dturned_SHK, dheads_SHK, *ctx.saved_tensors, ctx.num_rotated, True)
-        return dheads_SHK, None, None, None
+    def backward(ctx, dturned_SXK):
+        dturned_SXK = dturned_SXK.contiguous()
+        dheads_SXK = torch.empty_like(dturned_SXK)
+        torch.ops.mtllm.rope(dturned_SXK, dheads_SXK, *ctx.saved_tensors, ctx.num_rotated, True)
+        return dheads_SXK, None, None, None

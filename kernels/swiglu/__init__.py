@@ -1,7 +1,8 @@
-"""swiglu: silu(gate) * up, from one tensor (S, 2F) that holds the gate's channels and then the up-projection's.
+"""swiglu: silu(gate) * up, from one tensor that holds both.
 
-fp32 inside, one rounding at the end; backward starts from the input, nothing else is kept. Source: arXiv 2002.05202,
-eq. 5.
+This is (S, 2F): the gate's channels, then the up-projection's; its name and its gradient's say SF.
+fp32 inside, one rounding at the end; backward starts from the input, nothing else is kept.
+Source: arXiv 2002.05202, eq. 5.
 """
 
 from typing import Any
@@ -12,15 +13,16 @@ from mtllm_engine.kernels.contract import Cost, Implementation, Kernel, randn
 from .reference import swiglu as reference
 
 
-def inputs(generator: torch.Generator, dtype: torch.dtype, *, tokens: int, width: int) -> dict[str, Any]:
+def inputs(
+    generator: torch.Generator, dtype: torch.dtype, *, tokens: int, width: int
+) -> dict[str, Any]:
     return {"gate_up_SF": randn(generator, dtype, tokens, 2 * width, grad=True)}
 
 
 def cost(dtype: torch.dtype, *, tokens: int, width: int) -> tuple[Cost, Cost]:
     inner = tokens * width
-    return Cost(bytes=3 * inner * dtype.itemsize, flops=6 * inner), Cost(
-        bytes=5 * inner * dtype.itemsize, flops=12 * inner
-    )
+    forward = Cost(bytes=3 * inner * dtype.itemsize, flops=6 * inner)
+    return forward, Cost(bytes=5 * inner * dtype.itemsize, flops=12 * inner)
 
 
 swiglu = Kernel(

@@ -1,4 +1,4 @@
-"""SwiGLU in one pass each way: nothing but the input is kept, d(gate) and d(up) go into one buffer."""
+"""SwiGLU in one pass each way: nothing but the input is kept, and its gradient is one tensor."""
 
 import torch
 import triton
@@ -15,7 +15,8 @@ def swiglu(gate_up_SF: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, fp32 inside, half as wide as the argument and of its dtype.
 
     Args:
-        gate_up_SF: fp32, bf16 or fp16, contiguous: the gate's channels, then as many of the up-projection.
+        gate_up_SF: fp32, bf16 or fp16, contiguous: the gate's channels, then as many of the
+            up-projection.
 
     Raises:
         ValueError: The argument is not contiguous, or of a wrong shape or dtype.
@@ -55,7 +56,7 @@ def _tile(gate_up_SF: torch.Tensor) -> tuple[tuple[int], dict[str, int]]:
 
 @triton.jit
 def _swiglu_forward(gate_up_ptr, y_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    token, channels = _place(WIDTH, BLOCK)
+    token, channels = _token_and_channels(WIDTH, BLOCK)
     mask = channels < WIDTH
     gate_ptrs = gate_up_ptr + token * (2 * WIDTH) + channels
     gate = tl.load(gate_ptrs, mask, other=0.0).to(tl.float32)
@@ -67,7 +68,7 @@ def _swiglu_forward(gate_up_ptr, y_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 @triton.jit
 def _swiglu_backward(dy_ptr, gate_up_ptr, dgate_up_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     dtype: tl.constexpr = dgate_up_ptr.dtype.element_ty
-    token, channels = _place(WIDTH, BLOCK)
+    token, channels = _token_and_channels(WIDTH, BLOCK)
     mask = channels < WIDTH
     offsets = token * (2 * WIDTH) + channels
     dy = tl.load(dy_ptr + token * WIDTH + channels, mask, other=0.0).to(tl.float32)
@@ -80,7 +81,7 @@ def _swiglu_backward(dy_ptr, gate_up_ptr, dgate_up_ptr, WIDTH: tl.constexpr, BLO
 
 
 @triton.jit
-def _place(WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _token_and_channels(WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """This program's token (64 bits, for its offset) and channels."""
     program, blocks = tl.program_id(0), tl.cdiv(WIDTH, BLOCK)
     return tl.cast(program // blocks, tl.int64), program % blocks * BLOCK + tl.arange(0, BLOCK)

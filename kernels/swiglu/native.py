@@ -14,7 +14,8 @@ def swiglu(gate_up_SF: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, fp32 inside, half as wide as the argument and of its dtype.
 
     Args:
-        gate_up_SF: fp32, bf16 or fp16, contiguous, on the CPU: the gate's channels, then as many of the up-projection.
+        gate_up_SF: fp32, bf16 or fp16, contiguous, on the CPU: the gate's channels, then as many of
+            the up-projection.
 
     Raises:
         ValueError: The argument is not contiguous, or of a wrong shape or dtype.

@@ -1,44 +1,49 @@
-"""A synthetic multilingual world: two tiny trained models and benchmark files, in the formats of the real ones.
+"""A synthetic multilingual land: tiny trained models and benchmarks, as files like the real ones.
 
-Two tasks need facts that only the LLM's English documents state: to tell the category that two named entities share
-(`sib200`), and whether what is said of two categories follows from a sentence that two named entities are in (`mnli` to
-train on, `xnli` to evaluate on). Figures below are of the first.
+Two tasks need facts that only the LLM's English documents state: to tell the category that two
+named entities share (`sib200`), and whether what is said of two categories follows from a sentence
+that two named entities are in (`mnli` to train on, `xnli` to evaluate on). Figures below are of the
+first.
 
-The dials: lines of MT data (SKETCHES), cognates and relatives, vocabulary (how many pieces a name has), depth, steps,
-and in `build_mt` the shares of copies and of pairs without English and the weights of the loss's terms.
+The dials: lines of MT data (SKETCHES), cognates and relatives, vocabulary (how many pieces a name
+has), depth, steps, and in `build_mt` the shares of copies and of pairs without English and the
+weights of the loss's terms.
 
-How they were set: by hand, on seed 0 of the small size (the last step was first seen to help on seed 4);
-`benchmarks.babel` reports seeds 10, 11 and 12, which came after. What told most, as the stack's accuracy over the six
-foreign languages of seed 0 (chance 0.14; single runs of the whole method, 500 steps of stage 1):
+How they were set: by hand, on seed 0 of the small size (the last step was first seen to help on
+seed 4); `benchmarks.babel` reports seeds 10, 11 and 12, which came after. What told most, as the
+stack's accuracy over the six foreign languages of seed 0 (chance 0.14; single runs of the whole
+method, 500 steps of stage 1):
 
-    the MT model's training                                                        stack   translate-test
-    translation and the contrast of pooled states (3 encoder layers, 2000 pieces)  0.57    0.84
-    + single states tell English words, 4000 pieces, 1200 steps                    0.64    0.98
-    + distances of pooled and of single states, 2 encoder layers                   0.83    0.98
-    + words, contrast, single states weigh 2 to 3 times more, translation 0.1;
-      stage 2 at 3e-4 instead of 1e-3                                              0.91    0.96
-    + translation 0.03, 1500 steps, languages drawn more evenly; stage 2 at 5e-4   0.93    0.94
-    + stage 2 on stage 1's texts beside the task's, 300 steps                      0.97    0.94
-    + translation 0.01                                                             0.98    0.91
+    the MT model's training                                                 stack   translate-test
+    translation, contrast of pooled states (3 encoder layers, 2000 pieces)  0.57    0.84
+    + single states tell English words, 4000 pieces, 1200 steps             0.64    0.98
+    + distances of pooled and of single states, 2 encoder layers            0.83    0.98
+    + words, contrast, single states weigh 2 to 3 times more;
+      translation 0.1; stage 2 at 3e-4 instead of 1e-3                      0.91    0.96
+    + translation 0.03, 1500 steps, languages drawn more evenly;
+      stage 2 at 5e-4                                                       0.93    0.94
+    + stage 2 on stage 1's texts beside the task's, 300 steps               0.97    0.94
+    + translation 0.01                                                      0.98    0.91
 
-So the first bottleneck was the encoder's lack of a shared space, the last one that stage 2 forgot what stage 1 knew of
-names that are not in the task's training texts: on seed 4 the stack's English accuracy was 0.93 and is 1.00. How far a
-foreign line's states are from the English ones matters less than how much of the distance lies where names differ: with
-the distances' weights tripled (translation 0.3) they halved, names faded with them, and the stack fell to 0.72. Beside
-translation 0.03, with six thousand or three thousand pieces: 0.82, 0.78. A longer stage 1 (1000 steps, 0.79) and an LLM
-trained on as LLM2Vec is (0.67) did not help where the stack had 0.83.
+So the first bottleneck was the encoder's lack of a shared space, the last one that stage 2 forgot
+what stage 1 knew of names that are not in the task's training texts: on seed 4 the stack's English
+accuracy was 0.93 and is 1.00. How far a foreign line's states are from the English ones matters
+less than how much of the distance lies where names differ: with the distances' weights tripled
+(translation 0.3) they halved, names faded with them, and the stack fell to 0.72. Beside translation
+0.03, with six thousand or three thousand pieces: 0.82, 0.78. A longer stage 1 (1000 steps, 0.79)
+and an LLM trained on as LLM2Vec is (0.67) did not help where the stack had 0.83.
 
-Translate-test's strength is a dial too: the less translation weighs, the worse the decoder, whatever the encoder
-knows. Of two names that share a category one is enough, so translate-test does well with few lines right: at 0.03, 0.01
-and 0.003 the names of a line are right in 39 to 67, 31 to 51 and 28 to 35 percent of the lines, by language, chrF is 77
-to 88, 70 to 81 and 66 to 74, and translate-test's accuracy 0.94, 0.91 and 0.88. The medium size was not run.
+Translate-test's strength is a dial too: the less translation weighs, the worse the decoder,
+whatever the encoder knows. Of two names that share a category one is enough, so translate-test does
+well with few lines right: at 0.03, 0.01 and 0.003 the names of a line are right in 39 to 67, 31 to
+51 and 28 to 35 percent of the lines, by language, chrF is 77 to 88, 70 to 81 and 66 to 74, and
+translate-test's accuracy 0.94, 0.91 and 0.88. The medium size was not run.
 """
 
 import json
 import multiprocessing
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -53,9 +58,19 @@ from tqdm import tqdm
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from mtllm_engine.babel.land import (
+    CATEGORIES,
+    RELATIONS,
+    Clause,
+    Inference,
+    Land,
+    Language,
+    build_land,
+)
 from mtllm_engine.babel.models import build_llm, build_mt, perplexity, translate
-from mtllm_engine.babel.world import CATEGORIES, ENGLISH, RELATIONS, Clause, Inference, Language, World, build_world
 from mtllm_engine.data.sources import pack
+from mtllm_engine.files import atomic_folder, write_text
+from mtllm_engine.languages import ENGLISH
 
 LONG = (2, 60)  # sentences of a long document
 FINER = 500  # pieces of the second LLM's vocabulary
@@ -78,22 +93,36 @@ class Size:
 
 SIZES = {
     "small": Size(
-        documents=6000, pairs=1.0, examples=1260, inferences=5040, lines=420, width=128, mt_steps=1500, llm_steps=700
+        documents=6000,
+        pairs=1.0,
+        examples=1260,
+        inferences=5040,
+        lines=420,
+        width=128,
+        mt_steps=1500,
+        llm_steps=700,
     ),
     "medium": Size(
-        documents=12000, pairs=2.0, examples=2520, inferences=10080, lines=840, width=192, mt_steps=4000, llm_steps=1500
+        documents=12000,
+        pairs=2.0,
+        examples=2520,
+        inferences=10080,
+        lines=840,
+        width=192,
+        mt_steps=4000,
+        llm_steps=1500,
     ),
 }
 
 
 def build(folder: Path, size: str = "small", seed: int = 0) -> dict:
-    """Writes the world and trains its models; what exists is complete, because it got its name last, and is left alone.
+    """Writes the land and trains its models; what exists is complete, and left alone.
 
     Returns:
         What `table` shows: how well the models do, by language.
 
     Raises:
-        ValueError: There is no such size, the folder is a file, or it holds another world.
+        ValueError: There is no such size, the folder is a file, or it holds another land.
     """
     if size not in SIZES:
         raise ValueError(f"--size {size} is none of {', '.join(SIZES)}")
@@ -104,29 +133,30 @@ def build(folder: Path, size: str = "small", seed: int = 0) -> dict:
 
 def build_sized(folder: Path, size: Size, seed: int) -> dict:
     """As `build`, of any size."""
-    world = build_world(seed, size.pairs)
+    land = build_land(seed, size.pairs)
     for name, write in (
-        ("corpus", lambda path: _write_corpus(path, world, size)),
+        ("corpus", lambda path: _write_corpus(path, land, size)),
         ("shards", lambda path: _pack_corpora(folder / "corpus", path)),
-        ("flores200_dataset", lambda path: _write_flores(path, world, size)),
-        ("sib200", lambda path: _write_task(path, world, size)),
-        ("mnli", lambda path: _write_mnli(path, world, size)),
-        ("xnli", lambda path: _write_xnli(path, world, size)),
+        ("flores200_dataset", lambda path: _write_flores(path, land, size)),
+        ("sib200", lambda path: _write_task(path, land, size)),
+        ("mnli", lambda path: _write_mnli(path, land, size)),
+        ("xnli", lambda path: _write_xnli(path, land, size)),
     ):
-        _once(folder / name, write)
+        _build_once(folder / name, write)
     models = {folder / name: build for name, build in (("llm", _build_llm), ("mt", _build_mt))}
     if missing := {path: build for path, build in models.items() if not path.exists()}:
         _build_models(missing, size, seed)
     report = folder / "report.json"
-    _once(report, lambda path: path.write_text(json.dumps(_report(folder, world, min(200, size.lines)), indent=1)))
-    return json.loads((folder / "report.json").read_text())
+    if not report.exists():
+        write_text(report, json.dumps(_report(folder, land, min(200, size.lines)), indent=1))
+    return json.loads(report.read_text())
 
 
 def build_finer_llm(folder: Path, size: str, seed: int) -> Path:
-    """A second LLM on a built world's documents, for questions that need tokenizers which differ; its folder.
+    """A second LLM on a built land's documents, for what needs tokenizers that differ; its folder.
 
-    The world's own LLM and MT model have nearly every English word whole; this one has pieces of all but the most
-    common words, and so reads half as many tokens again.
+    The land's own LLM and MT model have nearly every English word whole; this one has pieces of all
+    but the most common words, and so reads half as many tokens again.
     """
     path = folder / "llm-finer"
     if not path.exists():
@@ -136,35 +166,38 @@ def build_finer_llm(folder: Path, size: str, seed: int) -> Path:
 
 def table(report: dict) -> str:
     """The languages, one a line, and the LLM."""
-    rows = [list(report["languages"][0]), *(list(map(_cell, row.values())) for row in report["languages"])]
+    languages = report["languages"]
+    rows = [list(languages[0]), *(list(map(_cell, row.values())) for row in languages)]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([*lines, "", *(f"{name}: {_cell(value)}" for name, value in report["models"].items())])
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    ]
+    models = [f"{name}: {_cell(value)}" for name, value in report["models"].items()]
+    return "\n".join([*lines, "", *models])
 
 
 def _claim(folder: Path, identity: dict) -> None:
-    """Makes the folder this world's."""
+    """Makes the folder this land's."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "babel.json"
-    _once(path, lambda draft: draft.write_text(json.dumps(identity)))
-    found = json.loads(path.read_text())
-    if found != identity:
-        raise ValueError(
-            f"{folder} holds the {found['size']} world of seed {found['seed']}; remove it or name another folder"
-        )
+    if not path.exists():
+        write_text(path, json.dumps(identity))
+    owner = json.loads(path.read_text())
+    if owner != identity:
+        holds = f"holds the {owner['size']} land of seed {owner['seed']}"
+        raise ValueError(f"{folder} {holds}; remove it or name another folder")
 
 
-def _write_corpus(folder: Path, world: World, size: Size) -> None:
-    """Stage 1's text; of `long.jsonl`, 30 % of the documents or more have over 128 tokens on either side."""
-    folder.mkdir()
+def _write_corpus(folder: Path, land: Land, size: Size) -> None:
+    """Stage 1's text; of `long.jsonl`, 30 % or more have over 128 tokens on either side."""
     for name, count, sentences in (
         ("train", size.documents, (1, 3)),
         ("validation", max(1, size.documents // 20), (1, 3)),
         ("long", size.documents // 2, LONG),
     ):
-        texts = world.documents(name, count, sentences=sentences)
+        texts = land.documents(name, count, sentences=sentences)
         lines = (json.dumps({"text": text}) + "\n" for text in texts)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
@@ -176,44 +209,49 @@ def _pack_corpora(corpus: Path, folder: Path) -> None:
         pack([source], out, language=ENGLISH, shards=4, licence="CC0-1.0", progress=False)
 
 
-def _write_flores(folder: Path, world: World, size: Size) -> None:
+def _write_flores(folder: Path, land: Land, size: Size) -> None:
     for split in ("dev", "devtest"):
         (folder / split).mkdir(parents=True)
-        clauses = world.lines(split, size.lines)
-        for language in world.languages:
-            lines = (language.say(clause) + "\n" for clause in clauses)
-            (folder / split / f"{language.code}.{split}").write_text("".join(lines), encoding="utf-8")
+        clauses = land.lines(split, size.lines)
+        for language in land.languages:
+            lines = "".join(language.say(clause) + "\n" for clause in clauses)
+            (folder / split / f"{language.code}.{split}").write_text(lines, encoding="utf-8")
 
 
-def _write_task(folder: Path, world: World, size: Size) -> None:
+def _write_task(folder: Path, land: Land, size: Size) -> None:
     """SIB-200's layout; only English has a training set."""
     splits = {"train": size.examples, "dev": size.lines, "test": size.lines}
     for split, count in splits.items():
-        examples = world.task(split, count)
-        for language in world.languages if split != "train" else (world.english,):
-            place = folder / "data" / "annotated" / language.code
-            place.mkdir(parents=True, exist_ok=True)
-            rows = [f"{n}\t{category}\t{language.say(clause)}\n" for n, (clause, category) in enumerate(examples)]
-            (place / f"{split}.tsv").write_text("".join(["index_id\tcategory\ttext\n", *rows]), encoding="utf-8")
-            (place / "labels.txt").write_text("\n".join(CATEGORIES) + "\n")
+        examples = land.task(split, count)
+        for language in land.languages if split != "train" else (land.english,):
+            annotated = folder / "data" / "annotated" / language.code
+            annotated.mkdir(parents=True, exist_ok=True)
+            rows = ["index_id\tcategory\ttext\n"]
+            for number, (clause, category) in enumerate(examples):
+                rows.append(f"{number}\t{category}\t{language.say(clause)}\n")
+            (annotated / f"{split}.tsv").write_text("".join(rows), encoding="utf-8")
+            (annotated / "labels.txt").write_text("\n".join(CATEGORIES) + "\n")
 
 
-def _write_mnli(folder: Path, world: World, size: Size) -> None:
+def _write_mnli(folder: Path, land: Land, size: Size) -> None:
     """The hub's layout; XNLI has what validates."""
-    examples = world.inferences("train", size.inferences)
-    _write_pairs(folder / "train-00000-of-00001.parquet", world.english, examples, idx=range(len(examples)))
+    examples = land.inferences("train", size.inferences)
+    path = folder / "train-00000-of-00001.parquet"
+    _write_pairs(path, land.english, examples, idx=range(len(examples)))
 
 
-def _write_xnli(folder: Path, world: World, size: Size) -> None:
+def _write_xnli(folder: Path, land: Land, size: Size) -> None:
     """The hub's layout; English goes by XNLI's code, the others, which have none, by ours."""
     for split, name in (("dev", "validation"), ("test", "test")):
-        examples = world.inferences(split, size.lines)
-        for language in world.languages:
-            place = folder / ("en" if language.code == ENGLISH else language.code)
-            _write_pairs(place / f"{name}-00000-of-00001.parquet", language, examples)
+        examples = land.inferences(split, size.lines)
+        for language in land.languages:
+            code = "en" if language.code == ENGLISH else language.code
+            _write_pairs(folder / code / f"{name}-00000-of-00001.parquet", language, examples)
 
 
-def _write_pairs(path: Path, language: Language, examples: Sequence[Inference], **columns: Sequence[int]) -> None:
+def _write_pairs(
+    path: Path, language: Language, examples: Sequence[Inference], **columns: Sequence[int]
+) -> None:
     """Labels are numbers, in the order of RELATIONS."""
     path.parent.mkdir(parents=True, exist_ok=True)
     said = {
@@ -225,7 +263,7 @@ def _write_pairs(path: Path, language: Language, examples: Sequence[Inference], 
 
 
 def _build_models(builds: Mapping[Path, Callable], size: Size, seed: int) -> None:
-    """Side by side, with a bar each below one that counts them.
+    """Side by side, with a bar each below the one that counts them.
 
     At these sizes a second thread only waits for the first: each model gets a process, with one.
     """
@@ -245,49 +283,63 @@ def _build_models(builds: Mapping[Path, Callable], size: Size, seed: int) -> Non
 
 
 def _join(lock: RLock) -> None:
-    """Begins a process of `_build_models`. Args: lock: Of the terminal, which its bars share."""
+    """Begins a process of `_build_models`.
+
+    Args:
+        lock: Of the terminal, which its bars share.
+    """
     torch.set_num_threads(1)
     tqdm.set_lock(lock)
     disable_progress_bar()
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a warning among the bars: transformers looks for DeepSpeed
+    # transformers looks for DeepSpeed, which would write a warning among the bars.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _build_model(path: Path, build: Callable, size: Size, seed: int, position: int) -> None:
-    """In a process of its own: the world is drawn again, which takes less than sending it."""
-    _once(path, lambda draft: build(draft, build_world(seed, size.pairs), size, position))
+    """In a process of its own: the land is drawn again, which takes less than sending it."""
+    land = build_land(seed, size.pairs)
+    _build_once(path, lambda draft: build(draft, land, size, position))
 
 
-def _build_llm(folder: Path, world: World, size: Size, position: int, vocab_size: int = 900) -> None:
-    documents, options = world.documents("train", size.documents), {"width": size.width, "seed": world.seed}
-    build_llm(folder, documents, steps=size.llm_steps, vocab_size=vocab_size, position=position, **options)
+def _build_llm(folder: Path, land: Land, size: Size, position: int, vocab_size: int = 900) -> None:
+    build_llm(
+        folder,
+        land.documents("train", size.documents),
+        steps=size.llm_steps,
+        vocab_size=vocab_size,
+        width=size.width,
+        seed=land.seed,
+        position=position,
+    )
 
 
-def _build_finer_llm(folder: Path, world: World, size: Size, position: int) -> None:
+def _build_finer_llm(folder: Path, land: Land, size: Size, position: int) -> None:
     """It learns for longer, because names have pieces that other names share."""
-    _build_llm(folder, world, replace(size, llm_steps=2 * size.llm_steps), position, vocab_size=FINER)
+    longer = replace(size, llm_steps=2 * size.llm_steps)
+    _build_llm(folder, land, longer, position, vocab_size=FINER)
 
 
-def _build_mt(folder: Path, world: World, size: Size, position: int) -> None:
-    said = {language.code: _said(world, language) for language in world.languages}
-    build_mt(folder, said, steps=size.mt_steps, width=size.width, seed=world.seed, position=position)
+def _build_mt(folder: Path, land: Land, size: Size, position: int) -> None:
+    said = {language.code: _said(land, language) for language in land.languages}
+    build_mt(folder, said, steps=size.mt_steps, width=size.width, seed=land.seed, position=position)
 
 
-def _said(world: World, language: Language) -> list[str]:
+def _said(land: Land, language: Language) -> list[str]:
     """A language's side of the MT training data."""
-    return [language.say(clause) for clause in world.meanings[: language.pairs]]
+    return [language.say(clause) for clause in land.meanings[: language.pairs]]
 
 
-def _report(folder: Path, world: World, num_lines: int) -> dict:
+def _report(folder: Path, land: Land, num_lines: int) -> dict:
     """How well the models do on held-out lines."""
     started = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(folder / "mt")
     model = AutoModelForSeq2SeqLM.from_pretrained(folder / "mt").eval()
-    clauses = world.lines("devtest", num_lines)
-    languages = [_language_row(world, language, clauses, tokenizer, model) for language in world.languages]
+    clauses = land.lines("devtest", num_lines)
+    rows = [_language_row(land, each, clauses, tokenizer, model) for each in land.languages]
     llm = LlamaForCausalLM.from_pretrained(folder / "llm").eval()
-    texts = world.documents("validation", num_lines)
+    texts = land.documents("validation", num_lines)
     return {
-        "languages": languages,
+        "languages": rows,
         "models": {
             "LLM perplexity": perplexity(llm, AutoTokenizer.from_pretrained(folder / "llm"), texts),
             "LLM parameters": llm.num_parameters(),
@@ -297,11 +349,13 @@ def _report(folder: Path, world: World, num_lines: int) -> dict:
     }
 
 
-def _language_row(world: World, language: Language, clauses: Sequence[Clause], tokenizer, model) -> dict:
+def _language_row(
+    land: Land, language: Language, clauses: Sequence[Clause], tokenizer, model
+) -> dict:
     lines = [language.say(clause) for clause in clauses]
     tokenizer.src_lang = language.code
     num_pieces = sum(len(tokenizer(line, add_special_tokens=False)["input_ids"]) for line in lines)
-    wanted = [world.english.say(clause) for clause in clauses]
+    wanted = [land.english.say(clause) for clause in clauses]
     got = wanted if language.code == ENGLISH else translate(model, tokenizer, lines, language.code)
     named = [(NAME.findall(a), NAME.findall(b)) for a, b in zip(wanted, got)]
     return {
@@ -320,9 +374,8 @@ def _cell(value: object) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def _once(path: Path, build: Callable[[Path], object]) -> None:
-    """Builds a file or folder beside its place and moves it there once complete; does nothing if it is there."""
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-            build(Path(folder) / path.name)
-            (Path(folder) / path.name).rename(path)
+def _build_once(folder: Path, build: Callable[[Path], object]) -> None:
+    """Builds a folder, which gets its name once complete; does nothing if it is there."""
+    if not folder.exists():
+        with atomic_folder(folder) as draft:
+            build(draft)

@@ -1,6 +1,6 @@
-"""Tiny models that have really learned something: an M2M-100 in NLLB's shape and a Llama, with their tokenizers.
+"""Tiny models that have really learned something: an M2M-100 in NLLB's shape and a Llama.
 
-What is written are ordinary Hugging Face checkpoints.
+What is written, with their tokenizers, are ordinary Hugging Face checkpoints.
 """
 
 import math
@@ -27,11 +27,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mtllm_engine.languages import ENGLISH
+
 MAX_TOKENS = 128
 MAX_POSITIONS = 1024
 CONTRAST_TEMPERATURE = 0.1
 ALIGNMENT_TEMPERATURE = 0.1  # of the cosines by which a state finds its like in a translation
-POOL = 20  # batches of translations that are drawn together and sorted by length, so that little is padding
+POOL = 20  # batches of translations, drawn together and sorted by length: little is padding
 NEW_TOKENS = 40  # of a translation, at most
 
 
@@ -39,7 +41,8 @@ NEW_TOKENS = 40  # of a translation, at most
 class Weights:
     """Of the terms of the MT model's loss."""
 
-    translation: float = 0.01  # what the decoder says: so little that it errs, above all where there is little data
+    translation: float = 0.01
+    """What the decoder says: so little that it errs, above all where there is little data."""
     words: float = 3.0  # what single states tell of the pivot's words
     contrast: float = 1.0  # between the means of lines' states
     distance: float = 1.0  # between them too
@@ -60,7 +63,7 @@ def build_llm(
     title: str = "llm",
     position: int = 0,
 ) -> list[float]:
-    """Trains a Llama to predict next tokens and saves it with its tokenizer; returns the loss of each step."""
+    """Trains a Llama to predict next tokens and saves it; returns each step's loss."""
     tokenizer = train_llama_tokenizer(texts, vocab_size)
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -78,7 +81,9 @@ def build_llm(
     )
     model = LlamaForCausalLM(config)
     batches = token_batches(encode(tokenizer, texts), pad_id=0, batch_tokens=batch_tokens)
-    losses = train(model, next_token_loss(model), batches, steps=steps, lr=lr, title=title, position=position)
+    losses = train(
+        model, next_token_loss(model), batches, steps=steps, lr=lr, title=title, position=position
+    )
     _save(folder, model, tokenizer)
     return losses
 
@@ -102,21 +107,25 @@ def build_mt(
     title: str = "mt",
     position: int = 0,
 ) -> list[float]:
-    """Trains an M2M-100 to translate and saves it with an NllbTokenizer; returns the loss of each step.
+    """Trains an M2M-100 to translate and saves it; returns each step's loss.
 
     Args:
-        said: What each language says, by its code; the first is the pivot. Line n means the same in all languages that
-            have it.
+        said: What each language says, by its code; the first is the pivot. Line n means the same in
+            all languages that have it.
         pairs: Pairs of a batch; each is learned in both directions.
-        copies: The share of the pairs that are a line and itself: who reads any language must read the target's own.
+        copies: The share of the pairs that are a line and itself: who reads any language must read
+            the target's own.
         pivot: The share of the other pairs with the pivot on one side; the rest goes without it.
         temperature: A language is drawn by its number of lines to the power of 1 / temperature.
-        weights: Of the terms of the loss. In so short a training translation alone does not make the languages share
-            a space, which NLLB has from billions of sentences: the other terms do.
+        weights: Of the terms of the loss. In so short a training translation alone does not make
+            the languages share a space, which NLLB has from billions of sentences: the other terms
+            do.
     """
-    tokenizer = train_nllb_tokenizer([line for lines in said.values() for line in lines], vocab_size, list(said))
+    texts = [line for lines in said.values() for line in lines]
+    tokenizer = train_nllb_tokenizer(texts, vocab_size, list(said))
     torch.manual_seed(seed)
-    model = M2M100ForConditionalGeneration(nllb_config(len(tokenizer), width, encoder_layers, decoder_layers))
+    config = nllb_config(len(tokenizer), width, encoder_layers, decoder_layers)
+    model = M2M100ForConditionalGeneration(config)
     lines = {language: _source_ids(tokenizer, language, texts) for language, texts in said.items()}
     batches = _pair_batches(lines, pairs, (copies, pivot, temperature), tokenizer.pad_token_id)
     english_id = tokenizer.convert_tokens_to_ids(next(iter(said)))
@@ -134,7 +143,9 @@ def build_mt(
     return losses
 
 
-def nllb_config(vocab_size: int, width: int, encoder_layers: int, decoder_layers: int) -> M2M100Config:
+def nllb_config(
+    vocab_size: int, width: int, encoder_layers: int, decoder_layers: int
+) -> M2M100Config:
     """An M2M-100 in NLLB's shape, without dropout."""
     return M2M100Config(
         vocab_size=vocab_size,
@@ -147,7 +158,8 @@ def nllb_config(vocab_size: int, width: int, encoder_layers: int, decoder_layers
         decoder_ffn_dim=4 * width,
         max_position_embeddings=MAX_POSITIONS,
         scale_embedding=True,
-        init_std=width**-0.5,  # fairseq's own for embeddings; a smaller one drowns tokens in their positions
+        # fairseq's own for embeddings; a smaller one drowns tokens in their positions.
+        init_std=width**-0.5,
         dropout=0.0,
         attention_dropout=0.0,
         encoder_layerdrop=0.0,
@@ -156,9 +168,9 @@ def nllb_config(vocab_size: int, width: int, encoder_layers: int, decoder_layers
 
 
 def train_nllb_tokenizer(
-    texts: Iterable[str], vocab_size: int, languages: Sequence[str], source: str = "eng_Latn"
+    texts: Iterable[str], vocab_size: int, languages: Sequence[str], source: str = ENGLISH
 ) -> NllbTokenizer:
-    """NLLB's kind: SentencePiece BPE with its normaliser; `<mask>` and the languages' codes after the vocabulary."""
+    """NLLB's kind: SentencePiece BPE with its normaliser, then `<mask>` and languages' codes."""
     with tempfile.TemporaryDirectory() as folder:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
@@ -169,11 +181,13 @@ def train_nllb_tokenizer(
             num_threads=1,  # with more, ties fall differently from run to run
             minloglevel=2,
         )
-        return NllbTokenizer.from_pretrained(folder, extra_special_tokens=list(languages), src_lang=source)
+        return NllbTokenizer.from_pretrained(
+            folder, extra_special_tokens=list(languages), src_lang=source
+        )
 
 
 def train_llama_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Llama 3's kind: BPE on bytes, and a `<|begin_of_text|>` that it puts before every text by itself."""
+    """Llama 3's kind: BPE on bytes, with a `<|begin_of_text|>` that it puts before every text."""
     start, end = "<|begin_of_text|>", "<|end_of_text|>"
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -218,17 +232,23 @@ def train(
     position: int = 0,
     warmup: int = 40,
 ) -> list[float]:
-    """Trains in place, with a linear warm-up (`warmup` steps) and decay; returns the loss of each step.
+    """Trains in place, with a linear warm-up and decay; returns each step's loss.
 
     Args:
-        position: Of the progress bar, in lines below the cursor; one below it is cleared in the end.
+        warmup: In steps.
+        position: Of the progress bar, in lines below the cursor; one below it is cleared in the
+            end.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / steps)
     )
     losses = []
-    with tqdm(range(steps), desc=title, unit="step", position=position, leave=not position) as progress:
+    with tqdm(
+        range(steps), desc=title, unit="step", position=position, leave=not position
+    ) as progress:
         for _ in progress:
             value = loss(*next(batches))
             optimizer.zero_grad()
@@ -244,7 +264,7 @@ def train(
 def token_batches(
     documents: Sequence[Sequence[int]], pad_id: int, batch_tokens: int = 1024
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless epochs of padded ids_BL (int64) and what of them is real (bool), in an order of its own, always the same.
+    """Endless epochs of padded ids_BL (int64) and what of them is real (bool), always the same.
 
     Documents of like length go together, so that little is padding.
     """
@@ -263,13 +283,15 @@ def translate(
     tokenizer: NllbTokenizer,
     texts: Sequence[str],
     source: str,
-    target: str = "eng_Latn",
+    target: str = ENGLISH,
     batch_size: int = 100,
 ) -> list[str]:
     """Greedy translations."""
     tokenizer.src_lang, translations = source, []
     for start in range(0, len(texts), batch_size):
-        inputs = tokenizer(list(texts[start : start + batch_size]), return_tensors="pt", padding=True)
+        inputs = tokenizer(
+            list(texts[start : start + batch_size]), return_tensors="pt", padding=True
+        )
         ids_BL = model.generate(
             **inputs,
             forced_bos_token_id=tokenizer.convert_tokens_to_ids(target),
@@ -282,15 +304,19 @@ def translate(
 
 
 @torch.no_grad()
-def perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float:
+def perplexity(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> float:
     """Of the texts' tokens; documents count by their batches, whose sizes are about alike."""
     loss, documents = next_token_loss(model), sorted(encode(tokenizer, texts), key=len)
     losses = [loss(*_pad(group, 0)).item() for group in _groups(documents, 4096)]
     return math.exp(sum(losses) / len(losses))
 
 
-def _mt_loss(model: M2M100ForConditionalGeneration, weights: Weights, pivot_id: int) -> Callable[..., torch.Tensor]:
-    """Rows are sources in their own language, first half and second half translations of one another."""
+def _mt_loss(
+    model: M2M100ForConditionalGeneration, weights: Weights, pivot_id: int
+) -> Callable[..., torch.Tensor]:
+    """Rows are sources in their own language; the halves are translations of one another."""
     pad_id, start_id = model.config.pad_token_id, model.config.decoder_start_token_id
 
     def loss(ids_BL: torch.Tensor, real_BL: torch.Tensor) -> torch.Tensor:
@@ -299,11 +325,15 @@ def _mt_loss(model: M2M100ForConditionalGeneration, weights: Weights, pivot_id: 
         before_BL = functional.pad(target_BL[:, :-1], (1, 0), value=start_id)
         hidden_BLE = model.model.decoder(before_BL, None, memory_BLE, real_BL).last_hidden_state
         asked_BL = target_BL != pad_id
-        translation = functional.cross_entropy(model.lm_head(hidden_BLE[asked_BL]), target_BL[asked_BL])
+        translation = functional.cross_entropy(
+            model.lm_head(hidden_BLE[asked_BL]), target_BL[asked_BL]
+        )
         is_pivot_B1 = (ids_BL[:, 0] == pivot_id).unsqueeze(1)
         pivot_BL = torch.where(is_pivot_B1, ids_BL, target_BL)
         has_B = pivot_BL[:, 0] == pivot_id
-        words = word_loss(model.lm_head, memory_BLE[has_B], real_BL[has_B], pivot_BL[has_B, 1:], pad_id)
+        words = word_loss(
+            model.lm_head, memory_BLE[has_B], real_BL[has_B], pivot_BL[has_B, 1:], pad_id
+        )
         contrast, distance = pooled_terms(memory_BLE, real_BL)
         return (
             weights.translation * translation
@@ -317,9 +347,13 @@ def _mt_loss(model: M2M100ForConditionalGeneration, weights: Weights, pivot_id: 
 
 
 def word_loss(
-    head: nn.Module, memory_BLE: torch.Tensor, real_BL: torch.Tensor, words_BW: torch.Tensor, pad_id: int
+    head: nn.Module,
+    memory_BLE: torch.Tensor,
+    real_BL: torch.Tensor,
+    words_BW: torch.Tensor,
+    pad_id: int,
 ) -> torch.Tensor:
-    """Minus the mean log-likelihood of the pivot's words under IBM Model 1: each comes from any one state."""
+    """Minus the mean log-likelihood of the pivot's words, each from any one state (IBM Model 1)."""
     logits_BLV = head(memory_BLE)
     index_BLW = words_BW.unsqueeze(1).expand(-1, logits_BLV.shape[1], -1)
     scores_BLW = logits_BLV.gather(2, index_BLW) - logits_BLV.logsumexp(-1, keepdim=True)
@@ -327,29 +361,43 @@ def word_loss(
     return (real_BL.sum(1, keepdim=True).log() - scores_BW)[words_BW != pad_id].mean()
 
 
-def pooled_terms(memory_BLE: torch.Tensor, real_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the means of lines' states: how hard it is to find a line's translation among those of the batch, as LaBSE
-    trains sentence encoders, and how far it is, as a fraction of the variance.
+def pooled_terms(
+    memory_BLE: torch.Tensor, real_BL: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How hard it is to find a line's translation in the batch, and how far from it the line is.
 
-    The distance alone would be least where little but a line's most common traits is told.
+    By the means of lines' states: the first as LaBSE trains sentence encoders, the second as a
+    fraction of the variance. The distance alone would be least where little but a line's most
+    common traits is told.
     """
     real_BL1 = real_BL.unsqueeze(-1)
     pooled_BE = (memory_BLE * real_BL1).sum(1) / real_BL1.sum(1)
     pooled_BE = pooled_BE - pooled_BE.mean(0)
     ours_BE, theirs_BE = pooled_BE.chunk(2)
     distance = (ours_BE - theirs_BE).square().sum() / pooled_BE.square().sum()
-    similarity_BB = functional.normalize(ours_BE, dim=-1) @ functional.normalize(theirs_BE, dim=-1).T
-    similarity_BB = similarity_BB / CONTRAST_TEMPERATURE
+    ours_BE = functional.normalize(ours_BE, dim=-1)
+    theirs_BE = functional.normalize(theirs_BE, dim=-1)
+    similarity_BB = ours_BE @ theirs_BE.T / CONTRAST_TEMPERATURE
     right_B = torch.arange(len(similarity_BB))
-    contrast = functional.cross_entropy(similarity_BB, right_B) + functional.cross_entropy(similarity_BB.T, right_B)
-    return contrast / 2, distance
+    forth = functional.cross_entropy(similarity_BB, right_B)
+    back = functional.cross_entropy(similarity_BB.T, right_B)
+    return (forth + back) / 2, distance
 
 
 def token_distance(memory_BLE: torch.Tensor, real_BL: torch.Tensor) -> torch.Tensor:
-    """How far a state is from its like in the line's translation (attention by cosine), as a fraction of variance."""
-    other_BLE, other_real_BL = (states.roll(len(states) // 2, 0) for states in (memory_BLE, real_BL))
-    cosine_BLL = functional.normalize(memory_BLE, dim=-1) @ functional.normalize(other_BLE, dim=-1).transpose(1, 2)
-    scores_BLL = (cosine_BLL / ALIGNMENT_TEMPERATURE).masked_fill(~other_real_BL.unsqueeze(1), -math.inf)
+    """How far a state is from its like in the translation, as a fraction of the variance.
+
+    Its like is what it attends to there, by cosine.
+    """
+    other_BLE, other_real_BL = (
+        states.roll(len(states) // 2, 0) for states in (memory_BLE, real_BL)
+    )
+    ours_BLE = functional.normalize(memory_BLE, dim=-1)
+    theirs_BLE = functional.normalize(other_BLE, dim=-1)
+    cosine_BLL = ours_BLE @ theirs_BLE.transpose(1, 2)
+    scores_BLL = (cosine_BLL / ALIGNMENT_TEMPERATURE).masked_fill(
+        ~other_real_BL.unsqueeze(1), -math.inf
+    )
     like_BLE = scores_BLL.softmax(-1) @ other_BLE
     error = (memory_BLE - like_BLE)[real_BL].square().sum(-1).mean()
     return error / memory_BLE[real_BL].var(0).sum()
@@ -361,7 +409,10 @@ def _source_ids(tokenizer: NllbTokenizer, language: str, texts: Sequence[str]) -
 
 
 def _pair_batches(
-    lines: Mapping[str, Sequence[Sequence[int]]], pairs: int, mixture: tuple[float, float, float], pad_id: int
+    lines: Mapping[str, Sequence[Sequence[int]]],
+    pairs: int,
+    mixture: tuple[float, float, float],
+    pad_id: int,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless ids_BL and real_BL: `pairs` rows, then their translations in the same order."""
     generator = random.Random(0)
@@ -382,7 +433,8 @@ def _draw_pair(
     temperature: float,
 ) -> tuple[Sequence[int], Sequence[int]]:
     first, *others = lines
-    (language,) = generator.choices(others, [len(lines[other]) ** (1 / temperature) for other in others])
+    weights = [len(lines[other]) ** (1 / temperature) for other in others]
+    (language,) = generator.choices(others, weights)
     number = generator.randrange(len(lines[language]))
     if generator.random() < copies:
         language = partner = generator.choice((first, language))
@@ -396,15 +448,16 @@ def _draw_pair(
 
 def _pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """ids_BL (int64) and what of them is real (bool)."""
-    real = [torch.ones(len(ids), dtype=torch.bool) for ids in rows]
-    return (
-        nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True, padding_value=pad_id),
-        nn.utils.rnn.pad_sequence(real, batch_first=True),
-    )
+    ids = [torch.tensor(row) for row in rows]
+    real = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    ids_BL = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_id)
+    return ids_BL, nn.utils.rnn.pad_sequence(real, batch_first=True)
 
 
-def _groups(ordered: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[Sequence[Sequence[int]]]:
-    """Neighbours, at most `batch_tokens` tokens together once padded; documents come by rising length."""
+def _groups(
+    ordered: Sequence[Sequence[int]], batch_tokens: int
+) -> Iterator[Sequence[Sequence[int]]]:
+    """Neighbours, together at most `batch_tokens` once padded; documents come by rising length."""
     group: list[Sequence[int]] = []
     for ids in ordered:
         if group and (len(group) + 1) * len(ids) > batch_tokens:

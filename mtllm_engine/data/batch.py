@@ -1,9 +1,15 @@
 """Packs, and the micro-batches made of them.
 
-Shape suffixes, for the whole project:
-N documents of a pack, S student (encoder) tokens, T teacher tokens, P pooled spans, A accepted answers, D LLM width,
-E encoder width, F feed-forward width, H query heads, G kv heads, K head width, R LoRA rank, V vocabulary, B/L batch and
-padded length (only at Hugging Face's edges). Scalars wear nothing.
+Shape suffixes, one meaning each in the whole project; scalars wear nothing, and a kernel's own
+letters stand in its `__init__`:
+
+    N documents (of a pack, a test set, the probe)    S student (encoder) tokens, or of either side
+    T teacher tokens    P pooled spans    C chunks of tokens (spans.py)    A accepted answers
+    J lengths of an answer    Y what a head tells: classes, choices    M moments (sums over a batch)
+    D LLM width    E encoder width    F feed-forward, or any linear's output width    V vocabulary
+    H query heads    G kv heads    K head width, k half of it    R LoRA rank    X resamples
+    B batch, L padded length: at Hugging Face's edges, and where Babel's small models train
+    W words of Babel's pivot    digits: themselves (2: [start, end), or a pair)
 """
 
 from collections.abc import Callable, Sequence
@@ -13,18 +19,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mtllm_engine.kernels.distill_loss import Spans, build_spans
+from mtllm_engine.spans import Spans, build_spans
 
 GOLDEN = np.uint32(0x9E3779B9)
 NO_SPANS = np.zeros((0, 2), np.int32)
 
 
+def _no_spans() -> np.ndarray:
+    return NO_SPANS
+
+
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One text, tokenised for both sides. `seed` (32 bits) names it to the dropout, wherever it is computed.
+    """One text, tokenised for both sides; `seed` (32 bits) names it to the dropout.
 
-    Spans and answers are tokens [start, end); number p of one side is the text of number p of the other. All that is
-    pooled of a text without spans is the one span that it gets here: the whole, special tokens included.
+    Spans and answers are tokens [start, end); number p of one side is the text of number p of the
+    other. All that is pooled of a text without spans is the one span that it gets here: the whole,
+    special tokens included.
     """
 
     key: str
@@ -33,19 +44,25 @@ class Document:
     teacher_ids_T: np.ndarray  # int32
     row: tuple[int, int, int] = (0, 0, 0)  # where it lies: corpus, shard, number in the shard
     label: int = -1  # index of the class or of the right span; -1: not given
-    student_spans_P2: np.ndarray = field(default_factory=lambda: NO_SPANS)  # int32, in order and disjoint, none empty
-    teacher_spans_P2: np.ndarray = field(default_factory=lambda: NO_SPANS)
-    student_answers_A2: np.ndarray = field(default_factory=lambda: NO_SPANS)  # int32, without what was cut away
-    teacher_answers_A2: np.ndarray = field(default_factory=lambda: NO_SPANS)
-    student_offsets_S2: np.ndarray | None = None  # int32: each token's characters in the text, where it has answers
+    student_spans_P2: np.ndarray = field(default_factory=_no_spans)
+    """int32, in order and disjoint, none empty; the teacher's likewise."""
+    teacher_spans_P2: np.ndarray = field(default_factory=_no_spans)
+    student_answers_A2: np.ndarray = field(default_factory=_no_spans)
+    """int32, without what was cut away; the teacher's likewise."""
+    teacher_answers_A2: np.ndarray = field(default_factory=_no_spans)
+    student_offsets_S2: np.ndarray | None = None
+    """int32: each token's characters in the text, where it has answers; the teacher's likewise."""
     teacher_offsets_T2: np.ndarray | None = None
-    aligned_S: np.ndarray | None = None  # int32: each student token's partner among the teacher's tokens, or -1
-    targets_PD: np.ndarray | None = None  # fp32: stored states of the teacher, which then does not run
+    aligned_S: np.ndarray | None = None
+    """int32: each student token's partner among the teacher's tokens, or -1."""
+    targets_PD: np.ndarray | None = None
+    """fp32: stored states of the teacher, which then does not run."""
 
     def __post_init__(self) -> None:
         if not len(self.student_spans_P2):
-            object.__setattr__(self, "student_spans_P2", np.array([[0, len(self.student_ids_S)]], np.int32))
-            object.__setattr__(self, "teacher_spans_P2", np.array([[0, len(self.teacher_ids_T)]], np.int32))
+            for side, ids in (("student", self.student_ids_S), ("teacher", self.teacher_ids_T)):
+                whole_P2 = np.array([[0, len(ids)]], np.int32)
+                object.__setattr__(self, f"{side}_spans_P2", whole_P2)
         assert self.student_spans_P2.shape == self.teacher_spans_P2.shape
         assert self.student_answers_A2.shape == self.teacher_answers_A2.shape
 
@@ -71,7 +88,7 @@ class Tokens:
     positions_S: torch.Tensor  # int64, from 0 in each document
     seeds_S: torch.Tensor  # int32: dropout's own number for each token and step
     cu_seqlens: torch.Tensor  # int32 (N+1,)
-    lengths: tuple[int, ...]  # of the documents, on the host: nothing downstream needs to ask the device
+    lengths: tuple[int, ...]  # of the documents, on the host, so that nobody asks the device
 
     @property
     def max_seqlen(self) -> int:
@@ -80,7 +97,7 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A micro-batch: teacher and student see the same documents; span p of one is the text of span p of the other."""
+    """A micro-batch: teacher and student see the same documents, and the same text in span p."""
 
     student: Tokens
     teacher: Tokens
@@ -89,17 +106,19 @@ class Batch:
     weight_P: torch.Tensor  # fp32: 1, or 0 in the idle micro-batch
     weight_N: torch.Tensor  # fp32: likewise
     labels_N: torch.Tensor  # int64: -1 where not given
-    student_answers_N2: torch.Tensor  # int64: first and last token of each document's first answer; -1: none
+    student_answers_N2: torch.Tensor
+    """int64: first and last token of each document's first answer, or -1; so the teacher's."""
     teacher_answers_N2: torch.Tensor
     document_P: torch.Tensor  # int64: of each span
-    place_P: torch.Tensor  # int64: of each span in its document, from 0
-    aligned_S: torch.Tensor | None  # int32: each student token's partner among the teacher's tokens, or -1
+    index_P: torch.Tensor  # int64: of each span in its document
+    aligned_S: torch.Tensor | None
+    """int32: each student token's partner among the teacher's tokens, or -1."""
     targets_PD: torch.Tensor | None  # fp32: stored states of the teacher
     keys: tuple[str, ...]
 
 
 class Totals(NamedTuple):
-    """What the micro-batches of all ranks hold in a step: each term of a loss is a mean over one of these."""
+    """What all ranks' micro-batches of a step hold: each loss term is a mean over one of these."""
 
     documents: int
     spans: int  # pooled ones; in stage 1 a document is one
@@ -130,13 +149,18 @@ def _sizes(documents: Sequence[Document]) -> tuple[int, int]:
     )
 
 
-IDLE = Document(key="", seed=0, student_ids_S=np.zeros(1, np.int32), teacher_ids_T=np.zeros(1, np.int32))
+IDLE = Document(
+    key="", seed=0, student_ids_S=np.zeros(1, np.int32), teacher_ids_T=np.zeros(1, np.int32)
+)
 
 
-def collate(documents: Sequence[Document], *, step_seed: int, device: torch.device, idle: Document = IDLE) -> Batch:
-    """Packs documents into a micro-batch; without any, the idle one: a token of weight 0 on each side.
+def collate(
+    documents: Sequence[Document], *, step_seed: int, device: torch.device, idle: Document = IDLE
+) -> Batch:
+    """Packs documents into a micro-batch; without any, the idle one: a token of weight 0 a side.
 
-    A rank with fewer micro-batches than the others runs the idle one, so that all make the same ZeRO-3 collectives.
+    A rank with fewer micro-batches than the others runs the idle one, so that all make the same
+    ZeRO-3 collectives.
     """
 
     def put(values: np.ndarray) -> torch.Tensor:
@@ -145,31 +169,35 @@ def collate(documents: Sequence[Document], *, step_seed: int, device: torch.devi
     weight = np.float32(bool(documents))
     keys = tuple(document.key for document in documents)
     documents = documents or [idle]
-    student = _pack_tokens([document.student_ids_S for document in documents], documents, step_seed, put)
-    teacher = _pack_tokens([document.teacher_ids_T for document in documents], documents, step_seed, put)
-    counts = [len(document.student_spans_P2) for document in documents]
+
+    def each(name: str) -> list:
+        return [getattr(document, name) for document in documents]
+
+    seeds_N = np.array(each("seed"), np.uint32) ^ np.uint32(step_seed)
+    student = _pack_tokens(each("student_ids_S"), seeds_N, put)
+    teacher = _pack_tokens(each("teacher_ids_T"), seeds_N, put)
+    counts = [len(spans_P2) for spans_P2 in each("student_spans_P2")]
     return Batch(
         student=student,
         teacher=teacher,
-        student_spans=_pack_spans([document.student_spans_P2 for document in documents], student),
-        teacher_spans=_pack_spans([document.teacher_spans_P2 for document in documents], teacher),
+        student_spans=_pack_spans(each("student_spans_P2"), student),
+        teacher_spans=_pack_spans(each("teacher_spans_P2"), teacher),
         weight_P=put(np.full(sum(counts), weight)),
         weight_N=put(np.full(len(documents), weight)),
-        labels_N=put(np.array([document.label for document in documents])),
-        student_answers_N2=put(_first_answers([document.student_answers_A2 for document in documents], student)),
-        teacher_answers_N2=put(_first_answers([document.teacher_answers_A2 for document in documents], teacher)),
+        labels_N=put(np.array(each("label"))),
+        student_answers_N2=put(_first_answers(each("student_answers_A2"), student)),
+        teacher_answers_N2=put(_first_answers(each("teacher_answers_A2"), teacher)),
         document_P=put(np.repeat(np.arange(len(documents)), counts)),
-        place_P=put(np.concatenate([np.arange(count) for count in counts])),
-        aligned_S=None if documents[0].aligned_S is None else put(_pack_aligned(documents, teacher)),
-        targets_PD=_pack_targets(documents, put),
+        index_P=put(np.concatenate([np.arange(count) for count in counts])),
+        aligned_S=_pack_aligned(each("aligned_S"), teacher, put),
+        targets_PD=_pack_targets(each("targets_PD"), put),
         keys=keys,
     )
 
 
-def _pack_tokens(ids: Sequence[np.ndarray], documents: Sequence[Document], step_seed: int, put: Callable) -> Tokens:
+def _pack_tokens(ids: Sequence[np.ndarray], seeds_N: np.ndarray, put: Callable) -> Tokens:
     lengths = [len(document_ids) for document_ids in ids]
     positions_S = np.concatenate([np.arange(length, dtype=np.uint32) for length in lengths])
-    seeds_N = np.array([document.seed for document in documents], np.uint32) ^ np.uint32(step_seed)
     seeds_S = mix32(mix32(np.repeat(seeds_N, lengths)) + positions_S * GOLDEN)
     return Tokens(
         ids_S=put(np.concatenate(ids).astype(np.int64)),
@@ -188,25 +216,34 @@ def _pack_spans(spans: Sequence[np.ndarray], tokens: Tokens) -> Spans:
 
 def _first_answers(answers: Sequence[np.ndarray], tokens: Tokens) -> np.ndarray:
     starts_N = np.cumsum([0, *tokens.lengths[:-1]])
-    found = [
+    firsts_N2 = [
         answers_A2[0] + (start, start - 1) if len(answers_A2) else (-1, -1)
         for answers_A2, start in zip(answers, starts_N)
     ]
-    return np.array(found, np.int64)
+    return np.array(firsts_N2, np.int64)
 
 
-def _pack_aligned(documents: Sequence[Document], teacher: Tokens) -> np.ndarray:
-    """Partners by their place in the pack."""
+def _pack_aligned(
+    aligned: Sequence[np.ndarray | None], teacher: Tokens, put: Callable
+) -> torch.Tensor | None:
+    """Partners by their index in the pack."""
+    if not (pieces := _present(aligned)):
+        return None
     starts_N = np.cumsum([0, *teacher.lengths[:-1]])
-    pieces = [document.aligned_S for document in documents]
-    return np.concatenate([np.where(piece < 0, -1, piece + start) for piece, start in zip(pieces, starts_N)]).astype(
-        np.int32
-    )
+    moved = [np.where(piece_S < 0, -1, piece_S + start) for piece_S, start in zip(pieces, starts_N)]
+    return put(np.concatenate(moved).astype(np.int32))
 
 
-def _pack_targets(documents: Sequence[Document], put: Callable) -> torch.Tensor | None:
-    targets = [document.targets_PD for document in documents]
-    return None if targets[0] is None else put(np.concatenate(targets).astype(np.float32))
+def _pack_targets(targets: Sequence[np.ndarray | None], put: Callable) -> torch.Tensor | None:
+    pieces = _present(targets)
+    return put(np.concatenate(pieces).astype(np.float32)) if pieces else None
+
+
+def _present(arrays: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+    """The arrays, if there are any: all documents of a stream have them, or none has."""
+    present = [array for array in arrays if array is not None]
+    assert len(present) in (0, len(arrays))
+    return present
 
 
 def mix32(x: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Rows of published tables: TSV, CSV, JSON, Parquet. What is malformed is named by file, row and column."""
+"""Rows of published tables (TSV, CSV, JSON, Parquet); errors name file, row and column."""
 
 import csv
 import json
@@ -10,24 +10,29 @@ from typing import Any, NamedTuple
 LONGEST_FIELD = 1 << 20  # characters, in a CSV file
 
 
-class Absent(ValueError):
-    """There is no file, or no row in it, for a split and language: it is not malformed, it is not there."""
+class AbsentError(ValueError):
+    """There is no file, or no row in it, for a split and language: not malformed, but not there."""
 
 
 class Row(NamedTuple):
     """One row, and where it stands: `file:line`, or `file, row n` where a file has no lines."""
 
-    place: str
+    where: str
     values: Mapping[str, Any]
 
     def value(self, column: str) -> Any:
         """Raises ValueError: There is no such column."""
         if column not in self.values:
-            raise ValueError(f"{self.place}: no column {column!r} among {', '.join(map(repr, self.values))}")
+            columns = ", ".join(map(repr, self.values))
+            raise ValueError(f"{self.where}: no column {column!r} among {columns}")
         return self.values[column]
 
     def text(self, column: str, *, may_be_blank: bool = False) -> str:
-        """Raises ValueError: The column is not there, or holds no text, or (unless it may) only white space."""
+        """What a column holds.
+
+        Raises:
+            ValueError: It is not there, or no text, or (unless it may be) only white space.
+        """
         value = self.value(column)
         if not isinstance(value, str) or not (value.strip() or may_be_blank):
             raise self.wrong(column, "text")
@@ -36,7 +41,7 @@ class Row(NamedTuple):
         return value
 
     def text_or_empty(self, column: str) -> str:
-        """As `text`, but what is missing (empty, null, NaN) is the empty text, and a number is its digits."""
+        """As `text`, but a number is its digits and what is missing (null, NaN) is empty."""
         value = self.value(column)
         if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
             return ""
@@ -60,7 +65,7 @@ class Row(NamedTuple):
         return int(number)
 
     def label(self, column: str, names: Sequence[str]) -> int:
-        """The index of a class, given by its name or by that index; -1, where a published test set hides it, as it is.
+        """The index of a class, given by its name or itself; -1 where a published set hides it.
 
         Raises:
             ValueError: It is neither.
@@ -75,26 +80,27 @@ class Row(NamedTuple):
 
     def wrong(self, column: str, expected: str) -> ValueError:
         shown = repr(self.values[column])
-        return ValueError(f"{self.place}: column {column!r} should be {expected}, not {shown[:80]}")
+        return ValueError(f"{self.where}: column {column!r} should be {expected}, not {shown[:80]}")
 
 
 def find(folder: Path, *patterns: str) -> list[Path]:
-    """The files of the first pattern that any file matches, by name: the layouts of a data set, tried in order.
+    """The files of the first pattern that any file matches, by name; patterns are layouts.
 
     Raises:
-        Absent: There are none; the message says what was looked for.
+        AbsentError: There are none; the message says what was looked for.
     """
     for pattern in patterns:
         if paths := sorted(folder.glob(pattern)):
             return paths
-    raise Absent(f"{folder} has no {' nor '.join(patterns)}")
+    raise AbsentError(f"{folder} has no {' nor '.join(patterns)}")
 
 
 def read(path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
-    """The rows of a `.tsv` without quoting (a quote is a character), or of a `.csv`, `.jsonl` or `.parquet` file.
+    """The rows of a `.tsv` (where a quote is a character), `.csv`, `.jsonl` or `.parquet` file.
 
     Args:
-        columns: Names of a file's columns that may come without a header; a first row of just these names is one.
+        columns: Names of a file's columns that may come without a header; a first row of just these
+            names is one.
     """
     if path.suffix == ".parquet":
         return _parquet(path)
@@ -106,7 +112,7 @@ def read(path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
 
 
 def quoted(path: Path, delimiter: str) -> Iterator[Row]:
-    """The rows of a table whose fields may be quoted, and then hold newlines, as pandas writes them."""
+    """The rows of a table as pandas writes it: fields may be quoted, and then hold newlines."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         limit = csv.field_size_limit(LONGEST_FIELD)
@@ -134,20 +140,25 @@ def numbered(path: Path | str, rows: Iterable[Any], name: str = "row") -> Iterat
         yield _row(f"{path}, {name} {number}", row)
 
 
-def _row(place: str, value: Any) -> Row:
+def _row(where: str, value: Any) -> Row:
     if not isinstance(value, dict):
-        raise ValueError(f"{place}: should be an object with columns, not {str(value)[:80]!r}")
-    return Row(place, value)
+        raise ValueError(f"{where}: should be an object with columns, not {str(value)[:80]!r}")
+    return Row(where, value)
 
 
 def _plain(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    return _table(path, ((number, line.split("\t")) for number, line in _numbered_lines(path)), columns)
+    lines = ((number, line.split("\t")) for number, line in _numbered_lines(path))
+    return _table(path, lines, columns)
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines from 1, without their ends; only a newline ends one, for texts hold other characters that do elsewhere."""
+    """Lines from 1, without their ends.
+
+    Only a newline ends one, for texts hold other characters that do elsewhere; some files start
+    with a BOM.
+    """
     number = 0
-    with path.open(encoding="utf-8-sig", newline="\n") as file:  # utf-8-sig: some of these files start with a BOM
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
         try:
             for number, line in enumerate(file, start=1):
                 yield number, line.rstrip("\r\n")
@@ -155,7 +166,9 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
             raise ValueError(f"{path}: not UTF-8 after line {number}") from None
 
 
-def _table(path: Path, lines: Iterable[tuple[int, list[str]]], columns: Sequence[str]) -> Iterator[Row]:
+def _table(
+    path: Path, lines: Iterable[tuple[int, list[str]]], columns: Sequence[str]
+) -> Iterator[Row]:
     header = list(columns)
     for number, fields in lines:
         if not header or (number == 1 and fields == header):
@@ -164,7 +177,8 @@ def _table(path: Path, lines: Iterable[tuple[int, list[str]]], columns: Sequence
         if not any(fields):
             continue
         if len(fields) != len(header):
-            raise ValueError(f"{path}:{number}: {len(fields)} columns, not {len(header)}: {', '.join(header)}")
+            expected = f"{len(header)}: {', '.join(header)}"
+            raise ValueError(f"{path}:{number}: {len(fields)} columns, not {expected}")
         yield Row(f"{path}:{number}", dict(zip(header, fields)))
 
 
@@ -191,4 +205,5 @@ def _parquet(path: Path) -> Iterator[Row]:
                     number += 1
                     yield Row(f"{path}, row {number}", row)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is not a sound Parquet file: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a sound Parquet file: {reason}") from None

@@ -5,7 +5,6 @@ import gzip
 import itertools
 import json
 import os
-import shutil
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +14,9 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from mtllm_engine.data.shards import BadDocument, Manifest, Shard, sha256_of, usable_text
+from mtllm_engine.data.shards import BadDocumentError, Manifest, usable_text
+from mtllm_engine.data.tars import Shard, describe_shard
+from mtllm_engine.files import atomic_folder, sync
 
 INPUT_SUFFIXES = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz", ".parquet")
 _SMALL_INPUT_BYTES = 1 << 20
@@ -40,16 +41,17 @@ def pack(
     on_error: Literal["raise", "skip"] = "raise",
     progress: bool = True,
 ) -> PackReport:
-    """Makes a corpus of about equal shards from text, JSONL and Parquet, in one pass and in the order of the input.
+    """Makes a corpus of about equal shards from text, JSONL and Parquet, in the order of the input.
 
     Args:
-        inputs: files, or folders searched for files of the known kinds.
-        field: column of a Parquet file, or dotted path in a JSON line.
-        on_error: what to do with a document without usable text.
+        inputs: Files, or folders searched for files of the known kinds; read once.
+        field: Column of a Parquet file, or dotted path in a JSON line.
+        on_error: What to do with a document without usable text.
 
     Raises:
-        ValueError: `out` is in use, an input is of no known kind, a document is bad, or there are too few of them.
-        OSError: a file could not be read or written. After any error nothing is left behind.
+        ValueError: `out` is in use, an input is of no known kind, a document is bad, or there are
+            too few of them.
+        OSError: A file could not be read or written. After any error nothing is left behind.
     """
     out, paths = Path(out), _input_files(inputs)
     if shards < 1:
@@ -58,10 +60,12 @@ def pack(
     num_bytes = sum(path.stat().st_size for path in paths)
     skipped: Counter[str] = Counter()
     bar = tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None if progress else True)
-    with bar, _appearing(out) as draft:
+    with bar, _all_or_nothing(out) as draft:
         texts = _texts(paths, field, skipped if on_error == "skip" else None, bar)
         packed = _write_shards(draft, _assign(texts, num_bytes, shards))
-        manifest = Manifest(language=language, licence=licence, fields={"text": "txt"}, shards=tuple(packed))
+        manifest = Manifest(
+            language=language, licence=licence, fields={"text": "txt"}, shards=tuple(packed)
+        )
         manifest.save(draft)
     return PackReport(path=out, manifest=manifest, skipped=dict(skipped))
 
@@ -77,17 +81,19 @@ def pack_json(
     """Makes a corpus of one shard from (key, object) pairs: a `.json` member each.
 
     Args:
-        members: the keys are distinct, without dots and slashes.
-        fields: the manifest's, such as {"text": "json.text"}.
+        members: The keys are distinct, without dots and slashes.
+        fields: The manifest's, such as {"text": "json.text"}.
 
     Raises:
         ValueError: `out` is in use, or there is nothing to write.
-        OSError: a file could not be written. After any error nothing is left behind.
+        OSError: A file could not be written. After any error nothing is left behind.
     """
     out = Path(out)
     _check_unused(out)
-    samples = ((key, "json", json.dumps(value, ensure_ascii=False).encode()) for key, value in members)
-    with _appearing(out) as draft:
+    samples = (
+        (key, "json", json.dumps(value, ensure_ascii=False).encode()) for key, value in members
+    )
+    with _all_or_nothing(out) as draft:
         shard = _write_shard(draft / "000000.tar", samples)
         if not shard.samples:
             raise ValueError(f"there is nothing to write into {out}")
@@ -104,33 +110,40 @@ def _check_unused(out: Path) -> None:
 def _input_files(inputs: Iterable[Path | str]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, inputs):
-        found = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
-        known = [file for file in found if file.is_file() and file.name.lower().endswith(INPUT_SUFFIXES)]
+        candidates = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
+        known = [file for file in candidates if file.name.lower().endswith(INPUT_SUFFIXES)]
+        known = [file for file in known if file.is_file()]
         if not path.exists():
             raise ValueError(f"no such file or folder: {path}")
         if not known:
-            raise ValueError(f"{path}: neither a file nor a folder with files that end in {', '.join(INPUT_SUFFIXES)}")
+            endings = ", ".join(INPUT_SUFFIXES)
+            raise ValueError(
+                f"{path}: neither a file nor a folder with files that end in {endings}"
+            )
         files += known
     return files
 
 
 @contextlib.contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes `out` at the end, or goes away."""
-    draft = out.with_name(f".{out.name}.{os.getpid()}")
+def _all_or_nothing(out: Path) -> Iterator[Path]:
+    """`atomic_folder`, with an error of the system in one line that says so."""
     try:
-        draft.mkdir(parents=True)
-        yield draft
-        draft.rename(out)
+        with atomic_folder(out) as draft:
+            yield draft
     except OSError as error:
-        reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror or error
+        reason = error.strerror or str(error)
+        reason += f": {error.filename}" if error.filename else ""
         raise OSError(f"packing into {out} failed: {reason}; nothing was written") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
-def _texts(paths: list[Path], field: str, skipped: Counter[str] | None, bar: tqdm) -> Iterator[tuple[str, float]]:
-    """Each text with how many bytes of the input lie before it; without `skipped` a bad document raises."""
+def _texts(
+    paths: list[Path], field: str, skipped: Counter[str] | None, bar: tqdm
+) -> Iterator[tuple[str, float]]:
+    """Each text with how many bytes of the input lie before it.
+
+    Args:
+        skipped: Counts bad documents by reason; None: the first one raises.
+    """
     start = 0
     for path in paths:
         kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
@@ -140,9 +153,10 @@ def _texts(paths: list[Path], field: str, skipped: Counter[str] | None, bar: tqd
             bar.update(start + before - bar.n)
             try:
                 yield usable_text(raw, json_path), start + before
-            except BadDocument as error:
+            except BadDocumentError as error:
                 if skipped is None:
-                    raise BadDocument(f"{path}:{number}: {error}; mend it or use --on-error skip") from None
+                    fix = "mend it or use --on-error skip"
+                    raise BadDocumentError(f"{path}:{number}: {error}; {fix}") from None
                 skipped[str(error)] += 1
         start += path.stat().st_size
     bar.update(start - bar.n)
@@ -151,14 +165,20 @@ def _texts(paths: list[Path], field: str, skipped: Counter[str] | None, bar: tqd
 def _lines(path: Path) -> Iterator[tuple[bytes, float]]:
     """Each line with how many bytes of the file lie before it: compressed bytes, of a .gz."""
     num_bytes = path.stat().st_size
-    with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw as file:
+    with (
+        path.open("rb") as raw,
+        gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw as file,
+    ):
         try:
-            # A short .gz is unpacked in very few reads, too coarse to cut it by; its true length costs little.
-            scale = num_bytes / max(1, file.seek(0, os.SEEK_END)) if num_bytes < _SMALL_INPUT_BYTES else None
+            # A short .gz is unpacked in very few reads, too coarse to cut it by; its true length
+            # costs little.
+            is_small = num_bytes < _SMALL_INPUT_BYTES
+            scale = num_bytes / max(1, file.seek(0, os.SEEK_END)) if is_small else None
             file.seek(0)
             before = 0.0
             for line in file:
-                yield line.removesuffix(b"\n").removesuffix(b"\r").removeprefix(b"" if before else _BOM), before
+                content = line.removesuffix(b"\n").removesuffix(b"\r")
+                yield content.removeprefix(b"" if before else _BOM), before
                 before = raw.tell() if scale is None else file.tell() * scale
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path} is cut or damaged: {error}") from None
@@ -179,25 +199,31 @@ def _parquet_column(path: Path, column: str) -> Iterator[tuple[bytes, float]]:
                     yield raw or b"", num_bytes * seen / file.metadata.num_rows
                     seen += 1
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is not a sound Parquet file: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a sound Parquet file: {reason}") from None
 
 
 def _check_column(path: Path, column: str, schema: Any) -> None:
     import pyarrow.types as kinds
 
     if column not in schema.names:
-        raise ValueError(f"{path} has no column {column!r}; name one with --field: {', '.join(schema.names)}")
+        fix = f"name one with --field: {', '.join(schema.names)}"
+        raise ValueError(f"{path} has no column {column!r}; {fix}")
     kind = schema.field(column).type
     kind = kind.value_type if kinds.is_dictionary(kind) else kind
     if not (kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind)):
-        raise ValueError(f"{path}: column {column!r} holds {kind}, not text; name another with --field")
+        fix = "name another with --field"
+        raise ValueError(f"{path}: column {column!r} holds {kind}, not text; {fix}")
 
 
-def _assign(texts: Iterator[tuple[str, float]], num_bytes: int, shards: int) -> Iterator[tuple[int, str]]:
-    """Each text with its shard: the one its place in the input says, but no shard is left out.
+def _assign(
+    texts: Iterator[tuple[str, float]], num_bytes: int, shards: int
+) -> Iterator[tuple[int, str]]:
+    """Each text with its shard: the one that the bytes before it say, but no shard is left out.
 
-    A long document may span the places of several shards, so the number grows by one at most; and it grows when as
-    many documents as shards are left. Seeing `shards` documents ahead is enough to know when.
+    A long document may have the bytes of several shards, so the number grows by one at most; and it
+    grows when as many documents as shards are left. Seeing `shards` documents ahead is enough to
+    know when.
     """
     ahead = deque(itertools.islice(texts, shards))
     if len(ahead) < shards:
@@ -214,23 +240,27 @@ def _assign(texts: Iterator[tuple[str, float]], num_bytes: int, shards: int) -> 
 
 
 def _write_shards(folder: Path, assigned: Iterator[tuple[int, str]]) -> list[Shard]:
+    shards = []
     numbered = ((shard, f"{number:010d}", text) for number, (shard, text) in enumerate(assigned))
-    return [
-        _write_shard(folder / f"{shard:06d}.tar", ((key, "txt", text.encode()) for _, key, text in samples))
-        for shard, samples in itertools.groupby(numbered, key=lambda entry: entry[0])
-    ]
+    for shard, entries in itertools.groupby(numbered, key=lambda entry: entry[0]):
+        samples = ((key, "txt", text.encode()) for _, key, text in entries)
+        shards.append(_write_shard(folder / f"{shard:06d}.tar", samples))
+    return shards
 
 
 def _write_shard(path: Path, samples: Iterator[tuple[str, str, bytes]]) -> Shard:
-    """Args: samples: key, extension and content of the only member of each."""
+    """Equal samples make equal bytes.
+
+    Args:
+        samples: Key, extension and content of the only member of each.
+    """
     from webdataset import TarWriter  # imports torch
 
     count = 0
-    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:  # equal input, equal bytes
+    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
         for key, extension, content in samples:
             tar.write({"__key__": key, extension: content})
             count += 1
         tar.close()
-        file.flush()
-        os.fsync(file.fileno())
-    return Shard(name=path.name, samples=count, bytes=path.stat().st_size, sha256=sha256_of(path))
+        sync(file)
+    return describe_shard(path, count)

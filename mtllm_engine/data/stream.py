@@ -1,10 +1,12 @@
 """Lanes: what step k trains on, whatever the number of ranks.
 
-An epoch's samples are numbered along its seeded shard permutation and, inside each shard, along a permutation of its
-own. Lane l owns the numbers [l*n/lanes, (l+1)*n/lanes) and packs its documents in that order; a step consumes one pack
-from every lane. A lane's state is the position after its last consumed pack; nothing else is hidden anywhere.
+An epoch's samples are numbered along its seeded shard permutation and, inside each shard, along a
+permutation of its own. Lane l owns the numbers [l*n/lanes, (l+1)*n/lanes) and packs its documents
+in that order; a step consumes one pack from every lane. A lane's state is the position after its
+last consumed pack; nothing else is hidden anywhere.
 """
 
+import contextlib
 import functools
 import hashlib
 import queue
@@ -15,20 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mtllm_engine.config import DataConfig
-from mtllm_engine.data.batch import IDLE, Document, Pack, Totals, join
-from mtllm_engine.data.marks import Marks, partners
-from mtllm_engine.data.shards import BadDocument, Corpus, DamagedShard
-from mtllm_engine.data.targets import Targets
+from mtllm_engine.data.annotations import Annotations, partners
+from mtllm_engine.data.batch import IDLE, Batch, Document, Pack, Totals, collate, join
+from mtllm_engine.data.shards import BadDocumentError, Corpus
+from mtllm_engine.data.tars import DamagedShardError
+from mtllm_engine.data.teacher_states import TeacherStates
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.world import World
 
-BARREN_EPOCHS = 16  # how often a lane may pass over nothing but damaged shards; each epoch gives it others
+BARREN_EPOCHS = (
+    16  # how often a lane may pass over nothing but damaged shards; each epoch gives it others
+)
 
 
 class Order:
-    """The numbering of a corpus' samples in each epoch: `locate(epoch, number) -> (shard, index)`."""
+    """The numbering of a corpus' samples in each epoch: `locate(epoch, number) -> (shard,
+    index)`.
+    """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int) -> None:
         self.sizes = np.asarray(shard_sizes, dtype=np.int64)
@@ -38,9 +46,9 @@ class Order:
 
     def locate(self, epoch: int, number: int) -> tuple[int, int]:
         shards, ends = self._shards(epoch)
-        place = int(np.searchsorted(ends, number, side="right"))
-        shard = int(shards[place])
-        index = number - int(ends[place] - self.sizes[shard])
+        rank = int(np.searchsorted(ends, number, side="right"))
+        shard = int(shards[rank])
+        index = number - int(ends[rank] - self.sizes[shard])
         return shard, int(self._samples(epoch, shard)[index])
 
     def _shard_permutation(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -64,11 +72,14 @@ class Mixture:
     epochs: int | None  # None: endless
     aligns: bool = False  # documents say which of their tokens are partners
     labelled: bool = False  # a document without a label is a bad one
-    targets: tuple[Targets, ...] = ()  # stored states of the teacher, by corpus
+    teacher_states: tuple[TeacherStates, ...] = ()  # by corpus
     orders: tuple[Order, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        orders = tuple(Order([shard.samples for shard in corpus.manifest.shards], self.seed) for corpus in self.corpora)
+        orders = tuple(
+            Order([shard.samples for shard in corpus.manifest.shards], self.seed)
+            for corpus in self.corpora
+        )
         object.__setattr__(self, "orders", orders)
 
     def draw(self, lane: int, count: int) -> int:
@@ -86,7 +97,9 @@ class Mixture:
 
 
 class Lane:
-    """One lane: its documents, in order, and its packs. State: `draws`, `skipped`, and (epoch, position) by corpus."""
+    """One lane: its documents, in order, and its packs. State: `draws`, `skipped`, and (epoch,
+    position) by corpus.
+    """
 
     def __init__(self, mixture: Mixture, number: int) -> None:
         self.mixture = mixture
@@ -113,7 +126,9 @@ class Lane:
             if documents and len(documents) == config.pack_documents:
                 yield Pack(documents=tuple(documents), state=state)
                 documents = []
-        yield Pack(documents=tuple(documents), state=state)  # a finite lane's last: perhaps none, but its skips count
+        yield Pack(
+            documents=tuple(documents), state=state
+        )  # a finite lane's last: perhaps none, but its skips count
 
     def documents(self, state: dict[str, Any]) -> Iterator[tuple[Document | None, dict[str, Any]]]:
         """The documents from `state` on, None for a skipped one, each with the state after it."""
@@ -124,12 +139,16 @@ class Lane:
             document = self._read(corpus, epoch, number)
             barren = 0 if document is not None else barren + 1
             if barren > BARREN_EPOCHS * owned and self.mixture.epochs is None:
-                raise ValueError(f"lane {self.number} has no usable document: {barren} in a row were skipped")
+                raise ValueError(
+                    f"lane {self.number} has no usable document: {barren} in a row were skipped"
+                )
             state["skipped"] += document is None
             yield document, state
 
     def _advance(self, state: dict[str, Any]) -> tuple[int, int, int, dict[str, Any]] | None:
-        """The next sample's corpus, epoch and number in it, and the state after it; None where a finite lane ends."""
+        """The next sample's corpus, epoch and number in it, and the state after it; None where a
+        finite lane ends.
+        """
         corpus = self.mixture.draw(self.number, state["draws"])
         start, end = self.bounds[corpus]
         epoch, position = state["positions"][corpus]
@@ -142,35 +161,45 @@ class Lane:
         after = {"draws": state["draws"] + 1, "skipped": state["skipped"], "positions": positions}
         return corpus, epoch, start + position, after
 
-    def _read(self, place: int, epoch: int, number: int) -> Document | None:
-        shard, index = self.mixture.orders[place].locate(epoch, number)
+    def _read(self, corpus: int, epoch: int, number: int) -> Document | None:
+        shard, index = self.mixture.orders[corpus].locate(epoch, number)
         try:
-            return self._tokenised(place, shard, index)
-        except (DamagedShard, BadDocument):
+            return self._tokenised(corpus, shard, index)
+        except (DamagedShardError, BadDocumentError):
             if self.mixture.config.on_error == "raise":
                 raise
             return None
 
-    def _tokenised(self, place: int, shard: int, index: int) -> Document:
-        corpus = self.mixture.corpora[place]
-        (key, text), marks = corpus.read_example(shard, index)
+    def _tokenised(self, number: int, shard: int, index: int) -> Document:
+        """Args: number: of the corpus."""
+        corpus, states = self.mixture.corpora[number], self.mixture.teacher_states
+        (key, text), annotations = corpus.read_example(shard, index)
         try:
-            if self.mixture.labelled and marks.label < 0:
-                raise ValueError('it has no label to learn; leave it out, or set data.on_error="skip"')
-            tokens = self._tokens(text, corpus.manifest.language, marks)
+            if self.mixture.labelled and annotations.label < 0:
+                fix = 'leave it out, or set data.on_error="skip"'
+                raise ValueError(f"it has no label to learn; {fix}")
+            tokens = self._tokens(text, corpus.manifest.language, annotations)
         except ValueError as error:
-            raise BadDocument(f"shard {corpus.path / corpus.manifest.shards[shard].name}, key {key}: {error}") from None
-        seed = int.from_bytes(hashlib.blake2b(f"{place}/{shard}/{key}".encode(), digest_size=4).digest(), "little")
-        targets_PD = self.mixture.targets[place].read(shard, index) if self.mixture.targets else None
-        row = (place, shard, index)
-        return Document(key=key, seed=seed, row=row, label=marks.label, targets_PD=targets_PD, **tokens)
+            path = corpus.path / corpus.manifest.shards[shard].name
+            raise BadDocumentError(f"shard {path}, key {key}: {error}") from None
+        name = f"{number}/{shard}/{key}".encode()
+        return Document(
+            key=key,
+            seed=int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "little"),
+            row=(number, shard, index),
+            label=annotations.label,
+            targets_PD=states[number].read(shard, index) if states else None,
+            **tokens,
+        )
 
-    def _tokens(self, text: str, language: str, marks: Marks) -> dict[str, np.ndarray | None]:
-        """The fields of a document that the tokenizer gives: of most no more than the ids, which is the faster way."""
-        if not (marks.has_ranges or self.mixture.aligns):
+    def _tokens(self, text: str, language: str, annotations: Annotations) -> dict[str, Any]:
+        """The fields of a document that the tokenizer gives: of most no more than the ids, which is
+        the faster way.
+        """
+        if not (annotations.has_ranges or self.mixture.aligns):
             student_ids_S, teacher_ids_T = self.mixture.tokenizer(text, language)
             return {"student_ids_S": student_ids_S, "teacher_ids_T": teacher_ids_T}
-        student, teacher = self.mixture.tokenizer.example(text, language, marks)
+        student, teacher = self.mixture.tokenizer.example(text, language, annotations)
         return {
             "student_ids_S": student.ids_S,
             "teacher_ids_T": teacher.ids_S,
@@ -178,20 +207,28 @@ class Lane:
             "teacher_spans_P2": teacher.spans_P2,
             "student_answers_A2": student.answers_A2,
             "teacher_answers_A2": teacher.answers_A2,
-            "student_offsets_S2": student.offsets_S2 if marks.answers else None,
-            "teacher_offsets_T2": teacher.offsets_S2 if marks.answers else None,
-            "aligned_S": partners(text, student.offsets_S2, teacher.offsets_S2) if self.mixture.aligns else None,
+            "student_offsets_S2": student.offsets_S2 if annotations.answers else None,
+            "teacher_offsets_T2": teacher.offsets_S2 if annotations.answers else None,
+            "aligned_S": partners(text, student.offsets_S2, teacher.offsets_S2)
+            if self.mixture.aligns
+            else None,
         }
 
 
 class Stream:
-    """This rank's lanes r, r + W, ..., read ahead by a thread; `state` is that of the packs given out."""
+    """This rank's lanes r, r + W, ..., read ahead by a thread; `state` is that of the packs given
+    out.
+    """
 
     def __init__(self, mixture: Mixture, world: World, prefetch: int) -> None:
         if world.size > mixture.lanes:
-            raise ValueError(f"{world.size} ranks need at least as many data.lanes; there are {mixture.lanes}")
+            raise ValueError(
+                f"{world.size} ranks need at least as many data.lanes; there are {mixture.lanes}"
+            )
         self.mixture = mixture
-        self.lanes = [Lane(mixture, number) for number in range(world.rank, mixture.lanes, world.size)]
+        self.lanes = [
+            Lane(mixture, number) for number in range(world.rank, mixture.lanes, world.size)
+        ]
         self._states = {lane.number: lane.start() for lane in self.lanes}
         self._prefetch = prefetch
         self._reader: _Reader | None = None
@@ -216,10 +253,12 @@ class Stream:
 
     @property
     def idle(self) -> Document:
-        """What a rank without documents runs: a token of weight 0, with all that a document of this stream has."""
+        """What a rank without documents runs: a token of weight 0, with all that a document of this
+        stream has.
+        """
         aligned_S = np.array([-1], np.int32) if self.mixture.aligns else None
-        targets = self.mixture.targets
-        return replace(IDLE, aligned_S=aligned_S, targets_PD=targets[0].zeros() if targets else None)
+        states = self.mixture.teacher_states
+        return replace(IDLE, aligned_S=aligned_S, targets_PD=states[0].zeros() if states else None)
 
     @property
     def skipped(self) -> int:
@@ -269,7 +308,9 @@ class _Reader:
         try:
             while self._put((next(self._items), None)):
                 pass
-        except Exception as error:  # handed to the caller of `next`, whatever it is, and again if called again
+        except (
+            Exception
+        ) as error:  # handed to the caller of `next`, whatever it is, and again if called again
             while self._put((None, error)):
                 pass
 
@@ -289,59 +330,77 @@ def build_stream(
     world: World,
     *,
     seed: int,
-    epochs: int | None = None,
+    corpus: Path | str | None = None,
     aligns: bool = False,
     labelled: bool = False,
     maker: Mapping[str, Any] | None = None,
 ) -> Stream:
-    """The endless training stream, or with `epochs` the finite one over `data.validation`.
+    """The endless stream of `config.train`, or with `corpus` one pass over that.
 
     Args:
         aligns: Documents say which of their tokens are partners.
         labelled: A document without a label is a bad one.
-        maker: What the stored states `data.targets` must have been made with.
+        maker: What the stored states `config.teacher_states` must have been made with.
 
     Raises:
-        ValueError: A corpus is missing, its language is unknown, or it has fewer documents than there are lanes.
+        ValueError: A corpus is missing, its language is unknown, or it has fewer documents than
+            there are lanes.
     """
-    paths = config.train if epochs is None else (config.validation,)
-    corpora = tuple(Corpus(Path(path)) for path in paths)
-    for corpus in corpora:
-        tokenizer.student(corpus.manifest.language)
-        if epochs is None and corpus.manifest.samples < config.lanes:
-            raise ValueError(
-                f"{corpus.path} has {corpus.manifest.samples} documents, fewer than data.lanes={config.lanes}"
-            )
-    weights = config.weights if epochs is None and config.weights else tuple(c.manifest.samples for c in corpora)
+    is_endless = corpus is None
+    corpora = tuple(map(Corpus, config.train if corpus is None else (corpus,)))
+    for each in corpora:
+        tokenizer.student(each.manifest.language)
+        samples = each.manifest.samples
+        if is_endless and samples < config.lanes:
+            too_few = f"fewer than data.lanes={config.lanes}"
+            raise ValueError(f"{each.path} has {samples} documents, {too_few}")
+    states: tuple[TeacherStates, ...] = ()
+    if name := config.teacher_states:
+        states = tuple(TeacherStates(each.path, name, maker or {}) for each in corpora)
+    sizes = tuple(float(each.manifest.samples) for each in corpora)
     mixture = Mixture(
         corpora=corpora,
-        weights=weights,
+        weights=config.mixture if is_endless and config.mixture else sizes,
         tokenizer=tokenizer,
         config=config,
         lanes=config.lanes,
         seed=seed,
-        epochs=epochs,
+        epochs=None if is_endless else 1,
         aligns=aligns,
         labelled=labelled,
-        targets=tuple(Targets(Path(path), config.targets, maker or {}) for path in paths) if config.targets else (),
+        teacher_states=states,
     )
     return Stream(mixture, world, config.prefetch)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class GlobalBatch:
     """What this rank runs in a step, and what all ranks run together."""
 
-    micro_batches: list[list[Document]]  # equally many on every rank; the last may be empty, and `idle` takes its place
+    micro_batches: list[list[Document]]
+    """Equally many on every rank; where one is empty, `idle` takes its place."""
     idle: Document
-    totals: Totals  # over all ranks, as the rest
+    totals: Totals
+    """Over all ranks, as the rest."""
     student_tokens: int
     teacher_tokens: int
-    skipped: int  # documents since the run's start
+    skipped: int
+    """Documents since the run's start."""
     stop: bool
 
+    def batches(
+        self, device: torch.device, step_seed: int = 0
+    ) -> Iterator[tuple[list[Document], Batch]]:
+        """This rank's micro-batches, one after the other on the device, and what they are made of.
 
-def agree(stream: Stream, world: World, max_tokens: int, *, stop: bool = False) -> Step:
+        A rank without documents gets the idle one, so that all make the same ZeRO-3 collectives.
+        """
+        for documents in self.micro_batches:
+            batch = collate(documents, step_seed=step_seed, device=device, idle=self.idle)
+            yield documents, batch
+
+
+def agree(stream: Stream, world: World, max_tokens: int, *, stop: bool = False) -> GlobalBatch:
     """Reads a step and agrees on it with the other ranks, in one small collective.
 
     Raises:
@@ -355,29 +414,52 @@ def agree(stream: Stream, world: World, max_tokens: int, *, stop: bool = False) 
         error = raised
     documents = [document for pack in packs for document in pack.documents]
     micro_batches = join(packs, max_tokens)
-    spans = sum(len(document.student_spans_P2) for document in documents)
-    aligned = sum(int((document.aligned_S >= 0).sum()) for document in documents if document.aligned_S is not None)
-    student_tokens = sum(len(document.student_ids_S) for document in documents)
-    teacher_tokens = sum(len(document.teacher_ids_T) for document in documents)
-    counts = [len(micro_batches), len(documents), spans, aligned, student_tokens, teacher_tokens, stream.skipped]
-    ranks = world.gather_ints([error is not None, stop, *counts])
-    failed, stopped, num_micro, num_documents, num_spans, num_aligned, num_student, num_teacher, skipped = zip(*ranks)
+    counts = [len(micro_batches), *_counts(documents), stream.skipped]
+    failed, stops, num_micro, *of_documents, skipped = zip(
+        *world.gather_ints([error is not None, stop, *counts])
+    )
     if any(failed):
         world.agree_on(error)
     micro_batches += [[] for _ in range(max(num_micro) - len(micro_batches))]
-    return Step(
+    num_documents, spans, aligned, student_tokens, teacher_tokens = map(sum, of_documents)
+    return GlobalBatch(
         micro_batches=micro_batches,
         idle=stream.idle,
-        totals=Totals(sum(num_documents), sum(num_spans), sum(num_aligned)),
-        student_tokens=sum(num_student),
-        teacher_tokens=sum(num_teacher),
+        totals=Totals(num_documents, spans, aligned),
+        student_tokens=student_tokens,
+        teacher_tokens=teacher_tokens,
         skipped=sum(skipped),
-        stop=any(stopped),
+        stop=any(stops),
     )
 
 
+def _counts(documents: Sequence[Document]) -> list[int]:
+    """Documents, pooled spans, student tokens with a partner, student tokens, teacher tokens."""
+    partners = [document.aligned_S for document in documents if document.aligned_S is not None]
+    return [
+        len(documents),
+        sum(len(document.student_spans_P2) for document in documents),
+        sum(int((aligned_S >= 0).sum()) for aligned_S in partners),
+        sum(len(document.student_ids_S) for document in documents),
+        sum(len(document.teacher_ids_T) for document in documents),
+    ]
+
+
+def each_step(stream: Stream, world: World, max_tokens: int) -> Iterator[GlobalBatch]:
+    """A finite stream's steps, until the lanes of every rank have ended; then it is closed.
+
+    Raises:
+        ValueError: As `agree`.
+    """
+    with contextlib.closing(stream):
+        while (global_batch := agree(stream, world, max_tokens)).totals.documents:
+            yield global_batch
+
+
 def permutation(size: int, *seeds: int) -> np.ndarray:
-    """A permutation of range(size) that is the same on every machine and library version: the order of hashes."""
+    """A permutation of range(size) that is the same on every machine and library version: the order
+    of hashes.
+    """
     return np.argsort(hash64(np.arange(size), *seeds), kind="stable")
 
 
@@ -385,7 +467,9 @@ def hash64(values: np.ndarray, *seeds: int) -> np.ndarray:
     """uint64 hashes of integers under a key (splitmix64's finaliser, chained over the key)."""
     x = values.astype(np.uint64)
     for seed in seeds:
-        x = _mix64(x + _mix64(np.array([seed], np.int64).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
+        x = _mix64(
+            x + _mix64(np.array([seed], np.int64).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        )
     return x
 
 

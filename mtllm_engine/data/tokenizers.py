@@ -1,4 +1,4 @@
-"""Text to token ids for both models, cut at the same character so that teacher and student read the same text."""
+"""Text to token ids for both models, cut so that teacher and student read the same characters."""
 
 import bisect
 import copy
@@ -14,8 +14,8 @@ import regex
 from tokenizers import Encoding, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mtllm_engine.data.languages import check_language, is_well_formed, nllb_token
-from mtllm_engine.data.marks import Marks, Range, Removed, token_range, token_spans
+from mtllm_engine.data.annotations import Annotations, Range, Removed, token_range, token_spans
+from mtllm_engine.languages import check_language, is_well_formed, nllb_token
 
 GRAPHEME = regex.compile(r"\X(?=.)", regex.DOTALL)  # not the last one looked at, which may go on
 WORD_END = re.compile(r"(?<=\S)(?=\s)")
@@ -44,15 +44,19 @@ class Side:
         return np.array([*self.prefix, *tokens, *self.suffix], dtype=np.int32)
 
     def offsets(self, encoding: Encoding, limit: int, removed: Removed) -> np.ndarray:
-        """The whole text's characters [start, end) of each of the `ids`, int32 (S, 2); [0, 0) for special tokens."""
-        body = np.array(encoding.offsets[: limit - self.num_special], np.int32).reshape(-1, 2)
-        return np.pad(removed.restored(body), ((len(self.prefix), len(self.suffix)), (0, 0))).astype(np.int32)
+        """The whole text's characters [start, end) of each of the `ids`, int32 (S, 2).
+
+        Those of special tokens are [0, 0).
+        """
+        body_S2 = np.array(encoding.offsets[: limit - self.num_special], np.int32).reshape(-1, 2)
+        special = (len(self.prefix), len(self.suffix))
+        return np.pad(removed.restored(body_S2), (special, (0, 0))).astype(np.int32)
 
     def fits(self, encoding: Encoding, limit: int) -> bool:
         return len(encoding.ids) + self.num_special <= limit
 
     def reach_within(self, encoding: Encoding, limit: int, span: Range) -> int:
-        """How many characters of a span may stay, by its tokens' number alone, for the whole to fit `limit`."""
+        """How many characters of a span may stay, by its tokens' number, for all to fit `limit`."""
         surplus = len(encoding.ids) + self.num_special - limit
         starts = [start for start, end in encoding.offsets if start < span[1] and end > span[0]]
         if surplus <= 0:
@@ -60,30 +64,39 @@ class Side:
         return max(0, starts[-surplus] - span[0]) if surplus <= len(starts) else 0
 
     def reach(self, encoding: Encoding, limit: int, length: int) -> int:
-        """How many of a text's `length` characters come before the first token that does not fit `limit`."""
-        return length if self.fits(encoding, limit) else encoding.offsets[limit - self.num_special][0]
+        """How many of `length` characters come before the first token that does not fit `limit`."""
+        fits = self.fits(encoding, limit)
+        return length if fits else encoding.offsets[limit - self.num_special][0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What one side reads of an example, special tokens included; spans and answers are tokens [start, end)."""
+    """What one side reads of an example, special tokens included.
 
-    ids_S: np.ndarray  # int32
-    offsets_S2: np.ndarray  # int32: characters [start, end) of the text, cut or not; [0, 0) for special tokens
-    spans_P2: np.ndarray  # int32: the examples' spans, in order and disjoint; the whole text, if it has none
-    answers_A2: np.ndarray  # int32: the answers that were not cut away, the same ones on both sides
+    All is int32; spans and answers are tokens [start, end).
+    """
+
+    ids_S: np.ndarray
+    offsets_S2: np.ndarray
+    """Characters [start, end) of the text, cut or not; [0, 0) for special tokens."""
+    spans_P2: np.ndarray
+    """The example's spans, in order and disjoint; the whole text, if it has none."""
+    answers_A2: np.ndarray
+    """The answers that were not cut away, the same ones on both sides."""
 
 
 class PairTokenizer:
-    """Tokenises a document for the student (MT encoder) and the teacher (LLM), each at most `max_length` tokens.
+    """Tokenises for the student (MT encoder) and the teacher (LLM), each up to `max_length` tokens.
 
-    `aligned`: both read exactly `text[:c]`, c the largest end of a word at which both limits hold (the end of a
-    grapheme where words end too rarely: within the last half of what fits there is none, as in Chinese or Thai).
-    `independent`: each side keeps its own first tokens, as the reference code of arXiv 2406.12739 does.
+    `aligned`: both read exactly `text[:c]`, c the largest end of a word at which both limits hold
+    (the end of a grapheme where words end too rarely: within the last half of what fits there is
+    none, as in Chinese or Thai). `independent`: each side keeps its own first tokens, as the
+    reference code of arXiv 2406.12739 does.
 
     Args:
-        reader: Who alone reads a text, "stack" the encoder's tokens or "llm" the LLM's own: it is cut for these, and
-            they stand for the side that nobody reads too. None: student and teacher both read.
+        reader: Who alone reads a text, "stack" the encoder's tokens or "llm" the LLM's own: it is
+            cut for these, and they stand for the side that nobody reads too. None: student and
+            teacher both read.
     """
 
     def __init__(
@@ -117,18 +130,20 @@ class PairTokenizer:
         return max(self.decoder.get_vocab().values())
 
     def student(self, language: str) -> Side:
-        """The encoder's side in one source language: language token, text, `</s>` (NLLB's source format).
+        """The encoder's side in a source language: language token, text, `</s>` (NLLB's format).
 
         Raises:
             ValueError: The code is not a FLORES-200 code, or this encoder has no token for it.
         """
         if language not in self._students:
             token = nllb_token(check_language(language))
-            if token not in self.languages:
-                raise ValueError(f"the encoder's tokenizer has no token for the language {language}")
-            prefix = (self.encoder.convert_tokens_to_ids(token),)
             backend, suffix = self.encoder.backend_tokenizer, (self.encoder.eos_token_id,)
-            self._students[language] = Side("encoder", backend, prefix, suffix)
+            token_id = backend.token_to_id(token) if token in self.languages else None
+            if token_id is None:
+                raise ValueError(
+                    f"the encoder's tokenizer has no token for the language {language}"
+                )
+            self._students[language] = Side("encoder", backend, (token_id,), suffix)
         return self._students[language]
 
     def of_both(self) -> "PairTokenizer":
@@ -147,43 +162,59 @@ class PairTokenizer:
         """Student ids (S,) and teacher ids (T,), int32."""
         sides = self._sides(language)
         encodings = self._encode(text, sides)
-        student_ids, teacher_ids = (side.ids(encoding, self.max_length) for side, encoding in zip(sides, encodings))
+        student_ids, teacher_ids = (
+            side.ids(encoding, self.max_length) for side, encoding in zip(sides, encodings)
+        )
         return student_ids, teacher_ids
 
-    def example(self, text: str, language: str, marks: Marks) -> tuple[Reading, Reading]:
-        """Student's and teacher's reading of an example: its ids, and its characters' ranges as tokens.
+    def example(
+        self, text: str, language: str, annotations: Annotations
+    ) -> tuple[Reading, Reading]:
+        """Student's and teacher's reading of an example: ids, and its ranges as tokens.
 
-        A token belongs to a range if it overlaps it, white space at the range's ends aside; special tokens belong to
-        none. Where the text is too long, `marks.cut` is shortened from its end, at the end of a word or else of a
-        grapheme, until it fits; a text with no ranges is cut as a document is. What is too long whatever of `cut` goes
-        is an error, or to a `reader` alone its longest parts are shortened alike: an answer is asked for all the same.
+        A token belongs to a range if it overlaps it, white space at the range's ends aside; special
+        tokens belong to none. Where the text is too long, `annotations.cut` is shortened from its
+        end, at the end of a word or else of a grapheme, until it fits; a text with no ranges is cut
+        as a document is. What is too long whatever of `cut` goes is an error, or to a `reader`
+        alone its longest parts are shortened alike: an answer is asked for all the same.
 
         Raises:
-            ValueError: A range is not in the text, the text is too long whatever may be shortened, or nothing of a span
-                is left to pool.
+            ValueError: A range is not in the text, the text is too long whatever may be shortened,
+                or nothing of a span is left to pool.
         """
-        marks.check(text)
+        annotations.check(text)
         sides = self._sides(language)
-        fitted = self._fit(text, sides, marks)
-        offsets = [side.offsets(encoding, self.max_length, removed) for side, (encoding, removed) in zip(sides, fitted)]
-        answers = _kept_answers(marks.answers, text, offsets, [removed for _, removed in fitted])
+        fitted = self._fit(text, sides, annotations)
+        offsets = [
+            side.offsets(encoding, self.max_length, removed)
+            for side, (encoding, removed) in zip(sides, fitted)
+        ]
+        removed = [each for _, each in fitted]
+        answers = _kept_answers(annotations.answers, text, offsets, removed)
         readings = []
         for side, (encoding, _), offsets_S2, answers_A2 in zip(sides, fitted, offsets, answers):
             ids_S = side.ids(encoding, self.max_length)
-            whole = np.array([[0, len(ids_S)]], np.int32)
-            spans_P2 = token_spans(marks.spans, text, offsets_S2, side.name) if marks.spans else whole
-            readings.append(Reading(ids_S=ids_S, offsets_S2=offsets_S2, spans_P2=spans_P2, answers_A2=answers_A2))
+            spans_P2 = np.array([[0, len(ids_S)]], np.int32)  # the whole
+            if annotations.spans:
+                spans_P2 = token_spans(annotations.spans, text, offsets_S2, side.name)
+            readings.append(
+                Reading(
+                    ids_S=ids_S, offsets_S2=offsets_S2, spans_P2=spans_P2, answers_A2=answers_A2
+                )
+            )
         student, teacher = readings
         return student, teacher
 
-    def _fit(self, text: str, sides: Sequence[Side], marks: Marks) -> list[tuple[Encoding, Removed]]:
-        """Each side's encoding, and what was taken out of the text for it: the same for both, if aligned."""
-        if not marks.has_ranges:
+    def _fit(
+        self, text: str, sides: Sequence[Side], annotations: Annotations
+    ) -> list[tuple[Encoding, Removed]]:
+        """Each side's encoding, and what was taken out of the text for it: if aligned, the same."""
+        if not annotations.has_ranges:
             return [(encoding, Removed()) for encoding in self._encode(text, sides)]
         if self.truncation == "independent":
-            alone = [self._encode_shortened(text, [side], marks) for side in sides]
+            alone = [self._encode_shortened(text, [side], annotations) for side in sides]
             return [(encodings[0], removed) for encodings, removed in alone]
-        encodings, removed = self._encode_shortened(text, sides, marks)
+        encodings, removed = self._encode_shortened(text, sides, annotations)
         return [(encoding, removed) for encoding in encodings]
 
     def _encode(self, text: str, sides: Sequence[Side]) -> list[Encoding]:
@@ -193,13 +224,19 @@ class PairTokenizer:
         return encodings
 
     def _encode_head(self, text: str, sides: Sequence[Side]) -> tuple[list[Encoding], int]:
-        """Both encodings of a prefix with more text than fits, and their reach: a book costs no more than a page."""
+        """Both encodings of a prefix with more text than fits, and their reach.
+
+        So a book costs no more than a page.
+        """
         size = 8 * self.max_length
-        common = min if self.truncation == "aligned" else max  # how far one side reaches, or the other one too
+        common = min if self.truncation == "aligned" else max  # of the two sides' reaches
         while True:
             head = text[:size]
             encodings = [side.encode(head) for side in sides]
-            reaches = [side.reach(encoding, self.max_length, len(head)) for side, encoding in zip(sides, encodings)]
+            reaches = [
+                side.reach(encoding, self.max_length, len(head))
+                for side, encoding in zip(sides, encodings)
+            ]
             if size >= len(text) or common(reaches) <= size // 2:
                 return encodings, common(reaches)
             size *= 2
@@ -209,46 +246,68 @@ class PairTokenizer:
             encodings = [side.encode(text[:cut]) for side in sides]
             if self._all_fit(sides, encodings):
                 return encodings
-        raise ValueError(f"the first character of the text needs more than data.max_length={self.max_length} tokens")
+        limit = f"data.max_length={self.max_length}"
+        raise ValueError(f"the first character of the text needs more than {limit} tokens")
 
-    def _encode_shortened(self, text: str, sides: Sequence[Side], marks: Marks) -> tuple[list[Encoding], Removed]:
-        """Encodings of a text of which nothing but `cut` may be shortened, and what that took out of it."""
+    def _encode_shortened(
+        self, text: str, sides: Sequence[Side], annotations: Annotations
+    ) -> tuple[list[Encoding], Removed]:
+        """Encodings of a text, nothing but its `cut` shortened, and what was taken out for it."""
         encodings = [side.encode(text) for side in sides]
         if self._all_fit(sides, encodings):
             return encodings, Removed()
-        start, end = marks.cut or (0, 0)
+        start, end = annotations.cut or (0, 0)
         shortest = [side.encode(Removed(((start, end),)).without(text)) for side in sides]
         if self.reader and not self._all_fit(sides, shortest):
-            return self._encode_parts(text, sides, marks)
+            return self._encode_parts(text, sides, annotations)
         if not self._all_fit(sides, shortest):
-            what = "without what may be shortened of it" if marks.cut else "and may not be cut"
-            raise ValueError(f"the text needs more than data.max_length={self.max_length} tokens {what}")
-        read = zip(sides, encodings)
-        reaches = [side.reach_within(encoding, self.max_length, (start, end)) for side, encoding in read]
+            limit = f"data.max_length={self.max_length} tokens"
+            how = "without what may be shortened of it" if annotations.cut else "and may not be cut"
+            raise ValueError(f"the text needs more than {limit} {how}")
+        reaches = [
+            side.reach_within(encoding, self.max_length, (start, end))
+            for side, encoding in zip(sides, encodings)
+        ]
         for kept in _cuts(text[start:end], min(reaches)):
             removed = Removed(((start + kept, end),))
             encodings = [side.encode(removed.without(text)) for side in sides]
             if self._all_fit(sides, encodings):
                 return encodings, removed
-        if self.reader and marks.cut in marks.spans:  # of which something must remain to be pooled
-            return self._encode_parts(text, sides, marks)
+        if self.reader and annotations.cut in annotations.spans:  # then something must remain of it
+            return self._encode_parts(text, sides, annotations)
         return shortest, Removed(((start, end),))
 
-    def _encode_parts(self, text: str, sides: Sequence[Side], marks: Marks) -> tuple[list[Encoding], Removed]:
-        """Encodings of a text of whose parts, ranges and what lies between them, only the first k tokens remain: as
-        many as fit, so that the longest parts lose most.
+    def _encode_parts(
+        self, text: str, sides: Sequence[Side], annotations: Annotations
+    ) -> tuple[list[Encoding], Removed]:
+        """Encodings of a text, the longest of its parts shortened alike, and what was taken out.
+
+        Parts are its spans, its `cut` and what lies between them.
         """
-        edges = sorted({0, len(text), *itertools.chain(*marks.spans, marks.cut or ())})
-        offsets, room = sides[0].encode(text).offsets, self.max_length - sides[0].num_special
-        parts = [([at for at, _ in offsets if start <= at < end], end) for start, end in itertools.pairwise(edges)]
+        # A part may be shortened where one of its tokens starts, as the whole text is tokenised.
+        # The first side's tokens are enough: a reader is alone, both sides are the same.
+        edges = sorted({0, len(text), *itertools.chain(*annotations.spans, annotations.cut or ())})
+        starts = [start for start, _ in sides[0].encode(text).offsets]
+        parts = [
+            ([at for at in starts if start <= at < end], end)
+            for start, end in itertools.pairwise(edges)
+        ]
+        # Of every part its first `kept` tokens remain, the most that fit, so that the longest parts
+        # lose most. Counting rules most numbers out; the others are tried, because what is cut is
+        # tokenised anew, into fewer or more.
+        room = self.max_length - sides[0].num_special
         for kept in range(room, 0, -1):
-            if sum(min(kept, len(starts)) for starts, _ in parts) > room:
+            if sum(min(kept, len(of_part)) for of_part, _ in parts) > room:
                 continue
-            removed = Removed(tuple((starts[kept], end) for starts, end in parts if len(starts) > kept))
+            removed = Removed(
+                tuple((of_part[kept], end) for of_part, end in parts if len(of_part) > kept)
+            )
             encodings = [side.encode(removed.without(text)) for side in sides]
             if self._all_fit(sides, encodings):
                 return encodings, removed
-        raise ValueError(f"data.max_length={self.max_length} tokens do not hold one of each part of the text")
+        raise ValueError(
+            f"data.max_length={self.max_length} tokens do not hold one of each part of the text"
+        )
 
     def _all_fit(self, sides: Sequence[Side], encodings: Sequence[Encoding]) -> bool:
         return all(side.fits(encoding, self.max_length) for side, encoding in zip(sides, encodings))
@@ -259,9 +318,12 @@ def _kept_answers(
 ) -> list[np.ndarray]:
     """The tokens of the answers that both sides still read whole: int32 (A, 2) for each side."""
     whole = [answer for answer in answers if not any(cut.touches(answer) for cut in removed)]
-    found = [[token_range(answer, text, offsets_S2) for offsets_S2 in offsets] for answer in whole]
-    kept = [pair for pair in found if None not in pair]
-    return [np.array([pair[side] for pair in kept], np.int32).reshape(-1, 2) for side in range(len(offsets))]
+    ranges = [[token_range(answer, text, offsets_S2) for offsets_S2 in offsets] for answer in whole]
+    kept = [pair for pair in ranges if None not in pair]
+    return [
+        np.array([pair[side] for pair in kept], np.int32).reshape(-1, 2)
+        for side in range(len(offsets))
+    ]
 
 
 def language_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
@@ -280,9 +342,10 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"cannot load a tokenizer from {folder}: {reason}") from error
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens) | set(tokenizer.added_tokens_encoder):
+    added = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
+    if set(tokenizer.get_vocab()) <= added:
         raise ValueError(f"the tokenizer in {folder} has no words: is its tokenizer.json missing?")
-    if not tokenizer.is_fast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"the tokenizer in {folder} has no fast (tokenizers) version")
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
@@ -294,15 +357,17 @@ def _plain_side(tokenizer: PreTrainedTokenizerFast) -> Side:
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
-    return Side("LLM", tokenizer.backend_tokenizer, tuple(full[:start]), tuple(full[start + len(bare) :]))
+    prefix, suffix = tuple(full[:start]), tuple(full[start + len(bare) :])
+    return Side("LLM", tokenizer.backend_tokenizer, prefix, suffix)
 
 
 def _cuts(text: str, reach: int) -> Iterator[int]:
-    """Where a text may be cut, best first: ends of words from just beyond `reach` down, then ends of graphemes.
+    """Where a text may be cut, best first: ends of words down from `reach`, then of graphemes.
 
-    Cut at the end of a word, what is before has hardly other tokens than in the whole text; cut inside a word, its last
-    characters merge anew, into fewer tokens at times. So one word and two graphemes beyond `reach` are tried too, and
-    the first few candidates nearly always hold the largest that fits.
+    Cut at the end of a word, what is before has hardly other tokens than in the whole text; cut
+    inside a word, its last characters merge anew, into fewer tokens at times. So one word and two
+    graphemes beyond `reach` are tried too, and the first few candidates nearly always hold the
+    largest that fits.
     """
     yield from (end for end in _ends(WORD_END, text, reach, beyond=1) if 2 * end >= reach)
     yield from _ends(GRAPHEME, text, reach, beyond=2)

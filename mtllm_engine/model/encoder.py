@@ -40,14 +40,18 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Token ids to states before the final LayerNorm, which belongs to the projection. Never gets a gradient."""
+    """Token ids to states before the final LayerNorm, which belongs to the projection. Never gets a
+    gradient.
+    """
 
     def __init__(self, config: M2M100Config, dtype: torch.dtype, attention: Kernel) -> None:
         super().__init__()
         self.scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
         self.first_position = config.pad_token_id + 1  # fairseq's numbering
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, dtype=dtype)
-        self.layers = nn.ModuleList(EncoderLayer(config, dtype, attention) for _ in range(config.encoder_layers))
+        self.layers = nn.ModuleList(
+            EncoderLayer(config, dtype, attention) for _ in range(config.encoder_layers)
+        )
 
     @torch.no_grad()
     def forward(self, tokens: Tokens) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""LoRA on frozen, fused linears: one module for q/k/v, one for gate/up, with an adapter per original linear."""
+"""LoRA on frozen, fused linears: one module for q/k/v, one for gate/up, with an adapter per
+original linear.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +15,9 @@ from mtllm_engine.kernels.lora_linear import Dropout, Quantised, lora_linear, qu
 
 @dataclass(frozen=True, kw_only=True)
 class Members:
-    """The original linears inside a fused one: names and output widths, in order along the output."""
+    """The original linears inside a fused one: names and output widths, in order along the
+    output.
+    """
 
     names: tuple[str, ...]
     widths: tuple[int, ...]
@@ -40,15 +44,20 @@ class AdapterSet(nn.ModuleDict):
     """The adapters of one fused linear, by the names of its members, and how they are applied."""
 
     def __init__(self, in_width: int, members: Members, lora: LoraConfig, *, layer: int) -> None:
-        adapted = list(members.adapted(lora.targets))
+        adapted = list(members.adapted(lora.target_modules))
         super().__init__({name: Adapter(in_width, width, lora.rank) for name, _, width in adapted})
         self.starts = tuple(start for _, start, _ in adapted)
-        self.linears = tuple(layer * len(LORA_TARGETS) + LORA_TARGETS.index(name) for name, _, _ in adapted)
+        self.linears = tuple(
+            layer * len(LORA_TARGETS) + LORA_TARGETS.index(name) for name, _, _ in adapted
+        )
         self.scale, self.dropout = lora.alpha / lora.rank, lora.dropout
 
     def matrices(self) -> tuple[tuple[int, nn.Parameter, nn.Parameter], ...]:
         """(start, lora_A, lora_B) of each adapter."""
-        return tuple((start, one.lora_A, one.lora_B) for start, one in zip(self.starts, self.values(), strict=True))
+        return tuple(
+            (start, one.lora_A, one.lora_B)
+            for start, one in zip(self.starts, self.values(), strict=True)
+        )
 
     def drop(self, seeds_S: torch.Tensor) -> Dropout | None:
         """The dropout of these tokens; None where there is none."""
@@ -57,7 +66,9 @@ class AdapterSet(nn.ModuleDict):
 
 
 class LoraLinear(nn.Module):
-    """A frozen fused linear with named sets of adapters, each a submodule; `call` says which set runs, if any."""
+    """A frozen fused linear with named sets of adapters, each a submodule; `call` says which set
+    runs, if any.
+    """
 
     def __init__(
         self,
@@ -71,7 +82,9 @@ class LoraLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.members = members
-        self.weight: nn.Parameter | Quantised = nn.Parameter(torch.empty(sum(members.widths), in_width, dtype=dtype))
+        self.weight: nn.Parameter | Quantised = nn.Parameter(
+            torch.empty(sum(members.widths), in_width, dtype=dtype)
+        )
         self.bias = nn.Parameter(torch.empty(sum(members.widths), dtype=dtype)) if bias else None
         for name, lora in sets.items():
             self.add_module(name, AdapterSet(in_width, members, lora, layer=layer))
@@ -83,12 +96,18 @@ class LoraLinear(nn.Module):
         del self.weight
         self.weight = quantise(weight_FD, kind)
 
-    def forward(self, x_SD: torch.Tensor, *, adapters: str | None, seeds_S: torch.Tensor) -> torch.Tensor:
-        """Args: adapters: the set that runs; None: the bare linear. seeds_S: dropout's number of each token (int32)."""
+    def forward(
+        self, x_SD: torch.Tensor, *, adapters: str | None, seeds_S: torch.Tensor
+    ) -> torch.Tensor:
+        """Args: adapters: the set that runs; None: the bare linear. seeds_S: dropout's number of
+        each token (int32).
+        """
         if adapters is None:
             return lora_linear(x_SD, self.weight, self.bias)
         chosen: AdapterSet = getattr(self, adapters)
-        return lora_linear(x_SD, self.weight, self.bias, chosen.matrices(), chosen.scale, chosen.drop(seeds_S))
+        return lora_linear(
+            x_SD, self.weight, self.bias, chosen.matrices(), chosen.scale, chosen.drop(seeds_S)
+        )
 
 
 def quantised_weights(module: nn.Module) -> list[Quantised]:

@@ -1,8 +1,9 @@
-"""Benchmarks as published, read into one form; a task family is a file of this folder that defines `task`.
+"""Benchmarks as published, read into one form; a task family is a file of this folder that defines
+`task`.
 
-Splits are named train, validation and test everywhere, languages by our codes (FLORES-200's, or one of that form);
-each reader knows what the files call them. Every example is *one* text: student and teacher read the same characters,
-whatever special tokens their tokenizers would put between two.
+Splits are named train, validation and test everywhere, languages by our codes (FLORES-200's, or one
+of that form); each reader knows what the files call them. Every example is *one* text: student and
+teacher read the same characters, whatever special tokens their tokenizers would put between two.
 """
 
 import difflib
@@ -15,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mtllm_engine.data import marks, sources
-from mtllm_engine.data.marks import Marks, Range
-from mtllm_engine.data.rows import Absent, Row
+from mtllm_engine.data import sources
+from mtllm_engine.data.annotations import ANNOTATIONS, Annotations, Range
+from mtllm_engine.data.rows import AbsentError, Row
 from mtllm_engine.data.shards import Manifest
+from mtllm_engine.files import write_text
 
-ENGLISH = "eng_Latn"
 SPLITS = ("train", "validation", "test")
 SEPARATOR = "\n"  # between the parts of a text
 CODE = re.compile(r"(?<![A-Za-z])[a-z]{3}_[A-Z][a-z]{3}(?![A-Za-z])")
@@ -28,11 +29,11 @@ KEY = re.compile(r"[A-Za-z0-9_-]+")  # in WebDataset a dot ends a key, and a sla
 
 
 @dataclass(frozen=True, kw_only=True)
-class Example(Marks):
-    """One example. `Marks` says what is pooled, answered and shortened: characters [start, end) of `text`.
+class Example(Annotations):
+    """One example; `Annotations` says what is pooled, answered and shortened of its `text`.
 
-    Classification pools the whole text, so it has no spans; a choice's spans are the choices; a span task has one span,
-    the passage in which the answers lie.
+    Classification pools the whole text, so it has no spans; a choice's spans are the choices; a
+    span task has one span, the passage in which the answers lie.
     """
 
     key: str  # unique within (dataset, split, language); letters, digits, - and _
@@ -43,8 +44,9 @@ class Example(Marks):
 class Dataset:
     """One published set, in one or more layouts.
 
-    `reader(folder, split, code)` yields the examples of a split in the files' order, by the benchmark's own code; it
-    raises Absent where there is no such split or language, else ValueError with file, row and column.
+    `reader(folder, split, code)` yields the examples of a split in the files' order, by the
+    benchmark's own code; it raises AbsentError where there is no such split or language, else
+    ValueError with file, row and column.
     """
 
     name: str
@@ -58,30 +60,34 @@ class Dataset:
         A language that `languages` does not list is looked for by our own code.
 
         Raises:
-            Absent: The folder has no such split or language.
+            AbsentError: The folder has no such split or language.
             ValueError: A file is malformed; the message names file, row and column.
         """
         if split not in SPLITS:
-            raise ValueError(f"{self.name}: unknown split {split!r}; the splits are {', '.join(SPLITS)}")
-        reason = Absent(f"{folder}: {self.name} has no {split} examples in {language}")
-        for code in [code for code, ours in self.languages.items() if ours == language] or [language]:
+            raise ValueError(
+                f"{self.name}: unknown split {split!r}; the splits are {', '.join(SPLITS)}"
+            )
+        reason = AbsentError(f"{folder}: {self.name} has no {split} examples in {language}")
+        listed = [code for code, ours in self.languages.items() if ours == language]
+        for code in listed or [language]:
             try:
                 examples = self.reader(Path(folder), split, code)
                 return _distinct(self.name, itertools.chain([next(examples)], examples))
             except StopIteration:
                 continue
-            except Absent as error:
+            except AbsentError as error:
                 reason = error
         raise reason
 
     def present(self, folder: Path | str, split: str) -> list[str]:
-        """Our codes of the languages that a folder has examples in: those listed, and any code in a file's name.
+        """Our codes of the languages, listed or in a file's name, that a folder has examples in.
 
         Raises:
             ValueError: The start of a file is malformed.
         """
         named = {code for path in Path(folder).rglob("*") for code in CODE.findall(path.name)}
-        return [code for code in sorted({*self.languages.values(), *named}) if self.has(folder, split, code)]
+        candidates = sorted({*self.languages.values(), *named})
+        return [code for code in candidates if self.has(folder, split, code)]
 
     def has(self, folder: Path | str, split: str, language: str) -> bool:
         """Whether a folder has examples of a split in one of our languages.
@@ -91,13 +97,15 @@ class Dataset:
         """
         try:
             self.read(folder, split, language)
-        except Absent:
+        except AbsentError:
             return False
         return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
+    """What is asked of a text, and the sets that ask it."""
+
     name: str
     head: Literal["classification", "choice", "span"]
     labels: tuple[str, ...] = ()  # the classes' names, in order; () for choice and span
@@ -106,6 +114,12 @@ class Task:
     train: tuple[str, str]  # dataset and split of the English training set
     validation: tuple[str, str]  # dataset and split, in English: what chooses between checkpoints
     num_choices: int = 0
+
+    @property
+    def head_size(self) -> tuple[str, int]:
+        """The kind of head that answers, and how many outputs it has."""
+        sizes = {"classification": len(self.labels), "choice": self.num_choices, "span": 2}
+        return self.head, sizes[self.head]
 
 
 def task_names() -> list[str]:
@@ -122,24 +136,29 @@ def load_task(name: str) -> Task:
     names = task_names()
     if name not in names:
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0) or names
-        raise ValueError(f"unknown task {name!r}; did you mean {nearest[0]}? There are {', '.join(names)}")
+        raise ValueError(
+            f"unknown task {name!r}; did you mean {nearest[0]}? There are {', '.join(names)}"
+        )
     return importlib.import_module(f"{__name__}.{name}").task
 
 
 def join(first: str, second: str) -> tuple[str, Range]:
-    """Two sentences as one text, and the characters of the first: what is shortened where both are too long.
+    """Two sentences as one text, and the characters of the first, to be shortened where need be.
 
-    A newline stands between them, for both tokenizers must read the same text and have no separator in common. Llama's
-    tokenizer has a token for it; SentencePiece turns it into a space, so the encoder sees two sentences in a row, as in
-    the documents that the stack was distilled on.
+    A newline stands between them, for both tokenizers must read the same text and have no separator
+    in common. Llama's tokenizer has a token for it; SentencePiece turns it into a space, so the
+    encoder sees two sentences in a row, as in the documents that the stack was distilled on.
     """
     return f"{first}{SEPARATOR}{second}", (0, len(first))
 
 
-def pairs(rows: Iterable[Row], first: str, second: str, label: str, names: Sequence[str]) -> Iterator[Example]:
-    """Classified pairs of sentences in the columns of these names, numbered from 0 in the order of the rows.
+def pairs(
+    rows: Iterable[Row], first: str, second: str, label: str, names: Sequence[str]
+) -> Iterator[Example]:
+    """Classified pairs of sentences, in columns of these names; rows are numbered from 0.
 
-    One sentence of a pair may be blank, as three premises of AmericasNLI's Nahuatl test set are published.
+    One sentence of a pair may be blank, as three premises of AmericasNLI's Nahuatl test set are
+    published.
     """
     for number, row in enumerate(rows):
         sentence = row.text(first, may_be_blank=True)
@@ -148,42 +167,54 @@ def pairs(rows: Iterable[Row], first: str, second: str, label: str, names: Seque
 
 
 def pack(examples: Iterable[Example], out: Path | str, *, language: str, licence: str) -> Manifest:
-    """Writes examples as a corpus, in their order: a WebDataset sample each, under the example's key.
+    """Writes examples as a corpus, in their order: a WebDataset sample each, under the example's
+    key.
 
     Args:
-        language: What the encoder is given: `languages.resolve_language` says that of a benchmark's language.
+        language: What the encoder is given: `languages.resolve_language` says that of a benchmark's
+            language.
 
     Raises:
-        ValueError: `out` is in use, there are no examples, two have one key, or a key is not fit for a file's name.
+        ValueError: `out` is in use, there are no examples, two have one key, or a key is not fit
+            for a file's name.
     """
-    fields = {name: f"json.{name}" for name in ("text", *marks.NAMES)}
+    fields = {name: f"json.{name}" for name in ("text", *ANNOTATIONS)}
     distinct = _distinct(str(out), examples)
-    members = ((example.key, {name: getattr(example, name) for name in fields}) for example in distinct)
+    members = (
+        (example.key, {name: getattr(example, name) for name in fields}) for example in distinct
+    )
     return sources.pack_json(members, out, fields=fields, language=language, licence=licence)
 
 
 def pack_split(task: Task, source: str, split: str, language: str, out: Path) -> Path:
-    """Packs a split of `DATASET:FOLDER` in one of our languages; a corpus of it that is there is left as it is.
+    """Packs a split of `DATASET:FOLDER` in a language, unless a corpus of it is there; returns it.
 
     Raises:
-        ValueError: The data set is none of the task's, a file is missing or malformed, or `out` holds another one's.
+        ValueError: The data set is none of the task's, a file is missing or malformed, or `out`
+            holds another one's.
     """
     dataset, folder = find_dataset(task, source)
-    made_of, told = out / "source.txt", f"{task.name} {source} {split} {language}"
+    record, origin = out / "source.txt", f"{task.name} {source} {split} {language}"
     if not (out / "manifest.json").is_file():
         pack(dataset.read(folder, split, language), out, language=language, licence=dataset.licence)
-        made_of.write_text(told + "\n", encoding="utf-8")
-    elif made_of.is_file() and (found := made_of.read_text("utf-8").strip()) != told:
-        raise ValueError(f"{out} was made of {found}, not of {told}; remove it or choose another run.dir")
+        write_text(record, origin + "\n")
+    elif record.is_file() and (other := record.read_text("utf-8").strip()) != origin:
+        fix = "remove it or choose another run.dir"
+        raise ValueError(f"{out} was made of {other}, not of {origin}; {fix}")
     return out
 
 
 def find_dataset(task: Task, source: str) -> tuple[Dataset, Path]:
-    """The data set and the folder that `DATASET:FOLDER` names. Raises: ValueError: It is none of the task's."""
+    """The data set and the folder that `DATASET:FOLDER` names.
+
+    Raises:
+        ValueError: It is none of the task's.
+    """
     name, colon, folder = source.partition(":")
     if not colon or name not in task.datasets:
-        raise ValueError(f"{source!r}: write DATASET:FOLDER; data sets of {task.name} are {', '.join(task.datasets)}")
-    return task.datasets[name], Path(folder).expanduser()
+        known = f"data sets of {task.name} are {', '.join(task.datasets)}"
+        raise ValueError(f"{source!r}: write DATASET:FOLDER; {known}")
+    return task.datasets[name], Path(folder)
 
 
 def _distinct(name: str, examples: Iterable[Example]) -> Iterator[Example]:
@@ -192,6 +223,8 @@ def _distinct(name: str, examples: Iterable[Example]) -> Iterator[Example]:
         if example.key in keys:
             raise ValueError(f"{name}: two examples have the key {example.key!r}")
         if not KEY.fullmatch(example.key):
-            raise ValueError(f"{name}: the key {example.key!r} is not letters, digits, - and _ alone")
+            raise ValueError(
+                f"{name}: the key {example.key!r} is not letters, digits, - and _ alone"
+            )
         keys.add(example.key)
         yield example

@@ -1,16 +1,20 @@
-"""Natural language inference: MNLI to train on, XNLI, AmericasNLI, KardesNLU and IndicXNLI to evaluate on."""
+"""Natural language inference: MNLI to train on; XNLI and its kin in other languages to test with.
+
+These are AmericasNLI, KardesNLU and IndicXNLI.
+"""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mtllm_engine.data.languages import flores_code
 from mtllm_engine.data.rows import Row, find, numbered, read, read_json
+from mtllm_engine.languages import ENGLISH, flores_code
 from mtllm_engine.tasks import Dataset, Example, Task, pairs
 
 LABELS = ("entailment", "neutral", "contradiction")
 COLUMNS = ("language", "premise", "hypothesis", "label")
 DEV = {"validation": "dev"}  # what most of these sets call it
-MATCHED = {"validation": "validation_matched", "test": "test_matched"}  # test_matched comes without labels
+# test_matched comes without labels.
+MATCHED = {"validation": "validation_matched", "test": "test_matched"}
 
 
 def _inferences(rows: Iterable[Row]) -> Iterator[Example]:
@@ -24,9 +28,9 @@ def _read_mnli(folder: Path, split: str, code: str) -> Iterator[Example]:
 
 
 def _read_xnli(folder: Path, split: str, code: str) -> Iterator[Example]:
-    """The hub's `{code}/{split}-*.parquet`, or XNLI-1.0's one file for all languages, by its `language` column."""
-    name = DEV.get(split, split)
-    together = [f"{place}xnli.{name}.{kind}" for kind in ("tsv", "jsonl") for place in ("XNLI-1.0/", "")]
+    """The hub's `{code}/{split}-*.parquet`, or XNLI-1.0's file of all languages, by its column."""
+    names = [f"xnli.{DEV.get(split, split)}.{kind}" for kind in ("tsv", "jsonl")]
+    together = [f"{parent}{name}" for name in names for parent in ("XNLI-1.0/", "")]
     paths = find(folder, f"{code}/{split}-*.parquet", *together)
     rows = (row for path in paths for row in read(path))
     if paths[0].suffix == ".parquet":
@@ -36,7 +40,7 @@ def _read_xnli(folder: Path, split: str, code: str) -> Iterator[Example]:
 
 
 def _read_americasnli(folder: Path, split: str, code: str) -> Iterator[Example]:
-    """The repository's `test/{code}.tsv` (some have no header) or its one file for all, or the hub's Parquet."""
+    """The repository's `test/{code}.tsv` (some have no header), its file of all, or the hub's."""
     name = DEV.get(split, split)
     paths = find(folder, f"{name}/{code}.tsv", f"{name}.tsv", f"{code}/{split}-*.parquet")
     rows = (row for path in paths for row in read(path, COLUMNS))
@@ -44,14 +48,14 @@ def _read_americasnli(folder: Path, split: str, code: str) -> Iterator[Example]:
 
 
 def _read_kardesnlu(folder: Path, split: str, code: str) -> Iterator[Example]:
-    """The translated columns: `sentence1` and `sentence2` are English, the first column numbers XNLI's rows."""
+    """The translated columns: others are English, and the first one numbers XNLI's rows."""
     name = f"xnli.{DEV.get(split, split)}.{code}.csv"
     path, *_ = find(folder, f"Data/*/{name}", f"*/{name}", name)
     return pairs(read(path), "s1_translation", "s2_translation", "gold_label", LABELS)
 
 
 def _read_indicxnli(folder: Path, split: str, code: str) -> Iterator[Example]:
-    """`forward/dev/xnli_{code}.json`, an object with the rows under the split's name, or the hub's Parquet branch."""
+    """`forward/dev/xnli_{code}.json`, the rows under the split's name, or the hub's Parquet."""
     name = DEV.get(split, split)
     paths = find(folder, f"forward/{name}/xnli_{code}.json", f"{code}/{split}/*.parquet")
     if paths[0].suffix == ".parquet":
@@ -61,7 +65,8 @@ def _read_indicxnli(folder: Path, split: str, code: str) -> Iterator[Example]:
 
 def _rows_in_json(path: Path) -> Iterator[Row]:
     content = read_json(path)
-    rows = next(iter(content.values())) if isinstance(content, dict) and len(content) == 1 else content
+    has_name = isinstance(content, dict) and len(content) == 1
+    rows = next(iter(content.values())) if has_name else content
     if not isinstance(rows, list):
         raise ValueError(f"{path}: should be an object with a list of rows under the split's name")
     return numbered(path, rows)
@@ -89,14 +94,16 @@ KARDESNLU = {
     "uz": "uzn_Latn",
 }
 DATASETS = (
-    Dataset(name="mnli", languages={"en": "eng_Latn"}, reader=_read_mnli, licence="OANC and others"),
+    Dataset(name="mnli", languages={"en": ENGLISH}, reader=_read_mnli, licence="OANC and others"),
     Dataset(
         name="xnli",
         languages={code: flores_code(code) for code in XNLI.split()},
         reader=_read_xnli,
         licence="CC-BY-NC-4.0",
     ),
-    Dataset(name="americasnli", languages=AMERICASNLI, reader=_read_americasnli, licence="CC-BY-SA-4.0"),
+    Dataset(
+        name="americasnli", languages=AMERICASNLI, reader=_read_americasnli, licence="CC-BY-SA-4.0"
+    ),
     Dataset(name="kardesnlu", languages=KARDESNLU, reader=_read_kardesnlu, licence="unknown"),
     Dataset(
         name="indicxnli",

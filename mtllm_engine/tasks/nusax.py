@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mtllm_engine.data.rows import find, read
+from mtllm_engine.languages import ENGLISH
 from mtllm_engine.tasks import Dataset, Example, Task
 
 LABELS = ("negative", "neutral", "positive")
@@ -13,7 +14,7 @@ LANGUAGES = {  # the repository's folders, then the hub's
     "balinese": "ban_Latn",
     "banjarese": "bjn_Latn",
     "buginese": "bug_Latn",
-    "english": "eng_Latn",
+    "english": ENGLISH,
     "indonesian": "ind_Latn",
     "javanese": "jav_Latn",
     "madurese": "mad_Latn",
@@ -26,9 +27,9 @@ LANGUAGES |= {code[:3]: code for code in LANGUAGES.values()}
 
 
 def _read(folder: Path, split: str, code: str) -> Iterator[Example]:
-    place = f"{code}/{VALID.get(split, split)}.csv"
+    name = f"{code}/{VALID.get(split, split)}.csv"
     hub = f"{code}/nusa_x-senti-{split}.parquet"
-    paths = find(folder, f"datasets/sentiment/{place}", f"sentiment/{place}", place, hub)
+    paths = find(folder, f"datasets/sentiment/{name}", f"sentiment/{name}", name, hub)
     rows = (row for path in paths for row in read(path))
     for row in rows:
         key = str(row.number("id", 0, 1 << 31))  # the same sentence's in every language
@@ -40,7 +41,9 @@ task = Task(
     head="classification",
     labels=LABELS,
     metric="macro_f1",
-    datasets={"nusax": Dataset(name="nusax", languages=LANGUAGES, reader=_read, licence="CC-BY-SA-4.0")},
+    datasets={
+        "nusax": Dataset(name="nusax", languages=LANGUAGES, reader=_read, licence="CC-BY-SA-4.0")
+    },
     train=("nusax", "train"),
     validation=("nusax", "validation"),
 )

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from mtllm_engine.data.languages import flores_code
 from mtllm_engine.data.rows import find, read
+from mtllm_engine.languages import flores_code
 from mtllm_engine.tasks import Dataset, Example, Task, pairs
 
 LABELS = ("different", "paraphrase")
@@ -13,12 +13,12 @@ UNTRANSLATED = ("NS", "")  # stand in either column for a sentence that the tran
 
 
 def _read(folder: Path, split: str, code: str) -> Iterator[Example]:
-    """Without the rows that lack a translation: of `NS`, and (`translated_train`) of nothing at all."""
+    """Without the rows that lack a translation: `NS`, or (`translated_train`) nothing at all."""
     name = "train.tsv" if (code, split) == ("en", "train") else FILES[split]
     path, *_ = find(folder, f"x-final/{code}/{name}", f"{code}/{name}")
-    rows = read(path)
-    rows = (row for row in rows if not {row.value("sentence1"), row.value("sentence2")}.intersection(UNTRANSLATED))
-    return pairs(rows, "sentence1", "sentence2", "label", LABELS)
+    names = ("sentence1", "sentence2")
+    rows = (row for row in read(path) if not {*map(row.value, names)}.intersection(UNTRANSLATED))
+    return pairs(rows, *names, "label", LABELS)
 
 
 CODES = "de en es fr ja ko zh"

@@ -3,11 +3,19 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from mtllm_engine.data.languages import FLORES_200
 from mtllm_engine.data.rows import find, quoted
+from mtllm_engine.languages import FLORES_200
 from mtllm_engine.tasks import Dataset, Example, Task
 
-LABELS = ("science/technology", "travel", "politics", "sports", "health", "entertainment", "geography")
+LABELS = (
+    "science/technology",
+    "travel",
+    "politics",
+    "sports",
+    "health",
+    "entertainment",
+    "geography",
+)
 DEV = {"validation": "dev"}
 
 
@@ -16,7 +24,9 @@ def _read(folder: Path, split: str, code: str) -> Iterator[Example]:
     name = f"{code}/{DEV.get(split, split)}.tsv"
     path, *_ = find(folder, f"data/annotated/{name}", f"annotated/{name}", name)
     for row in quoted(path, "\t"):
-        yield Example(key=row.text("index_id"), text=row.text("text"), label=row.label("category", LABELS))
+        yield Example(
+            key=row.text("index_id"), text=row.text("text"), label=row.label("category", LABELS)
+        )
 
 
 SIB200 = Dataset(

@@ -1,7 +1,8 @@
-"""Taxi1500: the topic of a Bible verse. English is labelled; other languages' verses get the label of the same verse.
+"""Taxi1500: the topic of a Bible verse, labelled in English; others get the same verse's label.
 
-The verses come from the Bible editions of Taxi1500-c, one file each, named by ISO 639-3 (`swh-x-bible-...txt`). Of a
-language's editions in our code's script the one with most of the split's verses is read, the first by name of equals.
+The verses come from the Bible editions of Taxi1500-c, one file each, named by ISO 639-3
+(`swh-x-bible-...txt`). Of a language's editions in our code's script the one with most of the
+split's verses is read, the first by name of equals.
 """
 
 import unicodedata
@@ -9,14 +10,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mtllm_engine.data.languages import FLORES_200, OTHER_CODES, SCRIPTS
-from mtllm_engine.data.rows import Absent, Row, find, read
+from mtllm_engine.data.rows import AbsentError, Row, find, read
+from mtllm_engine.languages import ENGLISH, FLORES_200, OTHER_CODES, SCRIPTS
 from mtllm_engine.tasks import Dataset, Example, Task
 
 LABELS = ("Recommendation", "Faith", "Description", "Sin", "Grace", "Violence")
 COLUMNS = ("id", "label", "text")
 DEV = {"validation": "dev"}
-ENGLISH = "eng_Latn"
 UNICODE_SCRIPTS = {"CJK": {"Hans", "Hant", "Jpan"}, "HIRAGANA": {"Jpan"}, "KATAKANA": {"Jpan"}}
 SAMPLE = 200  # letters that are looked at to know a script
 
@@ -40,27 +40,27 @@ def _best_edition(folder: Path, code: str, labelled: Mapping[str, Row]) -> dict[
     editions = [_verses(path, labelled) for path in _editions(folder, code)]
     fitting = [verses for verses in editions if verses and _is_script(code[4:], verses)]
     if not fitting:
-        raise Absent(f"{folder} has no edition in {code} with verses of this split")
+        raise AbsentError(f"{folder} has no edition in {code} with verses of this split")
     return max(fitting, key=len)
 
 
 def _editions(folder: Path, code: str) -> list[Path]:
-    """Files of a language by ISO 639-3, and by the code of the group of languages that FLORES-200 has it for."""
-    prefixes = [code[:3], *(other for other, ours in OTHER_CODES.items() if ours == code and len(other) == 3)]
-    found = []
-    for prefix in prefixes:
-        patterns = [f"{place}{prefix}[-_]*.txt" for place in ("Taxi1500-c*/", "")]
+    """Files of a language by ISO 639-3, and by the group that FLORES-200 takes it for."""
+    groups = [other for other, ours in OTHER_CODES.items() if ours == code and len(other) == 3]
+    editions = []
+    for prefix in (code[:3], *groups):
+        patterns = [f"{parent}{prefix}[-_]*.txt" for parent in ("Taxi1500-c*/", "")]
         try:
-            found += find(folder, *patterns)
-        except Absent as error:
+            editions += find(folder, *patterns)
+        except AbsentError as error:
             reason = error
-    if not found:
+    if not editions:
         raise reason
-    return found
+    return editions
 
 
 def _verses(path: Path, labelled: Mapping[str, Row]) -> dict[str, str]:
-    """The labelled verses of an edition: lines of an id and a text, below comments and other matter without an id."""
+    """The labelled verses of an edition: lines of an id and a text, among others without an id."""
     verses = {}
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
@@ -74,7 +74,7 @@ def _verses(path: Path, labelled: Mapping[str, Row]) -> dict[str, str]:
 
 
 def _is_script(script: str, verses: Mapping[str, str]) -> bool:
-    """Whether most letters are of a script; characters' names in Unicode begin with that of their script."""
+    """Whether most letters are of a script, with whose name Unicode's names of them begin."""
     letters = [char for text in verses.values() for char in text if char.isalpha()][:SAMPLE]
     names = Counter(unicodedata.name(char, "").split(" ")[0] for char in letters)
     (most, _), *_ = names.most_common(1) or [("", 0)]

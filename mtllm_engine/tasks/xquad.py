@@ -1,14 +1,15 @@
 """XQuAD: the answer to a question, as a piece of the passage; SQuAD 1.1 to train on.
 
-The text is the question, a newline, and the passage. The passage is the example's one span, and what may be shortened.
+The text is the question, a newline, and the passage. The passage is the example's one span, and
+what may be shortened.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mtllm_engine.data.languages import flores_code
 from mtllm_engine.data.rows import Row, find, numbered, read_json
+from mtllm_engine.languages import ENGLISH, flores_code
 from mtllm_engine.tasks import SEPARATOR, Dataset, Example, Task
 
 SQUAD_FILES = {"train": "train-v1.1.json", "validation": "dev-v1.1.json"}
@@ -38,13 +39,15 @@ def _children(parent: Row, column: str, name: str) -> Iterator[Row]:
     items: Any = parent.value(column)
     if not isinstance(items, list):
         raise parent.wrong(column, "a list")
-    return numbered(parent.place, items, name)
+    return numbered(parent.where, items, name)
 
 
 def _example(row: Row, passage: str) -> Example:
     text = f"{row.text('question')}{SEPARATOR}{passage}"
     start = len(text) - len(passage)
-    answers = dict.fromkeys(_answer(answer, text, start) for answer in _children(row, "answers", "answer"))
+    answers = dict.fromkeys(
+        _answer(answer, text, start) for answer in _children(row, "answers", "answer")
+    )
     span = (start, len(text))
     return Example(key=row.text("id"), text=text, spans=(span,), answers=tuple(answers), cut=span)
 
@@ -64,7 +67,7 @@ XQUAD = Dataset(
     reader=_read_xquad,
     licence="CC-BY-SA-4.0",
 )
-SQUAD = Dataset(name="squad", languages={"en": "eng_Latn"}, reader=_read_squad, licence="CC-BY-SA-4.0")
+SQUAD = Dataset(name="squad", languages={"en": ENGLISH}, reader=_read_squad, licence="CC-BY-SA-4.0")
 task = Task(
     name="xquad",
     head="span",

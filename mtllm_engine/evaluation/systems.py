@@ -1,0 +1,290 @@
+"""Who answers which test sets: the LLM, alone or after translation, the stack; and their cost."""
+
+import json
+import shutil
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from mtllm_engine import config as configs
+from mtllm_engine.config import Config
+from mtllm_engine.data.batch import Document
+from mtllm_engine.data.stream import build_stream, each_step
+from mtllm_engine.data.teacher_states import cost_of
+from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
+from mtllm_engine.evaluation.predictions import Predictions
+from mtllm_engine.evaluation.translate import Translator, find_model, translate_examples
+from mtllm_engine.languages import ENGLISH, Resolved, resolve_language
+from mtllm_engine.model.build import build_stack, build_tokenizer
+from mtllm_engine.model.objective import Outputs
+from mtllm_engine.model.weights import checkpoint_tensors, has_head, read_lora, resolve
+from mtllm_engine.tasks import Dataset, Example, Task, find_dataset, load_task, pack
+from mtllm_engine.training.engine import build_engine, shard
+from mtllm_engine.world import AgreedError, World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Test:
+    """A test set in one language, and what the encoder is given for it."""
+
+    dataset: Dataset
+    folder: Path
+    language: str
+    resolved: Resolved
+
+    @property
+    def examples(self) -> Iterator[Example]:
+        return self.dataset.read(self.folder, "test", self.language)
+
+    def check(self, task: Task) -> None:
+        """Raises: ValueError: A row is malformed, or an example has nothing to compare with."""
+        for example in self.examples:
+            if not (example.answers if task.head == "span" else example.label >= 0):
+                wanted = "accepted answer" if task.head == "span" else "label"
+                where = f"{self.dataset.name}:{self.folder} in {self.language}"
+                lack = f"example {example.key} has no {wanted}"
+                raise ValueError(f"task.test: {where}: {lack}; leave this test set out")
+
+
+class Reader:
+    """The LLM, or the stack, with a task's head, loaded once for all test sets.
+
+    Args:
+        kind: `objective.reader`.
+        checkpoint: A run's, with a head.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        task: Task,
+        kind: Literal["llm", "stack"],
+        checkpoint: str,
+    ) -> None:
+        lora = world.together(lambda: read_lora(Path(checkpoint)))
+        model = replace(config.model, init_from=checkpoint, teacher="")
+        objective = replace(config.objective, kind="finetune", reader=kind)
+        self.config = replace(config, model=model, objective=objective, lora=lora)
+        self.world, head = world, task.head_size
+        stack, weights = world.together(lambda: build_stack(self.config, head=head, learns=False))
+        self.tokenizer = world.together(lambda: build_tokenizer(self.config, stack))
+        self.engine = build_engine(self.config, shard(stack, weights, self.config, world), world)
+
+    def __call__(self, corpus: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """Keys, labels (N,) and scores (N, Y), of every document of a corpus, in its order, on
+        every rank.
+
+        Of a span task, instead of scores: the characters [start, end) (N, 2) of each text that
+        answer.
+
+        Raises:
+            ValueError: A document cannot be read, or not each was read once.
+        """
+        config, world = self.config, self.world
+        data = replace(config.data, teacher_states="", on_error="raise")
+        options = {"seed": config.run.seed, "corpus": corpus}
+        stream = world.together(lambda: build_stream(data, self.tokenizer, world, **options))
+        rows = []
+        with self.engine.evaluating():
+            for global_batch in each_step(stream, world, config.memory.max_tokens):
+                for documents, batch in global_batch.batches(world.device):
+                    outputs = self.engine(batch, global_batch.totals).outputs
+                    answers = zip(documents, self._answers(documents, outputs))
+                    rows += [(doc.row, doc.key, doc.label, answer) for doc, answer in answers]
+        # All ranks' rows in the corpus' order: each document once, or the scores mean nothing.
+        rows = sorted((row for part in world.gather(rows) for row in part), key=lambda row: row[0])
+        shards = enumerate(stream.mixture.corpora[0].manifest.shards)
+        expected = [(0, number, index) for number, each in shards for index in range(each.samples)]
+        if [row[0] for row in rows] != expected:
+            counts = f"{len(rows)} documents were scored of {len(expected)}"
+            raise AgreedError(ValueError(f"{corpus}: {counts}"))
+        _, keys, labels, answers = zip(*rows)
+        return list(keys), np.array(labels), np.stack(answers)
+
+    def _answers(self, documents: Sequence[Document], outputs: Outputs) -> Sequence[np.ndarray]:
+        """Of each document: scores (Y,), or the characters [start, end) that answer."""
+        if outputs.answers_N2 is None:
+            return outputs.scores_NY.float().cpu().numpy()
+        reads_stack = self.config.objective.reader == "stack"
+        side = "student_offsets_S2" if reads_stack else "teacher_offsets_T2"
+        answers = zip(documents, outputs.answers_N2.cpu().numpy())
+        return [getattr(doc, side)[start:end].ravel()[[0, -1]] for doc, (start, end) in answers]
+
+
+def results_folder(config: Config) -> Path:
+    return Path(config.evaluate.results or Path(config.run.dir) / "results")
+
+
+def find_systems(config: Config) -> tuple[Task, list[Test]]:
+    """The task and its test sets, by all that evaluation needs.
+
+    Raises:
+        ValueError: As `find_tests`, or a checkpoint is missing or has no head.
+    """
+    needed = {"llm": "teacher", "translate_test": "teacher", "stack": "init_from"}
+    for system in config.evaluate.systems:
+        checkpoint = getattr(config.model, needed[system])
+        if not checkpoint or not has_head(checkpoint_tensors(checkpoint)):
+            needs = f"needs model.{needed[system]}, a checkpoint with a head"
+            lack = f"{checkpoint} has none" if checkpoint else "it is empty"
+            raise ValueError(f"evaluate.systems has {system!r}, which {needs}; {lack}")
+    return find_tests(config)
+
+
+def find_tests(config: Config) -> tuple[Task, list[Test]]:
+    """The task and its test sets, by all that evaluation needs besides checkpoints.
+
+    Raises:
+        ValueError: A test set, a language or the translator is missing, or the task takes no
+            translation.
+    """
+    if not config.task.test:
+        raise ValueError("task.test names no test set; write DATASET:FOLDER")
+    task = load_task(config.task.name)
+    translates = "translate_test" in config.evaluate.systems
+    if task.head == "span" and translates:
+        reason = "is answered with a piece of the text, and a translation has other pieces"
+        system = f"evaluate.systems has 'translate_test', but task {task.name}"
+        raise ValueError(f"{system} {reason}; leave it out")
+    if translates:
+        find_model(_translator_name(config))
+    tokens = language_tokens(load_tokenizer(resolve(config.model.encoder)))
+    return task, _tests(config, task, tokens)
+
+
+def _tests(config: Config, task: Task, tokens: Collection[str]) -> list[Test]:
+    """Each test set in those of the languages asked for that it has; in all that it has, where none
+    is asked for.
+
+    Args:
+        tokens: The encoder's, of languages.
+
+    Raises:
+        ValueError: A language is in no test set, or a test set has none of the languages that a
+            system can read, or is malformed, or has no labels.
+    """
+    asked, known = config.evaluate.languages, (tokens, config.languages.fallback)
+    # What there is, by test set.
+    sets: dict[str, list[Test]] = {}
+    for source in config.task.test:
+        dataset, folder = find_dataset(task, source)
+        has = partial(dataset.has, folder, "test")
+        codes = list(filter(has, asked)) if asked else dataset.present(folder, "test")
+        about = {"dataset": dataset, "folder": folder}
+        resolved = [(code, resolve_language(code, *known)) for code in codes]
+        sets[source] = [Test(**about, language=code, resolved=each) for code, each in resolved]
+    # Whether it is all that is asked for, and of use to some system.
+    tests = [test for part in sets.values() for test in part]
+    if missing := set(asked) - {test.language for test in tests}:
+        where = f"which is in no test set of {', '.join(config.task.test)}"
+        fix = "leave it out or add one that has it"
+        raise ValueError(f"evaluate.languages has {min(missing)}, {where}; {fix}")
+    for source, part in sets.items():
+        if not part:
+            fix = " of evaluate.languages; leave it out, or add one that it has" if asked else ""
+            raise ValueError(f"task.test: {source} has no test examples in any language{fix}")
+        if "llm" not in config.evaluate.systems and not any(test.resolved.given for test in part):
+            lack = f"the encoder has no token for any language of {source}"
+            raise ValueError(f"task.test: {lack}; declare languages.fallback, or leave it out")
+    for test in tests:
+        test.check(task)
+    return tests
+
+
+def build_translator(config: Config, world: World) -> Translator:
+    """Raises: ValueError: There is no such model."""
+    cache = Path(config.evaluate.translations or results_folder(config) / "translations")
+    num_beams = config.evaluate.num_beams
+    return Translator(_translator_name(config), cache=cache, world=world, num_beams=num_beams)
+
+
+def _translator_name(config: Config) -> str:
+    return config.evaluate.translator or config.model.encoder
+
+
+def predict(
+    config: Config,
+    world: World,
+    task: Task,
+    reader: Reader,
+    translator: Translator | None,
+    test: Test,
+) -> Predictions:
+    """What one reader says of a test set: nothing where its language has no token and the encoder
+    is needed."""
+    # Who is asked what, and whether there is anything to say.
+    reads_stack = reader.config.objective.reader == "stack"
+    needs_encoder = translator is not None or reads_stack
+    given, status = test.resolved
+    about = {"system": "stack", "dataset": test.dataset.name, "language": test.language}
+    about |= {"seed": config.run.seed, "metric": task.metric}
+    about |= {"language_status": status, "language_given": given} if needs_encoder else {}
+    if needs_encoder and given is None:
+        return Predictions(**about, keys=(), labels=(), predictions=())
+    # What is read: the examples, or their translations, which took their time now or before.
+    examples, translation_s = test.examples, 0.0
+    is_translated = translator is not None and test.language != ENGLISH
+    if is_translated:
+        examples, translation_s = translate_examples(list(examples), translator, source=given)
+    start_s = time.perf_counter()
+    corpus = results_folder(config) / "corpus"
+    corpus /= "translated" if translator else reader.config.objective.reader
+    corpus = corpus / test.dataset.name / test.language
+    # The LLM alone has no use for the encoder's token: any will do for the side that nobody reads.
+    language = given if reads_stack else ENGLISH
+    options = {"language": language, "licence": test.dataset.licence}
+    world.on_main(lambda: _pack_anew(examples, corpus, **options))
+    # What is said, and how long that took. English, as it is, does not show what translating takes.
+    keys, labels, answers = reader(corpus)
+    wall_s = translation_s + time.perf_counter() - start_s
+    if task.head == "span":
+        columns = world.together(lambda: _texts(test, keys, answers))
+    else:
+        columns = {"labels": labels, "predictions": answers.argmax(1)}
+        columns["num_classes"] = answers.shape[1]
+    is_timed = is_translated or translator is None
+    latency_s = 1000 * wall_s / len(keys) if is_timed else None
+    return Predictions(**about, keys=keys, **columns, latency_s=latency_s)
+
+
+def _pack_anew(examples: Iterable[Example], corpus: Path, *, language: str, licence: str) -> None:
+    """Nothing of an earlier evaluation is trusted: its texts may be other ones."""
+    shutil.rmtree(corpus, ignore_errors=True)
+    pack(examples, corpus, language=language, licence=licence)
+
+
+def _texts(test: Test, keys: Sequence[str], answers_N2: np.ndarray) -> dict[str, list]:
+    """Accepted answers and the answer given of each example, as text."""
+    examples = {example.key: example for example in test.examples}
+    labels = [[examples[key].text[slice(*each)] for each in examples[key].answers] for key in keys]
+    given = [examples[key].text[start:end].strip() for key, (start, end) in zip(keys, answers_N2)]
+    return {"labels": labels, "predictions": given}
+
+
+def cost(checkpoint: Path) -> tuple[float | None, float | None]:
+    """GPU-hours and FLOPs that a checkpoint took, with the runs and stored states that it stands
+    on; None: not known."""
+    # The run's own steps, and what it read.
+    run = checkpoint.resolve().parent.parent
+    try:
+        config = configs.load(run / "config.toml")
+        ranks = json.loads((run / "environment.json").read_text())["world_size"]
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        steps = [(row["step_s"], row["flops"]) for row in rows if "loss" in row]
+        states = config.data.teacher_states
+        corpora = {path for path in (*config.data.train, config.validation.corpus) if path}
+        below = [cost_of(Path(corpus), states) for corpus in corpora if states]
+    except (OSError, ValueError, KeyError):
+        return None, None
+    # What it started from and learned from.
+    below += [cost(Path(path)) for path in (config.model.init_from, config.model.teacher) if path]
+    if any(None in each for each in below):
+        return None, None
+    hours, flops = sum(each[0] for each in steps) * ranks / 3600, sum(each[1] for each in steps)
+    return hours + sum(each[0] for each in below), flops + sum(each[1] for each in below)

@@ -1,0 +1,169 @@
+"""The stack: MT encoder -> projection -> LLM with adapters, and the LLM without them, or with a
+task's, as teacher.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, M2M100Config
+
+from mtllm_engine.config import Config, LoraConfig
+from mtllm_engine.data.batch import Batch, Totals
+from mtllm_engine.kernels.attention import select
+from mtllm_engine.kernels.projection import projection
+from mtllm_engine.model.decoder import Decoder, TokenStream
+from mtllm_engine.model.encoder import Encoder
+from mtllm_engine.model.lora import LoraLinear
+from mtllm_engine.model.objective import (
+    Distillation,
+    HeadSize,
+    Share,
+    build_head,
+    build_reading,
+)
+from mtllm_engine.world import device_type
+
+LAYER_NORM_EPS = 1e-5  # PyTorch's default, which M2M-100 uses
+
+
+class Projection(nn.Module):
+    """The encoder's final LayerNorm (frozen) and the trained Linear(E -> D), fp32 parameters."""
+
+    def __init__(self, in_width: int, out_width: int, dtype: torch.dtype, *, bias: bool) -> None:
+        super().__init__()
+        self.norm_weight = nn.Parameter(torch.empty(in_width, dtype=dtype))
+        self.norm_bias = nn.Parameter(torch.empty(in_width, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(out_width, in_width))
+        self.bias = nn.Parameter(torch.empty(out_width)) if bias else None
+
+    def forward(self, hidden_SE: torch.Tensor) -> torch.Tensor:
+        return projection(
+            hidden_SE, self.norm_weight, self.norm_bias, LAYER_NORM_EPS, self.weight, self.bias
+        )
+
+
+class Stack(nn.Module):
+    """The one root module: a single forward runs encoder, student, teacher and loss.
+
+    A second engine call per micro-batch would invalidate ZeRO-3's prefetch trace every time. With
+    `objective.reader` = "llm" there is neither encoder nor projection: the LLM reads its own
+    tokens, as it does when it learns a task.
+
+    Args:
+        head: Of the task.
+        teacher: The fine-tuned LLM's adapters; None: the teacher is the bare LLM.
+        learns: Or nothing is trained.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        encoder: M2M100Config,
+        decoder: LlamaConfig,
+        *,
+        head: HeadSize | None = None,
+        teacher: LoraConfig | None = None,
+        learns: bool = True,
+    ) -> None:
+        super().__init__()
+        dtype, width = getattr(torch, config.model.dtype), decoder.hidden_size
+        self.attention = select(config.model.attention, device_type())
+        self.learns, self.reads_stack = learns, config.objective.reader == "stack"
+        # What is below the LLM.
+        self.encoder = self.projection = None
+        if self.reads_stack:
+            bias = config.model.projection_bias
+            self.encoder = Encoder(encoder, dtype, self.attention)
+            self.projection = Projection(encoder.d_model, width, dtype, bias=bias)
+        # The LLM, with the student's adapters and, if it has learned a task, the teacher's.
+        adapters = {"student": config.lora}
+        if teacher:
+            adapters["teacher"] = replace(teacher, dropout=0.0)
+        self.teacher = "teacher" if teacher else None
+        options = {"causal": config.model.causal, "recompute": config.memory.recompute}
+        self.decoder = Decoder(decoder, adapters, dtype, self.attention, **options)
+        # What the states are for.
+        parts = (width, decoder.rms_norm_eps, dtype, build_head(width, head))
+        if config.objective.kind == "distil":
+            weight = config.objective.token_weight
+            self.objective = Distillation(*parts, token_weight=weight)
+        else:
+            self.objective = build_reading(
+                *parts, side="student" if self.reads_stack else "teacher"
+            )
+        self._freeze()
+
+    def forward(self, batch: Batch, totals: Totals) -> Share:
+        """The micro-batch's share of the loss; `totals` counts what all ranks'
+        micro-batches hold.
+        """
+        inputs = [self._student(batch)]
+        if isinstance(self.objective, Distillation) and batch.targets_PD is None:
+            inputs.append(self._text(batch, self.teacher, grad=False))
+        hidden, streams = zip(*inputs)
+        return self.objective(batch, totals, *self.decoder(hidden, streams))
+
+    def flops(self, stored_states: bool) -> tuple[int, int]:
+        """Of a student's and of a teacher's token, before the stack is sharded; attention and
+        adapters aside.
+
+        A weight costs 2 forward and 2 for the input's gradient; frozen ones have no gradient of
+        their own.
+
+        Args:
+            stored_states: The teacher does not run.
+        """
+        decoder = sum(
+            each.weight.numel() for each in self.modules() if isinstance(each, LoraLinear)
+        )
+        if not self.reads_stack:
+            return 0, (4 if self.learns else 2) * decoder
+        below = (
+            item
+            for module in (self.encoder.layers, self.projection)
+            for item in module.parameters()
+        )
+        encoder = sum(item.numel() for item in below if item.dim() == 2)
+        teaches = isinstance(self.objective, Distillation) and not stored_states
+        return 4 * decoder + 2 * encoder, 2 * decoder * teaches
+
+    @property
+    def leaves(self) -> list[nn.Module]:
+        """The modules whose weights ZeRO-3 gathers and releases as one, in the order of the
+        forward.
+        """
+        below = (
+            [self.encoder.embedding, *self.encoder.layers, self.projection]
+            if self.reads_stack
+            else []
+        )
+        return [*below, self.decoder.embedding, *self.decoder.layers, self.objective]
+
+    def _student(self, batch: Batch) -> tuple[torch.Tensor, TokenStream]:
+        """What learns: the stack on the encoder's tokens, or the LLM on its own."""
+        if not self.reads_stack:
+            hidden_TD, stream = self._text(batch, "student", grad=True)
+            # ZeRO-3 gathers a layer for its backward only where a gradient goes through the layer's
+            # input.
+            return hidden_TD.requires_grad_(torch.is_grad_enabled() and self.learns), stream
+        hidden_SD = self.projection(self.encoder(batch.student))
+        return hidden_SD, self.decoder.stream(batch.student, adapters="student", grad=True)
+
+    def _text(
+        self, batch: Batch, adapters: str | None, *, grad: bool
+    ) -> tuple[torch.Tensor, TokenStream]:
+        """The LLM on its own tokens."""
+        hidden_TD = self.decoder.embedding(batch.teacher.ids_S)
+        return hidden_TD, self.decoder.stream(batch.teacher, adapters=adapters, grad=grad)
+
+    def _freeze(self) -> None:
+        """All but the fp32 parameters that we made ourselves: the projection's Linear, the
+        adapters, a task's head.
+
+        Whoever distils into a head that was copied keeps it as it is.
+        """
+        trained = ["projection.weight", "projection.bias"]
+        trained += ["objective.head.weight"] if not isinstance(self.objective, Distillation) else []
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(self.learns and (name in trained or ".student." in name))

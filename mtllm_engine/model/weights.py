@@ -1,0 +1,365 @@
+"""Hugging Face checkpoints as memory maps: which tensor goes where, read slice by slice.
+
+Nothing here holds a model: `Weights.read(name, start, stop)` gives a flat slice of one of the
+stack's parameters, cast after slicing, so that W ZeRO-3 ranks together read each file once.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from mtllm_engine.config import LoraConfig
+from mtllm_engine.files import sha256_of
+from mtllm_engine.model.lora import initial_adapter
+from mtllm_engine.model.stack import Stack
+
+FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "*.model")
+RUN_FILES = ("adapter_model.safetensors", "projection.safetensors", "head.safetensors")
+HEAD = "objective.head.weight"
+EMBEDDING = "decoder.embedding.weight"
+EMBEDDING_SAMPLE = 1 << 24  # numbers of the LLM's embedding that stand for all of it
+LINEARS = {  # our fused linears and what they hold, by Llama's names
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+
+
+class TensorFiles:
+    """The tensors of a folder.
+
+    Args:
+        files: By default those of a Hugging Face model: `model.safetensors`, its sharded form, or
+            `pytorch_model.bin`.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
+        self.folder = folder
+        self._files: dict[str, Path] = {}
+        for path in _weight_files(folder) if files is None else files:
+            self._files.update(dict.fromkeys(_tensor_names(path), path))
+        self._open: dict[Path, Mapping] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises: ValueError: There is no such tensor."""
+        tensor = self._tensor(name)
+        return tuple(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened tensor, in the file's dtype; touches only the
+        rows they lie in.
+        """
+        tensor, shape = self._tensor(name), self.shape(name)
+        if not hasattr(tensor, "get_shape"):
+            return tensor.reshape(-1)[start:stop]
+        row = math.prod(shape[1:])
+        first = start // row
+        rows = tensor[first : -(-stop // row)]
+        return rows.reshape(-1)[start - first * row : stop - first * row]
+
+    def _tensor(self, name: str):
+        if name not in self._files:
+            raise ValueError(f"{self.folder} has no tensor {name}")
+        path = self._files[name]
+        if path not in self._open:
+            self._open[path] = _open(path)
+        opened = self._open[path]
+        return opened[name] if isinstance(opened, dict) else opened.get_slice(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A parameter's origin: tensors of one checkpoint, stacked along the first dimension."""
+
+    files: TensorFiles
+    names: tuple[str, ...]
+
+    def check(self, parameter_name: str, shape: Sequence[int]) -> None:
+        """Raises: ValueError: A tensor is missing or does not fit."""
+        shapes = [self.files.shape(name) for name in self.names]
+        stacked = (sum(item[0] for item in shapes), *shapes[0][1:])
+        if stacked != tuple(shape):
+            names = ", ".join(self.names)
+            ours = f"the model's {parameter_name} {tuple(shape)}"
+            raise ValueError(f"{self.files.folder}: {names} has shape {stacked}, {ours}")
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened, stacked parameter."""
+        pieces, offset = [], 0
+        for name in self.names:
+            size = math.prod(self.files.shape(name))
+            low, high = max(start - offset, 0), min(stop - offset, size)
+            if low < high:
+                pieces.append(self.files.read(name, low, high))
+            offset += size
+        return torch.cat(pieces) if pieces else torch.empty(0)
+
+
+class Weights:
+    """Where each parameter of a `Stack` comes from: a model's checkpoint, a run's, or a seeded
+    start.
+
+    `starts` takes the place of seeded ones: what is put there before the stack is filled is what
+    training starts from.
+
+    Args:
+        start, teacher: Checkpoints of runs: for what is trained, and for the teacher's adapters and
+            the copied head.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        encoder: TensorFiles,
+        decoder: TensorFiles,
+        *,
+        seed: int,
+        projection_init: str,
+        start: TensorFiles | None = None,
+        teacher: TensorFiles | None = None,
+    ) -> None:
+        self.seed, self.projection_init = seed, projection_init
+        self.starts: dict[str, torch.Tensor] = {}
+        self.shapes = {name: parameter.shape for name, parameter in stack.named_parameters()}
+        self.sources = _decoder_sources(decoder, len(stack.decoder.layers))
+        if stack.reads_stack:
+            self.sources |= _encoder_sources(encoder, len(stack.encoder.layers))
+        if start:
+            rest = [name for name in self.shapes if name not in self.sources]
+            trained = [name for name in rest if ".teacher." not in name]
+            self.sources |= _run_sources(
+                start, [n for n in trained if n != HEAD or has_head(start)]
+            )
+        if teacher:
+            copied = [name for name in self.shapes if name == HEAD or ".teacher." in name]
+            self.sources |= _run_sources(teacher, copied)
+        for name, shape in self.shapes.items():
+            if name in self.sources:
+                self.sources[name].check(name, shape)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened parameter `name`; the caller casts."""
+        if name in self.sources:
+            return self.sources[name].read(start, stop)
+        return self._start(name).reshape(-1)[start:stop]
+
+    def _start(self, name: str) -> torch.Tensor:
+        """The value that training starts from, drawn from (seed, name) alone: the same on any
+        number of ranks.
+        """
+        if name in self.starts:
+            return self.starts[name]
+        digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        shape = self.shapes[name]
+        if ".student." in name:
+            return initial_adapter(name, shape, generator)
+        if name == HEAD:
+            bound = 1.0 / math.sqrt(shape[1])  # nn.Linear's
+            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        bound = 1.0 / math.sqrt(self.shapes["projection.weight"][1])  # nn.Linear's start
+        if self.projection_init != "linear":  # "least_squares" too, where nobody has solved for it
+            bound = 0.0 if name == "projection.bias" else bound * self._embedding_scale()
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+    def _embedding_scale(self) -> float:
+        """What makes the first student states as large (root mean square) as the LLM's embeddings.
+
+        The LLM adds its layers' updates to them: states many times larger would hardly be changed
+        by any layer.
+        """
+        shapes = self.shapes
+        size, width = math.prod(shapes[EMBEDDING]), shapes["projection.weight"][1]
+        first = max(0, (size - EMBEDDING_SAMPLE) // 2)
+        embedding_rms = _rms(self.read(EMBEDDING, first, min(first + EMBEDDING_SAMPLE, size)))
+        # Of the encoder's states after its last LayerNorm.
+        norm = [self.read(f"projection.norm_{part}", 0, width) for part in ("weight", "bias")]
+        normed_rms = math.hypot(*map(_rms, norm))
+        # A uniform variable's bound is sqrt(3) times its root mean square.
+        return math.sqrt(3) * embedding_rms / normed_rms
+
+
+def _rms(values: torch.Tensor) -> float:
+    return values.double().square().mean().sqrt().item()
+
+
+def checkpoint_tensors(folder: str | Path) -> TensorFiles:
+    """What a run trained, by the names of `saved_name`.
+
+    Raises:
+        ValueError: The folder is no checkpoint of a run.
+    """
+    folder = Path(folder)
+    files = [folder / name for name in RUN_FILES if (folder / name).is_file()]
+    if not files:
+        names = ", ".join(RUN_FILES)
+        raise ValueError(f"{folder} is no checkpoint of a run: it has none of {names}")
+    return TensorFiles(folder, files)
+
+
+def read_lora(folder: Path) -> LoraConfig:
+    """The adapters' shape, from PEFT's adapter_config.json.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        saved = json.loads((folder / "adapter_config.json").read_text())
+        names = tuple(saved["target_modules"])
+        return LoraConfig(rank=saved["r"], alpha=saved["lora_alpha"], target_modules=names)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder / 'adapter_config.json'} cannot be read: {error}") from error
+
+
+def has_head(files: TensorFiles) -> bool:
+    return saved_name(HEAD) in files.names
+
+
+def resolve(name: str) -> Path:
+    """A folder as it is, or a hub id's snapshot, downloaded if need be.
+
+    Raises:
+        ValueError: Neither exists.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download  # only here is a network wanted
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+    except Exception as error:  # the client raises a dozen unrelated types
+        kind = type(error).__name__
+        raise ValueError(
+            f"{name} is neither a folder nor a model the hub gives ({kind})"
+        ) from error
+
+
+def fingerprint(folder: Path) -> str:
+    """A name for a checkpoint's content, its configuration and all its weights: reads every byte,
+    on several cores.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    with ThreadPoolExecutor() as pool:
+        for sha256 in pool.map(sha256_of, _weight_files(folder)):
+            digest.update(sha256.encode())
+    return digest.hexdigest()
+
+
+def saved_name(name: str) -> str:
+    """A trained parameter's name in a run's checkpoint: PEFT's for adapters, plain ones for
+    projection and head.
+    """
+    if ".student." not in name and ".teacher." not in name:
+        return name.removeprefix("projection.").removeprefix("objective.")
+    _, _, layer, fused, _, linear, matrix = name.split(".")
+    original = next(item for item in LINEARS[fused] if item.endswith(linear))
+    return f"base_model.model.layers.{layer}.{original}.{matrix}.weight"
+
+
+def _run_sources(files: TensorFiles, names: Sequence[str]) -> dict[str, Source]:
+    return _sources(files, {name: [saved_name(name)] for name in names})
+
+
+def _encoder_sources(files: TensorFiles, num_layers: int) -> dict[str, Source]:
+    prefix = _prefix(files, ("model.encoder.", "encoder.", ""), "layers.0.self_attn.q_proj.weight")
+    embeddings = (f"{prefix}embed_tokens.weight", "model.shared.weight", "shared.weight")
+    names = {
+        "encoder.embedding.weight": [_first_of(files, embeddings)],
+        "projection.norm_weight": [f"{prefix}layer_norm.weight"],
+        "projection.norm_bias": [f"{prefix}layer_norm.bias"],
+    }
+    parts = {
+        "attention_norm": ["self_attn_layer_norm"],
+        "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "out": ["self_attn.out_proj"],
+        "feed_forward_norm": ["final_layer_norm"],
+        "up": ["fc1"],
+        "down": ["fc2"],
+    }
+    for layer, (ours, theirs), kind in itertools.product(
+        range(num_layers), parts.items(), ("weight", "bias")
+    ):
+        stacked = [f"{prefix}layers.{layer}.{name}.{kind}" for name in theirs]
+        names[f"encoder.layers.{layer}.{ours}.{kind}"] = stacked
+    return _sources(files, names)
+
+
+def _decoder_sources(files: TensorFiles, num_layers: int) -> dict[str, Source]:
+    prefix = _prefix(files, ("model.", ""), "layers.0.self_attn.q_proj.weight")
+    names = {
+        EMBEDDING: [f"{prefix}embed_tokens.weight"],
+        "objective.norm": [f"{prefix}norm.weight"],
+    }
+    for layer in range(num_layers):
+        ours, theirs = f"decoder.layers.{layer}", f"{prefix}layers.{layer}"
+        names[f"{ours}.attention_norm"] = [f"{theirs}.input_layernorm.weight"]
+        names[f"{ours}.mlp_norm"] = [f"{theirs}.post_attention_layernorm.weight"]
+        for (fused, linears), kind in itertools.product(LINEARS.items(), ("weight", "bias")):
+            names[f"{ours}.{fused}.{kind}"] = [f"{theirs}.{linear}.{kind}" for linear in linears]
+    return _sources(files, names)
+
+
+def _sources(files: TensorFiles, names: Mapping[str, Sequence[str]]) -> dict[str, Source]:
+    """Args: names: of a parameter -> of the tensors that are stacked in it."""
+    return {name: Source(files=files, names=tuple(stacked)) for name, stacked in names.items()}
+
+
+def _prefix(files: TensorFiles, candidates: Sequence[str], name: str) -> str:
+    return _first_of(files, [prefix + name for prefix in candidates]).removesuffix(name)
+
+
+def _first_of(files: TensorFiles, candidates: Sequence[str]) -> str:
+    known = set(files.names)
+    for name in candidates:
+        if name in known:
+            return name
+    raise ValueError(f"{files.folder} has no tensor {candidates[0]}")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for index, single in (
+        ("model.safetensors.index.json", "model.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+    ):
+        if (folder / index).is_file():
+            try:
+                weight_map = json.loads((folder / index).read_text())["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{folder / index} cannot be read: {error}") from error
+            files = [folder / name for name in sorted(set(weight_map.values()))]
+            missing = [path.name for path in files if not path.is_file()]
+            if missing:
+                raise ValueError(f"{folder} lacks {', '.join(missing)}, which {index} names")
+            return files
+        if (folder / single).is_file():
+            return [folder / single]
+    raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+
+
+def _tensor_names(path: Path) -> list[str]:
+    return list(_open(path).keys())
+
+
+def _open(path: Path):
+    """The file's tensors by name, memory-mapped."""
+    try:
+        if path.suffix == ".safetensors":
+            return safe_open(path, framework="pt")
+        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+    except Exception as error:  # each library has its own types for a cut or damaged file
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,291 @@
+"""Checkpoints of what is trained: portable over world sizes, atomic, hashed.
+
+`latest` is the newest complete one, `best` the one whose validation went best.
+"""
+
+import functools
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from mtllm_engine import files
+from mtllm_engine.config import Config, flatten
+from mtllm_engine.data.shards import Manifest
+from mtllm_engine.data.stream import Stream
+from mtllm_engine.files import sha256_of
+from mtllm_engine.model.weights import RUN_FILES, fingerprint, resolve, saved_name
+from mtllm_engine.training.engine import MOMENTS, PlainEngine, TrainedState, ZeroEngine
+from mtllm_engine.world import World
+
+OPTIMIZER = "optimizer.safetensors"
+MODEL = ("causal", "dtype", "quantization", "projection_bias")
+PACKS = ("mixture", "teacher_states", "lanes", "pack_documents", "pack_tokens")
+TEXTS = ("max_length", "truncation", "on_error")
+IDENTITY = (
+    *(f"model.{key}" for key in MODEL),
+    *(f"data.{key}" for key in (*PACKS, *TEXTS)),
+    *("lora.", "objective.", "run.seed", "task.name"),
+)
+"""Beginnings of the keys that a run must keep to be continued."""
+
+
+def save(
+    config: Config,
+    world: World,
+    engine: PlainEngine | ZeroEngine,
+    stream: Stream,
+    step: int,
+    score: float | None = None,
+) -> Path:
+    """Saves the state after `step` steps as `checkpoints/step-00001000`; all ranks call it.
+
+    Args:
+        score: What validation said of this very state, higher being better; None: nothing.
+
+    Raises:
+        ValueError: The disk is full or refuses; earlier checkpoints are as they were.
+    """
+    lanes = {lane: state for part in world.gather(stream.state()) for lane, state in part.items()}
+    state = engine.trained_state()
+    return world.on_main(lambda: _write(config, state, lanes, step, score))
+
+
+def restore(config: Config, world: World, engine: PlainEngine | ZeroEngine, stream: Stream) -> int:
+    """Loads `latest` into engine and stream, if the run has one; returns the number of steps done.
+
+    Raises:
+        ValueError: The checkpoint is damaged, or of another model, corpus or lane count; the
+            message says which.
+    """
+    folder, current = world.on_main(lambda: (latest(_folder(config)), identity(config)))
+    if folder is None:
+        return 0
+    state = world.together(lambda: _read(folder))
+    world.on_main(lambda: _check_identity(folder, state["identity"], current))
+    engine.load_trained_state(load_tensors(folder), state["step"])
+    stream.load_state({int(lane): lane_state for lane, lane_state in state["lanes"].items()})
+    return state["step"]
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a `checkpoints` folder, if any."""
+    link = folder / "latest"
+    if link.is_dir():
+        return link.resolve()
+    complete = sorted(path.parent for path in folder.glob("step-*/state.json"))
+    return complete[-1] if complete else None
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint of a `checkpoints` folder with the highest score, of equal ones the later, if
+    any has one."""
+    scores = {path: _score(path) for path in sorted(folder.glob("step-*"))}
+    scored = [(score, path) for path, score in scores.items() if score is not None]
+    return max(scored)[1] if scored else None
+
+
+def is_best(config: Config, world: World, score: float | None) -> bool:
+    """Whether a score is above that of every checkpoint of the run; all ranks call it."""
+    if score is None:
+        return False
+    top = world.on_main(lambda: best(_folder(config)))
+    return top is None or score > world.on_main(lambda: _score(top))
+
+
+def load_tensors(folder: Path) -> TrainedState:
+    """The trained parameters of a checkpoint with their moments, fp32, by the stack's names."""
+    values: dict[str, torch.Tensor] = {}
+    for name in RUN_FILES:
+        if (folder / name).is_file():
+            values |= safetensors.torch.load_file(folder / name)
+    state: TrainedState = {}
+    for path, tensor in safetensors.torch.load_file(folder / OPTIMIZER).items():
+        name, _, moment = path.rpartition("/")
+        state.setdefault(name, {"value": values[saved_name(name)]})[moment] = tensor
+    return state
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What a run must keep to be continued: the models' and corpora's fingerprints and the keys
+    that shape a step."""
+    flat = {key: value for key, value in flatten(config).items() if key.startswith(IDENTITY)}
+    model = config.model
+    models = {
+        "model.encoder": _fingerprint(model.encoder),
+        "model.decoder": _fingerprint(model.decoder),
+        "model.init_from": _run_fingerprint(model.init_from),
+        "model.teacher": _run_fingerprint(model.teacher),
+    }
+    corpora = [Manifest.load(path).fingerprint for path in config.data.train]
+    return json.loads(json.dumps(flat | models | {"data.train": corpora}))
+
+
+def teacher_identity(config: Config) -> dict[str, Any]:
+    """What the teacher's states depend on besides the text: model, adapters, and how texts become
+    tokens."""
+    keys = ("model.causal", "model.dtype", "model.quantization")
+    keys += ("data.max_length", "data.truncation")
+    flat, model = flatten(config), config.model
+    tokenizers = [*_tokenizer_files(model.encoder), *_tokenizer_files(model.decoder)]
+    return {key: flat[key] for key in keys} | {
+        "model.decoder": _fingerprint(model.decoder),
+        "model.teacher": _run_fingerprint(model.teacher),
+        "tokenizers": " ".join(map(sha256_of, tokenizers)),
+    }
+
+
+def _tokenizer_files(model: str) -> list[Path]:
+    folder, patterns = resolve(model), ("tokenizer.json", "*.model")
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
+
+
+@functools.cache
+def _fingerprint(model: str) -> str:
+    """Of the model that the run began with: what a hub id means may change, and must not be fetched
+    in mid-run."""
+    return fingerprint(resolve(model))
+
+
+@functools.cache
+def _run_fingerprint(folder: str) -> str:
+    """Of another run's checkpoint, by its content; empty for none."""
+    paths = [Path(folder) / name for name in RUN_FILES] if folder else []
+    return " ".join(sha256_of(path) for path in paths if path.is_file())
+
+
+def _folder(config: Config) -> Path:
+    return Path(config.run.dir) / "checkpoints"
+
+
+def _write(
+    config: Config, state: TrainedState, lanes: dict[int, Any], step: int, score: float | None
+) -> Path:
+    folder = _folder(config)
+    final = folder / f"step-{step:08d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*.partial"):
+            leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
+        # A folder of this very step is of a run that was rewound.
+        with files.atomic_folder(final, replaces=True) as draft:
+            contents = _contents(config, state)
+            hashes = {name: _write_file(draft / name, each) for name, each in contents.items()}
+            record = {"step": step, "identity": identity(config), "files": hashes}
+            _write_file(draft / "state.json", _encode(record | {"lanes": lanes, "score": score}))
+        files.link(folder / "latest", final.name)
+        top = best(folder)
+        if top:
+            files.link(folder / "best", top.name)
+    except OSError as error:
+        reason = f"{error.strerror or error}; earlier checkpoints are intact"
+        raise ValueError(f"cannot save {final}: {reason}") from error
+    # Later ones are of a run that was rewound, and do not crowd out this one.
+    earlier = sorted(path for path in folder.glob("step-*") if path <= final)
+    for old in earlier[: -config.checkpoint.keep]:
+        if old != top:
+            shutil.rmtree(old)
+    return final
+
+
+def _contents(config: Config, state: TrainedState) -> dict[str, bytes]:
+    """File name -> bytes. The folder is also a PEFT adapter of the bare LLM; a head that was copied
+    comes along."""
+    values: dict[str, dict[str, torch.Tensor]] = {}
+    moments: dict[str, torch.Tensor] = {}
+    for name, tensors in state.items():
+        saved = saved_name(name)
+        values.setdefault(_file_of(saved), {})[saved] = tensors["value"].contiguous()
+        moments |= {f"{name}/{key}": tensors[key].contiguous() for key in MOMENTS}
+    form = {"format": "pt"}
+    contents = {name: safetensors.torch.save(part, form) for name, part in values.items()}
+    contents[OPTIMIZER] = safetensors.torch.save(moments)
+    if "adapter_model.safetensors" in contents:
+        contents["adapter_config.json"] = json.dumps(_peft_config(config), indent=1).encode()
+    copied = Path(config.model.teacher) / "head.safetensors"
+    if config.model.teacher and copied.is_file():
+        contents["head.safetensors"] = copied.read_bytes()
+    return contents
+
+
+def _file_of(saved: str) -> str:
+    """Where a tensor of this name is kept."""
+    if saved.startswith("base_model."):
+        return "adapter_model.safetensors"
+    return "head.safetensors" if saved.startswith("head.") else "projection.safetensors"
+
+
+def _peft_config(config: Config) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": config.model.decoder,
+        "r": config.lora.rank,
+        "lora_alpha": config.lora.alpha,
+        "lora_dropout": config.lora.dropout,
+        "target_modules": list(config.lora.target_modules),
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def _write_file(path: Path, content: bytes) -> str:
+    with path.open("wb") as file:
+        file.write(content)
+        files.sync(file)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    """A record as JSON that holds its own hash."""
+    sha256 = hashlib.sha256(json.dumps(record).encode()).hexdigest()
+    return json.dumps(record | {"sha256": sha256}, indent=1).encode()
+
+
+def _decode(content: bytes) -> dict[str, Any]:
+    """Raises: ValueError: These are not the bytes that `_encode` returned."""
+    record = {key: value for key, value in json.loads(content).items() if key != "sha256"}
+    if _encode(record) != content:
+        raise ValueError
+    return record
+
+
+def _score(folder: Path) -> float | None:
+    """A complete checkpoint's score, if it has one and can be read."""
+    try:
+        return json.loads((folder / "state.json").read_bytes())["score"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """A checkpoint's record, once its files have been found to be those that were written."""
+    fix = f"remove {folder} to continue from the checkpoint before it"
+    try:
+        state = _decode((folder / "state.json").read_bytes())
+        hashes = state["files"].items()
+        damaged = [name for name, sha256 in hashes if sha256_of(folder / name) != sha256]
+    except OSError as error:
+        raise ValueError(f"{folder} is not a complete checkpoint ({error}); {fix}") from error
+    except ValueError:
+        damaged = ["state.json"]
+    if damaged:
+        raise ValueError(f"{folder / damaged[0]} is damaged; {fix}")
+    return state
+
+
+def _check_identity(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    for key, value in current.items():
+        if saved.get(key) != value:
+            before, now = (_short(item) for item in (saved.get(key), value))
+            change = f"{key} was {before} and is {now}; restore it or change run.dir"
+            raise ValueError(f"cannot continue {folder}: {change}")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,334 @@
+"""How a step's gradients meet and the weights move: ZeRO-3 by DeepSpeed, or plain PyTorch on one
+rank.
+
+The only file that imports deepspeed. Both engines offer the same few methods, so the training loop
+has one form.
+"""
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mtllm_engine.config import Config, OptimConfig
+from mtllm_engine.data.batch import Batch, Totals
+from mtllm_engine.kernels.lora_linear import check_available
+from mtllm_engine.model.decoder import DecoderLayer
+from mtllm_engine.model.encoder import EncoderLayer
+from mtllm_engine.model.lora import LoraLinear
+from mtllm_engine.model.objective import Share
+from mtllm_engine.model.stack import Stack
+from mtllm_engine.model.weights import Weights
+from mtllm_engine.world import AgreedError, World
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by its own names
+CHUNK = 1 << 26  # elements read from a checkpoint at once
+
+TrainedState = dict[
+    str, dict[str, torch.Tensor]
+]  # parameter name -> {"value", "exp_avg", "exp_avg_sq"}, fp32, CPU
+
+
+def import_deepspeed():
+    """DeepSpeed without its noise, and without the CPU op that needs a compiler at start-up (gloo
+    does its work).
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger"
+    )
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    if not torch.cuda.is_available():
+        __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    return deepspeed
+
+
+def shard(stack: Stack, weights: Weights, config: Config, world: World) -> Stack:
+    """Fills a stack built on the meta device, leaf by leaf; under ZeRO-3 each rank reads and keeps
+    only its slices.
+
+    A quantised base is made full one layer at a time.
+
+    Raises:
+        ValueError: `model.quantization` asks for what this machine does not have.
+    """
+    check_available(config.model.quantization, world.device, getattr(torch, config.model.dtype))
+    stack.decoder.frequencies_k = stack.decoder.frequencies_k.to(world.device)
+    names = {id(module): name for name, module in stack.named_modules()}
+    for leaf in stack.leaves:
+        _materialise(leaf, world.device)
+        if config.zero.stage == 3:
+            _partition(leaf, deepspeed_config(config, world, stack))
+        for name, parameter in leaf.named_parameters():
+            fill(parameter, f"{names[id(leaf)]}.{name}", weights, world)
+        if config.model.quantization != "none":
+            _quantise(leaf, config.model.quantization)
+    return stack
+
+
+def build_engine(config: Config, stack: Stack, world: World) -> "PlainEngine | ZeroEngine":
+    """Raises: ValueError: `zero.stage` is 0 on more than one rank."""
+    if config.zero.stage == 3:
+        return ZeroEngine(config, stack, world)
+    if world.size > 1:
+        raise AgreedError(
+            ValueError(f"zero.stage=0 runs on one rank, not {world.size}; set zero.stage=3")
+        )
+    return PlainEngine(config, stack)
+
+
+class PlainEngine:
+    """One process, the whole model: the same methods as `ZeroEngine`."""
+
+    def __init__(self, config: Config, stack: Stack) -> None:
+        self.stack = stack
+        self.clip = config.optim.clip
+        self.optimizer = _build_optimizer(stack, config.optim)
+
+    def __call__(self, batch: Batch, totals: Totals) -> Share:
+        return self.stack(batch, totals)
+
+    def backward(self, loss_share: torch.Tensor) -> None:
+        """Adds the gradients of a share of the global mean."""
+        loss_share.backward()
+
+    def step(self, lr: float) -> torch.Tensor:
+        """Clips, updates and forgets the gradients; returns their norm before clipping."""
+        _set_lr(self.optimizer, lr)
+        norm = nn.utils.clip_grad_norm_(_trained(self.stack).values(), self.clip or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.detach()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No dropout, no gradients."""
+        self.stack.eval()
+        with torch.no_grad():
+            yield
+        self.stack.train()
+
+    def trained_state(self) -> TrainedState:
+        """What is trained, with its moments."""
+        return {
+            name: {"value": parameter.detach().cpu().clone()}
+            | {key: self.optimizer.state[parameter][key].cpu().clone() for key in MOMENTS}
+            for name, parameter in _trained(self.stack).items()
+        }
+
+    @torch.no_grad()
+    def load_trained_state(self, state: TrainedState, step: int) -> None:
+        """Continues from `trained_state` after `step` updates."""
+        for name, parameter in _trained(self.stack).items():
+            parameter.copy_(state[name]["value"])
+            moments = {key: state[name][key].to(parameter.device, copy=True) for key in MOMENTS}
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+
+
+class ZeroEngine:
+    """DeepSpeed ZeRO-3: every rank holds a slice of everything; one root forward per micro-batch,
+    one step per step.
+    """
+
+    def __init__(self, config: Config, stack: Stack, world: World) -> None:
+        deepspeed = import_deepspeed()
+        deepspeed.utils.set_z3_leaf_modules(stack, [EncoderLayer, DecoderLayer])
+        self.stack, self.world = stack, world
+        self.optimizer = _build_optimizer(stack, config.optim)
+        self.engine, self.zero, *_ = deepspeed.initialize(
+            model=stack,
+            optimizer=self.optimizer,
+            config=deepspeed_config(config, world, stack),
+            dist_init_required=False,
+        )
+
+    def __call__(self, batch: Batch, totals: Totals) -> Share:
+        return self.engine(batch, totals)
+
+    def backward(self, loss_share: torch.Tensor) -> None:
+        """Adds the gradients of a share of the global mean; DeepSpeed averages over ranks, hence
+        the factor.
+        """
+        self.engine.backward(loss_share * self.world.size, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> torch.Tensor:
+        """Clips, updates and forgets the gradients; returns their norm before clipping."""
+        _set_lr(self.optimizer, lr)
+        self.engine.step()
+        return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.world.device)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No dropout, no gradients."""
+        self.engine.eval()
+        with torch.no_grad():
+            yield
+        self.engine.empty_partition_cache()  # layers kept for a backward that does not come
+        self.engine.train()
+
+    def trained_state(self) -> TrainedState:
+        """What is trained, with its moments: gathered by all ranks, returned on rank 0 (elsewhere
+        empty).
+        """
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        state: TrainedState = {}
+        for name, parameter in _trained(self.stack).items():
+            tensors = {"value": safe_get_full_fp32_param(parameter)}
+            tensors |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            if self.world.is_main:
+                state[name] = {
+                    key: tensor.detach().cpu().clone() for key, tensor in tensors.items()
+                }
+        return state
+
+    def load_trained_state(self, state: TrainedState, step: int) -> None:
+        """Continues from `trained_state` after `step` updates; every rank passes the whole
+        state.
+        """
+        import deepspeed
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        self._create_moments(step)
+        trained = _trained(self.stack)
+        for name, parameter in trained.items():
+            safe_set_local_fp32_param(parameter, self._slice(state[name]["value"], parameter))
+            for key in MOMENTS:
+                safe_set_local_optimizer_state(
+                    parameter, self._slice(state[name][key], parameter), key
+                )
+        # That set the fp32 masters; the module's own copies (persistent, gathered) are separate
+        # tensors.
+        for name, parameter in trained.items():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+                if self.world.is_main:
+                    parameter.copy_(state[name]["value"])
+
+    def _create_moments(self, step: int) -> None:
+        """AdamW would make its state in its first step; here it must exist before."""
+        for flat in self.zero.fp32_partitioned_groups_flat:
+            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
+            self.optimizer.state[flat] = {"step": torch.tensor(float(step)), **moments}
+
+    def _slice(self, tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+        """This rank's flat slice of a full tensor, with the padding that makes all slices equally
+        long.
+        """
+        size = parameter.ds_tensor.numel()
+        flat = tensor.reshape(-1)[size * self.world.rank : size * (self.world.rank + 1)]
+        return nn.functional.pad(flat, (0, size - len(flat))).to(self.world.device)
+
+
+def deepspeed_config(config: Config, world: World, stack: Stack) -> dict[str, Any]:
+    """The DeepSpeed dictionary, derived; the user's `[deepspeed]` table is merged over it.
+
+    No `bf16` section: it would turn the fp32 adapters, and the accumulation of their gradients,
+    into bf16.
+    """
+    adapters = [parameter for name, parameter in stack.named_parameters() if ".student." in name]
+    layer = sum(_numel(parameter) for parameter in stack.decoder.layers[0].parameters())
+    live = max(1_000_000_000, 4 * layer)
+    derived = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # we say when a step is complete, once
+        "gradient_clipping": config.optim.clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": 3,
+            "memory_efficient_linear": False,  # kernels.lora_linear saves less
+            "overlap_comm": world.device.type == "cuda",
+            "contiguous_gradients": True,
+            "stage3_param_persistence_threshold": max((_numel(p) for p in adapters), default=0),
+            # A bucket below a layer's size leaves the rest of each layer to a blocking gather, and
+            # so does a budget of live parameters that what is kept for reuse uses up before the
+            # next layer is fetched.
+            "stage3_prefetch_bucket_size": layer,
+            "stage3_max_live_parameters": live,
+            "stage3_max_reuse_distance": live - 2 * layer,
+        },
+        "steps_per_print": 1 << 60,
+    }
+    return _merge(derived, config.deepspeed)
+
+
+def _materialise(leaf: nn.Module, device: torch.device) -> None:
+    for module in leaf.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty_like(parameter, device=device)
+                module._parameters[name] = nn.Parameter(
+                    empty, requires_grad=parameter.requires_grad
+                )
+
+
+def _partition(leaf: nn.Module, config: Mapping[str, Any]) -> None:
+    import_deepspeed().zero.Init(
+        module=leaf, config_dict_or_path=dict(config), mem_efficient_linear=False
+    )
+
+
+def _quantise(leaf: nn.Module, kind: str) -> None:
+    for module in leaf.modules():
+        if isinstance(module, LoraLinear):
+            module.quantise(kind)
+
+
+@torch.no_grad()
+def fill(parameter: nn.Parameter, name: str, weights: Weights, world: World) -> None:
+    """Copies this rank's flat slice (the whole, when unsharded), a chunk at a time, casting on the
+    way in.
+    """
+    target, offset, size = parameter.data.view(-1), 0, parameter.numel()
+    if hasattr(parameter, "ds_tensor"):
+        target, size = parameter.ds_tensor, parameter.ds_numel
+        offset = target.numel() * world.rank
+        target[max(0, size - offset) :].zero_()  # the last ranks' padding
+    stop = min(offset + target.numel(), size)
+    for start in range(offset, stop, CHUNK):
+        end = min(start + CHUNK, stop)
+        target[start - offset : end - offset].copy_(weights.read(name, start, end))
+
+
+def _build_optimizer(stack: Stack, optim: OptimConfig) -> torch.optim.AdamW | None:
+    """None where nothing is trained."""
+    trained = list(_trained(stack).values())
+    options = {
+        "lr": optim.lr,
+        "betas": optim.betas,
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
+    }
+    return torch.optim.AdamW(trained, **options) if trained else None
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _trained(stack: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        name: parameter for name, parameter in stack.named_parameters() if parameter.requires_grad
+    }
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged

@@ -1,0 +1,277 @@
+"""What a person sees of a run: the header, the live bar, metrics.jsonl, TensorBoard."""
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tqdm import tqdm
+
+from mtllm_engine import kernels
+from mtllm_engine.config import Config, dumps
+from mtllm_engine.data.stream import GlobalBatch
+from mtllm_engine.files import write_text
+from mtllm_engine.model.lora import quantised_weights
+from mtllm_engine.model.stack import Stack
+from mtllm_engine.training.closed_form import Fit
+from mtllm_engine.training.step import StepResult
+from mtllm_engine.world import AgreedError, World
+
+SHOWN = ("loss", "fvu", "cosine", "accuracy", "pairs_per_s", "data_wait")
+
+
+class Record:
+    """One step, filled in while it runs; its tensors are looked at only when several steps have
+    passed.
+
+    `sums_M`, fp64: loss, gradient norm, then the objective's moments.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.row: dict[str, Any] = {"step": number}
+        self.started_s = time.perf_counter()
+
+    def data(self, global_batch: GlobalBatch) -> None:
+        """The step's data is there; what passed until now was waiting for it."""
+        self.row |= {
+            "spans": global_batch.totals.spans,
+            "student_tokens": global_batch.student_tokens,
+            "teacher_tokens": global_batch.teacher_tokens,
+            "skipped": global_batch.skipped,
+        }
+        self.wait_s = time.perf_counter() - self.started_s
+
+    def result(self, result: StepResult) -> None:
+        self.row["lr"] = result.lr
+        first = torch.stack([result.loss.double(), result.grad_norm.double()])
+        self.sums_M = torch.cat([first, result.moments])
+
+
+class RunLog:
+    """Collects a run's numbers. Every rank calls it alike; rank 0 shows and writes.
+
+    Args:
+        measures: What an objective's moments, summed, come to: names and numbers.
+        flops: Of a student and of a teacher token.
+        start: Steps done before; what is written of later ones is of a killed run, and goes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        measures: Callable[[torch.Tensor], dict[str, float]],
+        flops: tuple[int, int],
+        *,
+        start: int,
+    ) -> None:
+        self.config, self.world, self.start = config, world, start
+        self.measures, self.flops = measures, flops
+        self.folder = Path(config.run.dir)
+        self.pending: list[Record] = []
+        self.flushed_s = time.perf_counter()
+
+    def __enter__(self) -> "RunLog":
+        if self.world.is_main:
+            # Slow to import, and only one rank needs it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.file = _open_after(self.folder / "metrics.jsonl", self.start)
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.start + 1)
+            steps = {"total": self.config.optim.steps, "initial": self.start, "unit": "step"}
+            self.bar = tqdm(**steps, dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.world.is_main:
+            self.bar.close()
+            self.board.close()
+            self.file.close()
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[Record]:
+        """A step to be recorded, the first being number 1.
+
+        Raises:
+            ValueError: The loss of a step since the last look is not finite.
+        """
+        record = Record(number)
+        yield record
+        self.pending.append(record)
+        if number % self.config.run.log_every == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Looks at the steps since the last time: one sum over ranks, one wait for the device."""
+        if not self.pending:
+            return
+        sums = torch.stack([record.sums_M for record in self.pending])
+        sums[:, 1] /= self.world.size  # the norm is the same on every rank
+        sums = self.world.sum(sums).cpu()
+        now_s = time.perf_counter()
+        step_s = (now_s - self.flushed_s) / len(self.pending)
+        rows = [self._finish(record, values, step_s) for record, values in zip(self.pending, sums)]
+        self.pending, self.flushed_s = [], now_s
+        if self.world.is_main:
+            self._write(rows)
+        for row in rows:
+            if row["loss"] - row["loss"] != 0:
+                message = f"the loss of step {row['step']} is {row['loss']}"
+                # The sum is the same on every rank, so all raise.
+                raise AgreedError(ValueError(f"{message}; lower optim.lr and continue"))
+
+    def measured(self, step: int, row: Mapping[str, Any], message: str) -> None:
+        """Writes and says what was measured after `step` steps, which was no training time."""
+        self.flushed_s = time.perf_counter()
+        if self.world.is_main:
+            self._write([{"step": step, **row}])
+            self.bar.write(f"step {step}: {message}")
+
+    def _finish(self, record: Record, sums_M: torch.Tensor, step_s: float) -> dict[str, Any]:
+        tokens = (record.row["student_tokens"], record.row["teacher_tokens"])
+        return record.row | {
+            "loss": sums_M[0].item(),
+            "grad_norm": sums_M[1].item(),
+            **self.measures(sums_M[2:]),
+            "pairs_per_s": pair_tokens(*tokens) / step_s,
+            "step_s": step_s,
+            "data_wait": record.wait_s / step_s,
+            "flops": sum(each * count for each, count in zip(self.flops, tokens)),
+        }
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            self.file.write(json.dumps(row) + "\n")
+            for key, value in row.items():
+                if key != "step":
+                    self.board.add_scalar(key, value, row["step"])
+        self.file.flush()
+        last = rows[-1]
+        if "loss" in last:
+            shown = {key: f"{last[key]:.4g}" for key in SHOWN if key in last}
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(last["step"] - self.bar.n)
+
+
+def write_header(config: Config, world: World, stack: Stack, start: int, fit: Fit | None) -> None:
+    """Writes config.toml and environment.json, and prints what the run is.
+
+    Args:
+        start: Steps done before.
+        fit: The projection's start, where it was solved for.
+    """
+    folder, model, data = Path(config.run.dir), config.model, config.data
+    machine = environment(world)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.toml", dumps(config))
+    write_text(folder / "environment.json", json.dumps(machine, indent=1))
+    pack = f"up to {data.pack_tokens} tokens"
+    if data.pack_documents:
+        pack = f"{data.pack_documents} documents"
+    micro_batches = f"micro-batches of up to {config.memory.max_tokens} tokens"
+    continued = f" (continued after step {start})" if start else ""
+    rows = {
+        "run": f"{folder}{continued}",
+        "learns": _learns(config),
+        "encoder": f"{model.encoder} (frozen)" if stack.reads_stack else "none",
+        "decoder": f"{model.decoder} ({'causal' if model.causal else 'bidirectional'})",
+        "projection": str(fit or ""),
+        "parameters": _parameters(config, stack),
+        "device": f"{world.size} x {machine['device']}, ZeRO stage {config.zero.stage}",
+        "step": f"{data.lanes} packs of {pack}, {micro_batches}",
+        "corpora": ", ".join(data.train),
+        "kernels": _kernels(stack, world.device.type),
+    }
+    print_table({name: value for name, value in rows.items() if value})
+
+
+def _learns(config: Config) -> str:
+    """What the run does, in words."""
+    learner = "the stack" if config.objective.reader == "stack" else "the LLM"
+    if config.objective.kind == "finetune":
+        return f"{learner}, {config.task.name} in English"
+    teacher = f"the LLM of {config.model.teacher}" if config.model.teacher else "the bare LLM"
+    states = config.data.teacher_states
+    return f"{learner} from {teacher}" + (f", its states stored as {states}" if states else "")
+
+
+def _parameters(config: Config, stack: Stack) -> str:
+    sizes = {True: 0, False: 0}
+    for parameter in stack.parameters():
+        sizes[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
+    trained = f"{sizes[True]:,} trained in fp32"
+    frozen = f"{sizes[False]:,} frozen in {config.model.dtype}"
+    quantised = sum(each.shape.numel() for each in quantised_weights(stack))
+    form = f", {quantised:,} in {config.model.quantization}" if quantised else ""
+    return f"{trained}, {frozen}{form}"
+
+
+def _kernels(stack: Stack, device: str) -> str:
+    """The ops, by what runs them."""
+    ops: dict[str, list[str]] = {}
+    for name, kernel in (kernels.discover() | {"attention": stack.attention}).items():
+        ops.setdefault(kernel.label(device), []).append(name)
+    return "; ".join(f"{label}: {', '.join(names)}" for label, names in ops.items())
+
+
+def pair_tokens(student_tokens: int, teacher_tokens: int) -> float:
+    """Pairs of a student and a teacher token, by work: a student token costs twice a teacher token
+    (4N : 2N FLOP).
+    """
+    return (2 * student_tokens + teacher_tokens) / 3
+
+
+def print_table(rows: Mapping[str, str]) -> None:
+    """Names and values, one a line."""
+    width = max(map(len, rows))
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()), flush=True)
+
+
+def environment(world: World) -> dict[str, Any]:
+    """Versions, device and commit, for environment.json."""
+    packages = ("torch", "deepspeed", "transformers", "triton", "webdataset")
+    packages += ("safetensors", "tokenizers")
+    device = f"CPU, {os.cpu_count()} cores"
+    if world.device.type == "cuda":
+        device = torch.cuda.get_device_name(world.device)
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+        "device": device,
+        "cuda": torch.version.cuda,
+        "world_size": world.size,
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with a + when files differ from it; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent)]
+    command += ["describe", "--always", "--abbrev=12", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _open_after(path: Path, step: int) -> TextIO:
+    """metrics.jsonl, without the lines that a killed run wrote beyond the checkpoint that is
+    continued."""
+    lines = path.read_text().splitlines(keepends=True) if step and path.is_file() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+    return path.open("a")

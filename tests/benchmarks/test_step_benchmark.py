@@ -1,0 +1,246 @@
+"""The step benchmark at tiny sizes: its variants agree, its rows hold what they promise."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mtllm_engine.kernels.attention.reference import attention
+from transformers import LlamaModel, M2M100Model
+
+from benchmarks import baselines, documents, models, step
+from mtllm_engine.config import dumps, load
+from mtllm_engine.training.engine import build_engine
+from tests.support.fake_slurm import install, submit
+from tests.support.tiny import (
+    build_config,
+    build_decoder,
+    build_encoder,
+    build_world,
+    pack_lines,
+    texts,
+)
+
+FIELDS = {
+    *("variant", "data", "lengths", "device", "driver", "torch", "triton", "commit", "world_size"),
+    *("zero_stage", "dtype", "quantization", "tolerance", "weights", "gemm_tflops", "gemm_share"),
+    *("mfu", "pairs_per_s", "documents_per_s", "step_s", "error"),
+}
+INSIDE = {"split_s", "kernels", "step_bytes", "peak_bytes"}
+PARTS = {"encoder", "teacher", "student", "backward", "optimizer", "rest", "collectives"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("step")
+    build_encoder(folder / "encoder")
+    build_decoder(folder / "decoder")
+    no_pad = [line for line in texts(80) if "<" not in line]
+    pack_lines(folder / "train", no_pad, num_shards=2)
+    (folder / "config.toml").write_text(dumps(build_config(folder, memory={"max_tokens": 256})))
+    return folder
+
+
+def bench(folder: Path, *arguments: str) -> tuple[int, list[dict]]:
+    """Exit status and rows."""
+    out = folder / "out" / "rows.jsonl"
+    out.unlink(missing_ok=True)
+    status = step.main([str(folder / "config.toml"), "--steps", "1", "--out", str(out), *arguments])
+    lines = out.read_text().splitlines() if out.exists() else []
+    return status, [json.loads(line) for line in lines]
+
+
+def test_every_variant_agrees_and_has_its_row(folder: Path, capsys):
+    profile = ["--profile", str(folder / "trace.json")]
+    status, rows = bench(folder, "--baseline", "all", "--lengths", "20,equal", *profile)
+    assert status == 0
+    variants = ["ours", "padded", "padded sorted"]
+    assert [(row["lengths"], row["variant"]) for row in rows if row["data"] == "excluded"] == [
+        (lengths, variant) for lengths in ("20", "equal") for variant in variants
+    ]
+    assert [row["variant"] for row in rows if row["data"] == "included"] == ["ours", "padded"]
+    for row in rows:
+        assert row.keys() >= FIELDS and row["error"] < 1e-5 and row["pairs_per_s"]["median"] > 0
+        if row["data"] == "excluded":
+            assert row.keys() >= INSIDE and row["split_s"].keys() == PARTS
+            assert row["kernels"] > 100 and row["peak_bytes"] > row["step_bytes"] > 0
+            assert min(row["split_s"][part] for part in PARTS - {"rest", "collectives"}) > 0
+        else:
+            assert 0 <= row["data_wait_s"]["median"] < row["step_s"]["median"]
+    assert (folder / "out" / "rows.png").stat().st_size > 10_000
+    for name in ("trace", "trace-padded", "trace-padded-sorted"):
+        assert json.loads((folder / f"{name}.json").read_text())["traceEvents"]
+    assert "unpadded: skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--baseline", "recipes"], "--baseline recipes: write padded, unpadded or all"),
+        (["--lengths", "350"], "a median from 2 to data.max_length=64"),
+        (["--tokens", "63"], "below data.max_length=64"),
+        (["--random-weights", "llama3_8b"], "such as llama3_8b+nllb600m"),
+        (["optim.lrr=1"], "did you mean optim.lr?"),
+    ],
+)
+def test_a_mistake_is_one_line(folder: Path, capsys, arguments: list[str], message: str):
+    assert bench(folder, "--lengths", "20", *arguments) == (1, [])
+    output = capsys.readouterr()
+    assert message in output.err.splitlines()[-1] and not output.out
+
+
+@pytest.mark.parametrize("name", ["layers.1.mlp.up_proj.weight", "layers.0.fc2.bias"])
+def test_a_wrong_weight_gives_one_line_and_no_figure(folder: Path, capsys, monkeypatch, name: str):
+    def wrong(*arguments):
+        readers = models.frozen_tensors(*arguments)
+        if name in readers:
+            right = readers[name]()
+            readers[name] = lambda: right.roll(1, 0)
+        return readers
+
+    monkeypatch.setattr(baselines, "frozen_tensors", wrong)
+    assert bench(folder, "--lengths", "20", "--baseline", "padded") == (1, [])
+    output = capsys.readouterr()
+    assert "step 0: the loss of padded is" in output.err.splitlines()[-1], output.err
+    assert not output.out
+
+
+def test_transformers_modules_get_the_checkpoint_and_nothing_else(folder: Path):
+    config = load(folder / "config.toml", ["zero.stage=0"])
+    built = models.build_models(config, "", build_world())
+    for side, module in (
+        ("encoder", M2M100Model.from_pretrained(folder / "encoder").encoder),
+        ("decoder", LlamaModel.from_pretrained(folder / "decoder")),
+    ):
+        ours, theirs = models.frozen_tensors(built, side), dict(module.named_parameters())
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name](), theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_unpadded_baseline_agrees_where_its_kernels_are_stood_in_for(
+    folder: Path, monkeypatch, causal: bool
+):
+    """varlen_attn and Liger run on CUDA alone; all else of `unpadded` runs here."""
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert scale == q.shape[-1] ** -0.5 and max_q == max(cu_q.diff())
+        lengths = tuple(cu_q.diff().tolist())
+        return attention(q, k, v, cu_seqlens=cu_q, lengths=lengths, causal=window_size == (-1, 0))
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    liger = SimpleNamespace(apply_liger_kernel_to_llama=lambda **options: None)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
+    world = build_world()
+    config = load(
+        folder / "config.toml",
+        ["zero.stage=0", "lora.dropout=0.0", f"model.causal={str(causal).lower()}"],
+    )
+    built = models.build_models(config, "", world)
+    engine = build_engine(config, built.stack, world)
+    engine.load_trained_state(built.trained, step=0)
+    vocabularies = (built.encoder.vocab_size, built.decoder.vocab_size)
+    drawn = documents.Drawn(
+        lengths=documents.parse_lengths("20", 64), tokens=512, vocabularies=vocabularies
+    )
+    (global_batch,) = drawn.global_batches(1, world, config.memory.max_tokens)
+    check = step.Check("float32", world)
+    ours = step.Ours(config=config, world=world, engine=engine, module=built.stack)
+    padded, unpadded = (
+        baselines.build_baseline(name, config, built, world) for name in ("padded", "unpadded")
+    )
+    for variant in (ours, padded, unpadded):  # each as if the others were not there
+        check(variant.name, 0, variant.run(global_batch))
+    assert len(global_batch.micro_batches) > 1
+    assert max(check.worst["padded"], check.worst["unpadded"]) < 1e-5
+
+
+def test_quantised_linears_beside_full_baselines(folder: Path, capsys):
+    fp8 = "model.quantization=fp8"
+    status, rows = bench(folder, "--baseline", "padded", "--lengths", "20", fp8)
+    assert status == 0 and len(rows) == 5
+    for row in rows:
+        assert row["quantization"] == "fp8" and row["error"] < row["tolerance"] == 0.1
+    assert all(row["error"] > 1e-4 for row in rows if row["variant"] == "padded")
+    message = "ours holds the LLM's linears in fp8, baselines in full: "
+    assert f"{message}losses and gradient norms may be 10% apart" in capsys.readouterr().out
+
+
+def test_baselines_are_compared_as_before_when_ours_is_quantised():
+    check = step.Check("float32", build_world(), "fp8")
+    one, other, far = ((torch.tensor(value), torch.tensor(1.0)) for value in (1.0, 1.01, 1.2))
+    check("ours", 0, one)
+    check("padded", 0, other)
+    check("padded", 1, one)
+    for step_number, result in ((0, far), (1, other)):
+        with pytest.raises(ValueError, match="apart, above 1e-0[14]: no figures"):
+            check("padded sorted", step_number, result)
+
+
+def test_drawn_lengths():
+    lengths = documents.parse_lengths("350", 512)
+    generator = documents.np.random.default_rng(0)
+    students, teachers = zip(*(lengths.draw(generator) for _ in range(4000)))
+    uncut = [teacher for student, teacher in zip(students, teachers) if max(student, teacher) < 512]
+    assert max(max(students), max(teachers)) == 512
+    assert 0.35 < sum(teacher < 200 for teacher in uncut) / len(uncut) < 0.45
+    ratios = sorted(student / teacher for student, teacher in zip(students, teachers))
+    assert 1.09 < ratios[2000] < 1.11 and ratios[400] < 1.0 < 1.2 < ratios[3600]
+
+
+def test_linear(folder: Path, capsys, monkeypatch):
+    monkeypatch.setattr(step, "SIZES", (128, 256))
+    status, rows = bench(folder, "--lengths", "20,equal", "--linear")
+    assert [(row["lengths"], row["pack_tokens"]) for row in rows] == [
+        (text, size) for text in ("20", "equal") for size in (128, 256)
+    ]
+    verdicts = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("cost per token")
+    ]
+    assert len(verdicts) == 2 and status == any(line.endswith(": not linear") for line in verdicts)
+    assert (folder / "out" / "rows.png").stat().st_size > 10_000
+
+
+def test_two_ranks_by_slurm(folder: Path, tmp_path: Path):
+    install(tmp_path)
+    options = ["--lengths", "20", "--steps", "1", "--baseline", "padded"]
+    results = {"RANKS": "2", "RESULTS": str(tmp_path / "results")}
+    done = submit(tmp_path, "benchmark.sbatch", str(folder / "config.toml"), *options, **results)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = [
+        json.loads(line) for line in (tmp_path / "results" / "2.jsonl").read_text().splitlines()
+    ]
+    assert len(rows) == 5
+    for row in rows:
+        assert row["world_size"] == 2 and row["zero_stage"] == 3 and row["error"] < 1e-5
+        assert len(row["rank_step_s"]) == 2
+        assert row["rank_step_s"][0].keys() == {"min", "median", "max"}
+        assert row["all_gather_gbytes_per_s"] > 0
+        # At this size DeepSpeed's defaults keep all of a baseline's weights everywhere.
+        if row["data"] == "excluded":
+            assert (row["gathered_bytes"] > 0) == (row["variant"] == "ours")
+    assert "ours, lengths 20" in done.stdout and "efficiency" in done.stdout
+
+
+def test_scaling_is_weak_or_strong(tmp_path: Path, capsys):
+    shared = {"variant": "ours", "lengths": "350", "data": "excluded"}
+    rows = [  # ranks, pairs of a step, pairs/s
+        (1, 1000, 100.0),
+        (4, 4000, 360.0),
+        (8, 1000, 400.0),
+    ]
+    for ranks, pairs, speed in rows:
+        row = shared | {"world_size": ranks, "pair_tokens": pairs, "pairs_per_s": {"median": speed}}
+        row["rank_step_s"] = [{"min": 1.0, "median": 2.0, "max": 3.0}] * ranks
+        (tmp_path / f"{ranks}.jsonl").write_text(json.dumps(row) + "\n")
+    files = [str(tmp_path / f"{ranks}.jsonl") for ranks, _, _ in rows]
+    assert step.main(["--scaling", *files]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert [(line[0], line[1]) for line in lines] == [("1", "-"), ("4", "weak"), ("8", "strong")]
+    shares = [next(cell for cell in line if "%" in cell) for line in lines]
+    assert shares == ["100.0%", "90.0%", "50.0%"]
+    (tmp_path / "1.jsonl").write_text("no JSON")
+    assert step.main(["--scaling", str(tmp_path / "1.jsonl")]) == 1
+    assert "not JSON" in capsys.readouterr().err

@@ -1,0 +1,343 @@
+"""Runs scenarios on this rank of a ZeRO-3 world, results as JSON: `python -m
+tests.support.zero_worker FOLDER SCENARIO ...`."""
+
+import contextlib
+import itertools
+import json
+import resource
+import shutil
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+import mtllm_engine.kernels
+from mtllm_engine import train as training
+from mtllm_engine.config import Config
+from mtllm_engine.data.stream import agree, build_stream
+from mtllm_engine.evaluate import evaluate
+from mtllm_engine.model import activations
+from mtllm_engine.model.build import build_stack, build_tokenizer
+from mtllm_engine.model.stack import Stack
+from mtllm_engine.targets import write_targets
+from mtllm_engine.training.engine import ZeroEngine, import_deepspeed, shard
+from mtllm_engine.world import World, connect
+from tests.support.machine import HANG_S
+from tests.support.stages import (
+    checkpoint,
+    evaluation_config,
+    finetuning_config,
+    recorded_scores,
+    rows,
+    stage2_config,
+)
+from tests.support.tiny import build_config
+
+ADAPTERS = {"lora": {"rank": 4, "alpha": 8.0, "dropout": 0.05}}
+UNDROPPED = {"lora": {"dropout": 0.0}}
+
+
+@contextlib.contextmanager
+def recorded_keys(stop_at: int = 0, stop_file: Path | None = None):
+    """The document keys of every step this rank runs; asks for a stop in step `stop_at`."""
+    steps: list[list[str]] = []
+
+    def recording(stream, world, max_tokens, *, stop=False):
+        global_batch = agree(stream, world, max_tokens, stop=stop)
+        if stream.mixture.epochs is None:
+            documents = itertools.chain.from_iterable(global_batch.micro_batches)
+            steps.append([document.key for document in documents])
+            if len(steps) == stop_at - 1 and world.is_main:
+                stop_file.touch()
+        return global_batch
+
+    training.agree = recording
+    try:
+        yield steps
+    finally:
+        training.agree = agree
+
+
+def run(config: Config, world: World, stop_at: int = 0) -> list[list[str]]:
+    """A training run, whatever learns; returns this rank's document keys by step."""
+    folder = Path(config.run.dir)
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+    with recorded_keys(stop_at, folder / "STOP") as steps:
+        training.learn(config, world)
+    return steps
+
+
+def code(folder: Path, world: World) -> dict:
+    return {"engine": training.__file__, "kernels": mtllm_engine.kernels.__path__}
+
+
+def ten_steps(folder: Path, world: World) -> dict:
+    options = {"run": {"dir": str(folder / f"ten_steps_{world.size}")}}
+    return {"keys": run(build_config(folder, **options, **ADAPTERS), world)}
+
+
+def recompute(folder: Path, world: World) -> dict:
+    """Activation checkpointing: the recomputed student sees the same dropout."""
+    options = {"run": {"dir": str(folder / "recompute")}, "memory": {"recompute": "layer"}}
+    return {"keys": run(build_config(folder, **options, **ADAPTERS), world)}
+
+
+def bf16(folder: Path, world: World) -> dict:
+    return {"keys": run(bf16_config(folder, f"bf16_{world.size}", stage=3), world)}
+
+
+def bf16_config(folder: Path, name: str, *, stage: int) -> Config:
+    options = {"run": {"dir": str(folder / name)}, "zero": {"stage": stage}}
+    return build_config(folder, model={"dtype": "bfloat16"}, **options, **ADAPTERS)
+
+
+def stop_and_resume(folder: Path, world: World) -> dict:
+    """Stops after four steps, keeps a copy of that, and goes on to the end."""
+    config = build_config(folder, run={"dir": str(folder / f"resumed_{world.size}")}, **ADAPTERS)
+    first = run(config, world, stop_at=4)
+    if world.is_main:
+        shutil.copytree(config.run.dir, folder / f"stopped_{world.size}", symlinks=True)
+    world.gather(None)
+    return {"keys": first + run(config, world)}
+
+
+def resume_other(folder: Path, world: World) -> dict:
+    """Continues what one process stopped after four steps."""
+    options = {"run": {"dir": str(folder / "stopped_1")}}
+    return {"keys": run(build_config(folder, **options, **ADAPTERS), world)}
+
+
+def damaged_shard(folder: Path, world: World) -> dict:
+    """One shard is cut: every rank raises the same line; with on_error = "skip" it is counted."""
+    data = {"train": str(folder / "cut")}
+    config = build_config(folder, run={"dir": str(folder / "damaged")}, data=data)
+    try:
+        run(config, world)
+        error = ""
+    except ValueError as raised:
+        error = str(raised)
+    options = {"run": {"dir": str(folder / "skipped")}, "optim": {"steps": 4}}
+    run(build_config(folder, data=data | {"on_error": "skip"}, **options), world)
+    return {"error": error, "skipped": rows(folder / "skipped")[-1]["skipped"]}
+
+
+def full_disk(folder: Path, world: World) -> dict:
+    """The second checkpoint does not fit: every rank raises, the first one stays."""
+    options = {"optim": {"steps": 6}, "checkpoint": {"every": 2}}
+    config = build_config(folder, run={"dir": str(folder / "full")}, **options)
+    save = training.checkpoint.save
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limited(config, world, engine, stream, step, score):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            return save(config, world, engine, stream, step, score)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    training.checkpoint.save = limited
+    try:
+        run(config, world)
+        return {"error": ""}
+    except ValueError as raised:
+        return {"error": str(raised)}
+    finally:
+        training.checkpoint.save = save
+
+
+def task_runs(folder: Path, world: World) -> dict:
+    """The LLM learns a task, its states are stored, stage 2 learns from them; some ranks idle.
+
+    Weights are released after each layer, as they are of models that do not fit: backward has to
+    gather them again, of the LLM's first layer too, whose input has no gradient of its own.
+    """
+    released = dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), 1)
+    released |= {"stage3_param_persistence_threshold": 100}
+    zero = {"zero": {"stage": 3}, "deepspeed": {"zero_optimization": released}}
+    finetune, stage2 = (
+        {"run": {"dir": str(folder / f"{step}_{world.size}_ranks")}, **zero}
+        for step in ("finetune", "stage2")
+    )
+    run(finetuning_config(folder, "sib200", **finetune, **UNDROPPED), world)
+    config = stage2_config(folder, "sib200", data={"teacher_states": "states"}, **stage2)
+    write_targets(config, world)
+    return {"keys": run(config, world)}
+
+
+def evaluation(folder: Path, world: World) -> dict:
+    """Every system of every kind of task in every language, on these ranks."""
+    return evaluated(folder, f"evaluate_{world.size}_ranks", world, stage=3)
+
+
+def evaluated(folder: Path, name: str, world: World, *, stage: int) -> dict:
+    options = {"run": {"dir": str(folder / name)}, "zero": {"stage": stage}}
+    untranslated = options | {"evaluate": {"systems": ["llm", "stack"]}}
+    spans = untranslated | {"model": {"init_from": str(checkpoint(folder, "finetune-xquad-stack"))}}
+    with recorded_scores() as scores:
+        evaluate(evaluation_config(folder, "sib200", f"sib200:{folder}/topics", **options), world)
+        evaluate(
+            evaluation_config(folder, "belebele", f"belebele:{folder}/belebele", **untranslated),
+            world,
+        )
+        evaluate(evaluation_config(folder, "xquad", f"xquad:{folder}/squad", **spans), world)
+    return scores
+
+
+def joint_forward(folder: Path, world: World) -> dict:
+    return count_gathers(folder, world, two_passes=False)
+
+
+def two_passes(folder: Path, world: World) -> dict:
+    return count_gathers(folder, world, two_passes=True)
+
+
+def count_gathers(folder: Path, world: World, *, two_passes: bool) -> dict:
+    """Gathered bytes of the decoder's layers per micro-batch, trace events, and weights pinned by
+    the graph.
+    """
+    zero = {
+        "stage3_max_live_parameters": 280_000,
+        "stage3_max_reuse_distance": 120_000,
+        "stage3_prefetch_bucket_size": 45_000,
+        "stage3_param_persistence_threshold": 100,
+        "log_trace_cache_warnings": True,
+    }
+    deep = {"decoder": str(folder / "deep")}
+    config = build_config(folder, model=deep, deepspeed={"zero_optimization": zero})
+    stack, weights = build_stack(config)
+    stream = build_stream(config.data, build_tokenizer(config, stack), world, seed=0)
+    engine = ZeroEngine(config, shard(stack, weights, config, world), world)
+    if two_passes:
+        stack.decoder.forward = lambda hidden, streams: one_by_one(stack, hidden, streams)
+    counts, pinned, per_micro_batch, full = Counter(), [], [], full_values(stack)
+    with counting(stack, counts):
+        for step in range(3):
+            global_batch = agree(stream, world, config.memory.max_tokens)
+            batches = [batch for _, batch in global_batch.batches(world.device, step)]
+            for batch in batches:
+                counts["micro_batches"] += 1
+                before = counts["bytes"]
+                share = engine(batch, global_batch.totals)
+                pinned.append(num_pinned_weights(share.loss, stack, full))
+                engine.backward(share.loss)
+                per_micro_batch.append(counts["bytes"] - before)
+            engine.step(1e-3)
+            blocking = counts["blocking"]
+            with engine.evaluating():  # a forward alone must not cost the next step its trace
+                engine(batches[0], global_batch.totals)
+            counts["blocking"] = blocking
+            if step == 1:  # two steps of warm-up
+                counts["blocking"] = counts["invalidations"] = 0
+    base = sum(parameter.ds_numel * 4 for parameter in layer_weights(stack))
+    stream.close()
+    return {"ratios": [count / base for count in per_micro_batch], "pinned": pinned, **counts}
+
+
+def one_by_one(stack: Stack, hidden, streams) -> tuple:
+    """What the joint layer replaces: a pass of all layers for each stream."""
+    outputs = []
+    for state, stream in zip(hidden, streams):
+        for layer in stack.decoder.layers:
+            (state,) = layer(state, streams=(stream,))
+        outputs.append(state)
+    return tuple(outputs)
+
+
+def layer_weights(stack: Stack) -> list[torch.nn.Parameter]:
+    return [each for each in stack.decoder.layers.parameters() if not each.ds_persist]
+
+
+@contextlib.contextmanager
+def counting(stack: Stack, counts: Counter):
+    """Counts gathered bytes of the decoder's weights, fetches nobody prefetched, lost traces."""
+    import_deepspeed()
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.runtime.zero.partitioned_param_coordinator import (
+        PartitionedParameterCoordinator as Coordinator,
+    )
+
+    counted = {id(parameter) for parameter in layer_weights(stack)}
+    fetch, invalidate = Coordinator._fetch_sub_module_impl, Coordinator._invalidate_trace
+    for parameter in stack.parameters():
+        gather = parameter.all_gather_coalesced
+
+        def counting_gather(parameters, *args, gather=gather, **kwargs):
+            parameters = list(parameters)
+            counts["bytes"] += sum(
+                p.ds_numel * p.element_size() for p in parameters if id(p) in counted
+            )
+            return gather(parameters, *args, **kwargs)
+
+        parameter.all_gather_coalesced = counting_gather
+
+    def counting_fetch(self, module, forward, is_leaf):
+        missing = [
+            p
+            for p in module.parameters(recurse=is_leaf)
+            if p.ds_status == ZeroParamStatus.NOT_AVAILABLE
+        ]
+        counts["blocking"] += bool(missing)
+        return fetch(self, module, forward, is_leaf)
+
+    def counting_invalidate(self):
+        counts["invalidations"] += 1
+        return invalidate(self)
+
+    Coordinator._fetch_sub_module_impl, Coordinator._invalidate_trace = (
+        counting_fetch,
+        counting_invalidate,
+    )
+    try:
+        yield
+    finally:
+        Coordinator._fetch_sub_module_impl, Coordinator._invalidate_trace = fetch, invalidate
+
+
+def full_values(stack: Stack) -> list[torch.Tensor]:
+    """The decoder's base matrices, and transposed, as a graph could hold them."""
+    with import_deepspeed().zero.GatheredParameters(layer_weights(stack)):
+        full = [parameter.detach().clone() for parameter in layer_weights(stack)]
+    return full + [value.T for value in full if value.dim() == 2]
+
+
+def num_pinned_weights(loss: torch.Tensor, stack: Stack, full: list[torch.Tensor]) -> int:
+    """Full base matrices that the graph keeps though their layers have been released."""
+    status = import_deepspeed().runtime.zero.partition_parameters.ZeroParamStatus
+    live = {p.data_ptr() for p in layer_weights(stack) if p.ds_status == status.AVAILABLE}
+    released_most = len(live) < len(layer_weights(stack)) / 2
+    assert released_most, "the limits released too few layers to see anything"
+    kept = {tensor.data_ptr(): tensor for tensor in saved_tensors(loss.grad_fn)}
+    others = [kept[pointer] for pointer in kept.keys() - live]
+    return sum(any(torch.equal(tensor, value) for value in full) for tensor in others)
+
+
+def saved_tensors(root) -> list[torch.Tensor]:
+    """Everything the graph keeps for backward; what it would compute again is not kept."""
+    unpack = activations._unpack
+    activations._unpack = lambda saved: saved if isinstance(saved, torch.Tensor) else torch.empty(0)
+    tensors, seen, todo = [], set(), [root]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        saved = list(getattr(node, "saved_tensors", ()))
+        saved += [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        tensors += [item for item in saved if isinstance(item, torch.Tensor)]
+        todo += [following for following, _ in node.next_functions]
+    activations._unpack = unpack
+    return tensors
+
+
+if __name__ == "__main__":
+    target, names = Path(sys.argv[1]), sys.argv[2:]
+    this_world = connect(timeout_s=HANG_S)
+    for scenario in names:
+        result = json.dumps(globals()[scenario](target, this_world))
+        (target / f"{scenario}_{this_world.size}_{this_world.rank}.json").write_text(result)
+    this_world.close()

@@ -1,0 +1,293 @@
+"""ZeRO-3 on 1 to 4 ranks against plain PyTorch: same packs and losses, exact resume, no traffic."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtllm_engine.config import dumps
+from mtllm_engine.finetune import finetune
+from mtllm_engine.train import train
+from tests.support.machine import ROOT, launch
+from tests.support.stages import (
+    ALONE,
+    finetuning_config,
+    losses,
+    rows,
+    run_stages,
+    write_belebele,
+    write_passages,
+    write_questions,
+    write_topics,
+)
+from tests.support.tiny import build_config, build_corpus, build_decoder, build_encoder
+from tests.support.zero_worker import (
+    ADAPTERS,
+    UNDROPPED,
+    bf16_config,
+    evaluated,
+    recorded_keys,
+    run,
+)
+
+WORKER = "tests.support.zero_worker"
+RESUME = ["stop_and_resume", "resume_other"]
+VARIANTS = ["recompute", "bf16"]
+DAMAGE = ["damaged_shard", "full_disk"]
+TRAFFIC = ["joint_forward", "two_passes"]
+TASK = ["task_runs", "evaluation"]
+MEASURED = {"loss", "grad_norm", "accuracy", "validation_accuracy", "validation_fvu"}
+EXTRA = {
+    1: ["evaluation"],
+    2: [*VARIANTS, *RESUME, *DAMAGE, *TRAFFIC, "task_runs"],
+    3: TASK,
+    4: ["evaluation"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Models, corpora, plain runs: `ten_steps_0`, one stopped after four steps, and a task's."""
+    folder = tmp_path_factory.mktemp("zero")
+    build_encoder(folder / "encoder")
+    build_decoder(folder / "decoder")
+    build_decoder(folder / "deep", width=64, layers=40)
+    build_corpus(folder / "train", 120)
+    cut_corpus(build_corpus(folder / "cut", 60))
+    plain = {"zero": {"stage": 0}, **ADAPTERS}
+    with recorded_keys() as keys:
+        train(build_config(folder, run={"dir": str(folder / "ten_steps_0")}, **plain), ALONE)
+    (folder / "ten_steps_0_0.json").write_text(json.dumps({"keys": keys}))
+    run(build_config(folder, run={"dir": str(folder / "stopped_1")}, **plain), ALONE, stop_at=4)
+    write_topics(folder, "eng_Latn", train=16, dev=7)
+    counts = {"eng_Latn": 3, "swh_Latn": 7, "nqo_Nkoo": 2}
+    for seed, (language, count) in enumerate(counts.items(), start=1):
+        write_topics(folder, language, seed=seed, test=count)
+    run_stages(folder, "sib200", **UNDROPPED)
+    learn_choices(folder)
+    learn_spans(folder)
+    return folder
+
+
+def learn_choices(folder: Path) -> None:
+    write_questions(folder, train=16, dev=7)
+    for language in ("eng_Latn", "swh_Latn"):
+        write_belebele(folder / "belebele" / f"{language}.jsonl", language)
+    run_stages(folder, "belebele", **UNDROPPED)
+
+
+def learn_spans(folder: Path) -> None:
+    """By the LLM and by the stack."""
+    files = {"train-v1.1": 16, "dev-v1.1": 7, "xquad.en": 3, "xquad.hi": 9, "xquad.zh": 2}
+    for seed, (name, count) in enumerate(files.items()):
+        write_passages(folder / "squad" / f"{name}.json", count, seed=seed)
+    for reader, name in (("llm", "finetune-xquad"), ("stack", "finetune-xquad-stack")):
+        options = {"run": {"dir": str(folder / name)}, **UNDROPPED}
+        finetune(finetuning_config(folder, "xquad", reader, **options), ALONE)
+
+
+def cut_corpus(folder: Path) -> None:
+    """Cuts the last shard in the middle of its data."""
+    shard = folder / "000002.tar"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+
+
+@pytest.fixture(scope="module")
+def worlds(folder: Path) -> Path:
+    """The folder, once worlds of 1 to 4 ranks have run their scenarios in it."""
+    for size, extra in EXTRA.items():
+        launch(size, WORKER, folder, "ten_steps", *extra)
+    return folder
+
+
+def results(folder: Path, scenario: str, size: int) -> list[dict]:
+    paths = sorted(folder.glob(f"{scenario}_{size}_*.json"))
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def keys_by_step(folder: Path, scenario: str, size: int) -> list[list[str]]:
+    """The document keys of each step over all ranks."""
+    ranks = [result["keys"] for result in results(folder, scenario, size)]
+    return [sorted(sum(step, [])) for step in zip(*ranks, strict=True)]
+
+
+def test_ranks_run_the_code_of_this_checkout(tmp_path: Path, monkeypatch):
+    """Not of another one, which the environment may have installed."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    launch(1, WORKER, tmp_path, "code")
+    engine, kernels = ROOT / "mtllm_engine" / "train.py", ROOT / "kernels"
+    assert results(tmp_path, "code", 1) == [{"engine": str(engine), "kernels": [str(kernels)]}]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_any_number_of_ranks_trains_as_plain_pytorch_does(worlds: Path, size: int):
+    assert keys_by_step(worlds, "ten_steps", size) == keys_by_step(worlds, "ten_steps", 0)
+    expected = losses(worlds / "ten_steps_0")
+    assert losses(worlds / f"ten_steps_{size}") == pytest.approx(expected, rel=1e-5)
+    assert len(expected) == 10 and len(set(expected)) == 10
+
+
+def test_activation_checkpointing_changes_nothing(worlds: Path):
+    assert losses(worlds / "recompute") == pytest.approx(losses(worlds / "ten_steps_2"), rel=1e-5)
+
+
+def test_bf16_base_drifts_by_rounding_only(worlds: Path):
+    """Gradients are reduced in fp32: by less than bf16's own resolution, 2^-8."""
+    run(bf16_config(worlds, "bf16_0", stage=0), ALONE)
+    assert losses(worlds / "bf16_2") == pytest.approx(losses(worlds / "bf16_0"), rel=2**-10)
+
+
+def test_steps_have_several_micro_batches(worlds: Path):
+    """Otherwise the tests here would not see gradient accumulation."""
+    tokens = [
+        (row["student_tokens"], row["teacher_tokens"]) for row in rows(worlds / "ten_steps_0")
+    ]
+    assert min(map(max, tokens)) > 2 * 160
+
+
+def test_stop_and_resume_is_bitwise_on_the_same_world(worlds: Path):
+    assert losses(worlds / "resumed_2") == losses(worlds / "ten_steps_2")
+    assert keys_by_step(worlds, "stop_and_resume", 2) == keys_by_step(worlds, "ten_steps", 2)
+    states = [final_state(worlds / name) for name in ("resumed_2", "ten_steps_2")]
+    assert states[0] == states[1]
+
+
+def final_state(run_folder: Path) -> dict:
+    record = json.loads((run_folder / "checkpoints" / "latest" / "state.json").read_text())
+    return {"files": record["files"], "lanes": record["lanes"]}
+
+
+def test_killed_between_checkpoints_and_continued(worlds: Path):
+    """The command users type, killed after step 4 or later, with checkpoints every 3 steps."""
+    options = {"run": {"dir": str(worlds / "killed")}, "checkpoint": {"every": 3}}
+    path = worlds / "killed.toml"
+    path.write_text(dumps(build_config(worlds, **options, **ADAPTERS)))
+    command = [sys.executable, "-m", "mtllm_engine.cli", "train", str(path), "--gpus", "2"]
+    while not was_killed_in_mid_run(command, worlds / "killed"):
+        shutil.rmtree(worlds / "killed")
+    subprocess.run(command, check=True)
+    assert losses(worlds / "killed") == losses(worlds / "ten_steps_2")
+    assert [row["step"] for row in rows(worlds / "killed")] == list(range(1, 11))
+
+
+def was_killed_in_mid_run(command: Sequence[str], run_folder: Path) -> bool:
+    """Kills a run of ten steps and all its ranks; on a busy machine that may come too late."""
+    launcher = subprocess.Popen(command, start_new_session=True)
+    while launcher.poll() is None and last_step(run_folder) < 4:
+        time.sleep(0.01)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(launcher.pid, signal.SIGKILL)
+    assert launcher.wait() in (0, -signal.SIGKILL)
+    return launcher.returncode != 0 and last_step(run_folder) < 10
+
+
+def last_step(run_folder: Path) -> int:
+    path = run_folder / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def test_one_rank_continues_two(worlds: Path):
+    target = worlds / "two_to_one"
+    shutil.copytree(worlds / "stopped_2", target, symlinks=True)
+    options = {"run": {"dir": str(target)}, "zero": {"stage": 0}}
+    steps = run(build_config(worlds, **options, **ADAPTERS), ALONE)
+    assert losses(target) == pytest.approx(losses(worlds / "ten_steps_2"), rel=1e-5)
+    assert [sorted(step) for step in steps] == keys_by_step(worlds, "ten_steps", 2)[4:]
+
+
+def test_two_ranks_continue_one(worlds: Path):
+    assert losses(worlds / "stopped_1") == pytest.approx(losses(worlds / "ten_steps_0"), rel=1e-5)
+    assert keys_by_step(worlds, "resume_other", 2) == keys_by_step(worlds, "ten_steps", 0)[4:]
+
+
+def test_damaged_shard_stops_every_rank_with_one_line_or_is_counted(worlds: Path):
+    for result in results(worlds, "damaged_shard", 2):
+        assert "000002.tar is cut" in result["error"] and "\n" not in result["error"]
+        assert result["skipped"] > 0
+
+
+def test_full_disk_keeps_the_checkpoint_before(worlds: Path):
+    for result in results(worlds, "full_disk", 2):
+        assert "step-00000004" in result["error"]
+        assert "earlier checkpoints are intact" in result["error"]
+    saved = sorted(path.name for path in (worlds / "full" / "checkpoints").iterdir())
+    assert saved == ["latest", "step-00000002"]
+
+
+def test_joint_layers_are_gathered_once_forward_and_once_backward(worlds: Path):
+    for result in results(worlds, "joint_forward", 2):
+        assert max(result["ratios"]) <= 2.05
+        assert result["blocking"] == 0 and result["invalidations"] == 0
+        assert set(result["pinned"]) == {0}
+
+
+def test_two_passes_would_gather_three_times(worlds: Path):
+    for result in results(worlds, "two_passes", 2):
+        assert min(result["ratios"]) >= 2.8
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("step", ["finetune", "stage2"])
+def test_any_number_of_ranks_learns_a_task_as_plain_pytorch_does(
+    worlds: Path, step: str, size: int
+):
+    """Stage 2 learns from states that these ranks stored, plain PyTorch from the live teacher."""
+    plain, sharded = rows(worlds / f"{step}-sib200"), rows(worlds / f"{step}_{size}_ranks")
+    assert len(sharded) == len(plain) == 5  # validation, three steps, validation
+    for before, after in zip(plain, sharded):
+        for key in before.keys() & MEASURED:
+            assert after[key] == pytest.approx(before[key], rel=1e-5), key
+
+
+def test_a_rank_without_documents_took_part(worlds: Path):
+    """Or the tests of three ranks would not see what it runs: a token that brings stored states."""
+    counts = [[len(step) for step in result["keys"]] for result in results(worlds, "task_runs", 3)]
+    assert [sum(step) for step in zip(*counts)] == [8, 8, 8]
+    assert min(map(min, counts)) < max(map(max, counts))
+
+
+@pytest.fixture(scope="module")
+def plain_scores(worlds: Path) -> dict[str, dict]:
+    return evaluated(worlds, "evaluate_0", ALONE, stage=0)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_any_number_of_ranks_scores_every_document_once(
+    worlds: Path, plain_scores: dict[str, dict], size: int
+):
+    """In order, on every rank alike, and as plain PyTorch does; the same predictions are saved."""
+    for recorded in results(worlds, "evaluation", size):
+        assert recorded.keys() == plain_scores.keys()
+        assert len(recorded) == (3 + 2 + 2) + 2 * 2 + 2 * 3
+        for corpus, scores in recorded.items():
+            expected = plain_scores[corpus]
+            assert scores["keys"] == expected["keys"] and scores["labels"] == expected["labels"]
+            if "/xquad/" in corpus:
+                assert scores["scores"] == expected["scores"]
+            name = "states" if "/xquad/" in corpus else "scores"
+            difference = torch.tensor(scores[name]) - torch.tensor(expected[name])
+            assert difference.abs().max() <= 1e-5 * torch.tensor(expected[name]).abs().max()
+    folders = [worlds / name / "results" for name in (f"evaluate_{size}_ranks", "evaluate_0")]
+    saved = [
+        {path.relative_to(folder): answers(path) for path in folder.rglob("*.jsonl")}
+        for folder in folders
+    ]
+    # 2 say nothing, 1 is a cache of translations.
+    assert saved[0] == saved[1] and len(saved[0]) == 7 + 4 + 6 + 2 + 1
+
+
+def answers(path: Path) -> list[dict]:
+    """Predictions without their header; translations without how long they took."""
+    lines = map(json.loads, path.read_text().splitlines()[1:])
+    timed = ("wall_s", "crc32")  # the latter is a checksum of the former, too
+    return [{key: value for key, value in row.items() if key not in timed} for row in lines]
