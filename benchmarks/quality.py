@@ -52,7 +52,7 @@ def measure(config: Config, world: World, trained: checkpoint.TrainedState | Non
     stack, weights = build_stack(config)
     engine = build_engine(config, shard(stack, weights, config, world), world)
     if trained is not None:
-        engine.load_trained_state(trained, step=0)
+        engine.load_trained_state(trained, updates=0)
     tokenizer = build_tokenizer(config, stack)
     options = {"seed": config.run.seed, "corpus": config.validation.corpus}
     stream = build_stream(config.data, tokenizer, world, **options)

@@ -288,7 +288,7 @@ def run(bench: Bench) -> int:
 def build_bench(arguments: argparse.Namespace, config: Config, world: World) -> Bench:
     models = world.together(lambda: build_models(config, arguments.random_weights, world))
     engine = build_engine(config, models.stack, world)
-    engine.load_trained_state(models.trained, step=0)
+    engine.load_trained_state(models.trained, updates=0)
     choice = "" if arguments.linear else arguments.baseline
     baselines = build_baselines(choice, config, models, world)
     ours = Ours(config=config, world=world, engine=engine, module=models.stack)

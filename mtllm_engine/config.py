@@ -213,6 +213,8 @@ class RunConfig:
     """Of starts, order of documents and dropout."""
     log_every: int = 10
     """Steps between two looks at the device."""
+    max_bad_steps: int = 10
+    """So many steps in a row without an update, as their gradient was not finite, end the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -599,6 +601,7 @@ def _other_rules(config: Config) -> Rules:
         (config.probe.split, "probe.split is empty; FLORES-200 has dev and devtest"),
         (config.probe.lines >= 0, "probe.lines must be 0 (all) or above"),
         (config.run.log_every >= 1, "run.log_every must be at least 1"),
+        (config.run.max_bad_steps >= 1, "run.max_bad_steps must be at least 1"),
         (config.run.dir, "run.dir is empty"),
         (0 <= config.run.seed < 1 << 63, "run.seed must be 0 or above, and below 2^63"),
     ]

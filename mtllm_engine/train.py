@@ -58,10 +58,11 @@ def learn(config: Config, world: World) -> None:
     measure_probe = world.together(lambda: _open_probe(config, world, tokenizer))
     fit = start_projection(config, world, stack, weights, tokenizer)
     engine = build_engine(config, shard(stack, weights, config, world), world)
-    start = checkpoint.restore(config, world, engine, stream)
+    progress = checkpoint.restore(config, world, engine, stream)
+    start = progress.step
     world.on_main(lambda: write_header(config, world, stack, start, fit))
     with (
-        RunLog(config, world, stack.objective.measures, flops, start=start) as log,
+        RunLog(config, world, stack.objective.measures, flops, progress=progress) as log,
         stop_requests(run_dir) as stop_requested,
     ):
 
@@ -95,7 +96,7 @@ def learn(config: Config, world: World) -> None:
             is_due = done % config.checkpoint.every == 0 or is_last
             if is_due or checkpoint.is_best(config, world, score):
                 log.flush()
-                checkpoint.save(config, world, engine, stream, done, score)
+                checkpoint.save(config, world, engine, stream, done, score, log.bad_steps)
             if is_last:
                 break
     stream.close()

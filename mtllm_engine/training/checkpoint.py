@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -41,22 +41,36 @@ def save(
     stream: Stream,
     step: int,
     score: float | None = None,
+    bad_steps: int = 0,
 ) -> Path:
     """Saves the state after `step` steps as `checkpoints/step-00001000`; all ranks call it.
 
     Args:
         score: What validation said of this very state, higher being better; None: nothing.
+        bad_steps: The last so many steps made no update.
 
     Raises:
-        ValueError: The disk is full or refuses; earlier checkpoints are as they were.
+        ValueError: A trained value is not finite, or the disk is full or refuses; earlier
+            checkpoints are as they were.
     """
     lanes = {lane: state for part in world.gather(stream.state()) for lane, state in part.items()}
     state = engine.trained_state()
-    return world.on_main(lambda: _write(config, state, lanes, step, score))
+    record = {"step": step, "updates": engine.updates, "bad_steps": bad_steps}
+    record |= {"lanes": lanes, "score": score}
+    return world.on_main(lambda: _write(config, state, record))
 
 
-def restore(config: Config, world: World, engine: PlainEngine | ZeroEngine, stream: Stream) -> int:
-    """Loads `latest` into engine and stream, if the run has one; returns the number of steps done.
+class Progress(NamedTuple):
+    """How far a run has got."""
+
+    step: int = 0
+    bad_steps: int = 0  # the last so many made no update
+
+
+def restore(
+    config: Config, world: World, engine: PlainEngine | ZeroEngine, stream: Stream
+) -> Progress:
+    """Loads `latest` into engine and stream, if the run has one.
 
     Raises:
         ValueError: The checkpoint is damaged, or of another model, corpus or lane count; the
@@ -64,12 +78,12 @@ def restore(config: Config, world: World, engine: PlainEngine | ZeroEngine, stre
     """
     folder, current = world.on_main(lambda: (latest(_folder(config)), identity(config)))
     if folder is None:
-        return 0
+        return Progress()
     state = world.together(lambda: _read(folder))
     world.on_main(lambda: _check_identity(folder, state["identity"], current))
-    engine.load_trained_state(load_tensors(folder), state["step"])
+    engine.load_trained_state(load_tensors(folder), state["updates"])
     stream.load_state({int(lane): lane_state for lane, lane_state in state["lanes"].items()})
-    return state["step"]
+    return Progress(state["step"], state["bad_steps"])
 
 
 def latest(folder: Path) -> Path | None:
@@ -162,11 +176,13 @@ def _folder(config: Config) -> Path:
     return Path(config.run.dir) / "checkpoints"
 
 
-def _write(
-    config: Config, state: TrainedState, lanes: dict[int, Any], step: int, score: float | None
-) -> Path:
+def _write(config: Config, state: TrainedState, record: dict[str, Any]) -> Path:
     folder = _folder(config)
-    final = folder / f"step-{step:08d}"
+    final = folder / f"step-{record['step']:08d}"
+    for name, tensors in state.items():
+        if not tensors["value"].isfinite().all():
+            fix = "lower optim.lr and continue; earlier checkpoints are intact"
+            raise ValueError(f"{name} is not finite after step {record['step']}; {fix}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".*.partial"):
@@ -175,8 +191,8 @@ def _write(
         with files.atomic_folder(final, replaces=True) as draft:
             contents = _contents(config, state)
             hashes = {name: _write_file(draft / name, each) for name, each in contents.items()}
-            record = {"step": step, "identity": identity(config), "files": hashes}
-            _write_file(draft / "state.json", _encode(record | {"lanes": lanes, "score": score}))
+            about = {"identity": identity(config), "files": hashes}
+            _write_file(draft / "state.json", _encode(record | about))
         files.link(folder / "latest", final.name)
         top = best(folder)
         if top:

@@ -102,9 +102,12 @@ class PlainEngine:
         loss_share.backward()
 
     def step(self, lr: float) -> torch.Tensor:
-        """Clips, updates and forgets the gradients; returns their norm before clipping."""
+        """Clips, updates and forgets the gradients; returns their norm before clipping. Where that
+        is not finite there is no update."""
         _set_lr(self.optimizer, lr)
         norm = nn.utils.clip_grad_norm_(_trained(self.stack).values(), self.clip or float("inf"))
+        # AdamW then leaves values, moments and its own count as they are, without a host wait.
+        self.optimizer.found_inf = (~norm.isfinite()).float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.detach()
@@ -117,6 +120,11 @@ class PlainEngine:
             yield
         self.stack.train()
 
+    @property
+    def updates(self) -> int:
+        """AdamW's own count: steps with a gradient that was not finite are none."""
+        return _updates(self.optimizer)
+
     def trained_state(self) -> TrainedState:
         """What is trained, with its moments."""
         return {
@@ -126,12 +134,12 @@ class PlainEngine:
         }
 
     @torch.no_grad()
-    def load_trained_state(self, state: TrainedState, step: int) -> None:
-        """Continues from `trained_state` after `step` updates."""
+    def load_trained_state(self, state: TrainedState, updates: int) -> None:
+        """Continues from `trained_state` after so many updates."""
         for name, parameter in _trained(self.stack).items():
             parameter.copy_(state[name]["value"])
             moments = {key: state[name][key].to(parameter.device, copy=True) for key in MOMENTS}
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+            self.optimizer.state[parameter] = _adamw_state(updates, moments)
 
 
 class ZeroEngine:
@@ -161,7 +169,8 @@ class ZeroEngine:
         self.engine.backward(loss_share * self.world.size, scale_wrt_gas=False)
 
     def step(self, lr: float) -> torch.Tensor:
-        """Clips, updates and forgets the gradients; returns their norm before clipping."""
+        """Clips, updates and forgets the gradients; returns their norm before clipping. Where that
+        is not finite DeepSpeed makes no update."""
         _set_lr(self.optimizer, lr)
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.world.device)
@@ -175,12 +184,19 @@ class ZeroEngine:
         self.engine.empty_partition_cache()  # layers kept for a backward that does not come
         self.engine.train()
 
+    @property
+    def updates(self) -> int:
+        """AdamW's own count: steps with a gradient that was not finite are none."""
+        return _updates(self.optimizer)
+
     def trained_state(self) -> TrainedState:
         """What is trained, with its moments: gathered by all ranks, returned on rank 0 (elsewhere
         empty).
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        if not any(self.optimizer.state.values()):  # no update yet, whatever the step
+            self._create_moments(0)
         state: TrainedState = {}
         for name, parameter in _trained(self.stack).items():
             tensors = {"value": safe_get_full_fp32_param(parameter)}
@@ -191,14 +207,12 @@ class ZeroEngine:
                 }
         return state
 
-    def load_trained_state(self, state: TrainedState, step: int) -> None:
-        """Continues from `trained_state` after `step` updates; every rank passes the whole
-        state.
-        """
+    def load_trained_state(self, state: TrainedState, updates: int) -> None:
+        """Continues from `trained_state` after so many updates; every rank passes it whole."""
         import deepspeed
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-        self._create_moments(step)
+        self._create_moments(updates)
         trained = _trained(self.stack)
         for name, parameter in trained.items():
             safe_set_local_fp32_param(parameter, self._slice(state[name]["value"], parameter))
@@ -213,11 +227,11 @@ class ZeroEngine:
                 if self.world.is_main:
                     parameter.copy_(state[name]["value"])
 
-    def _create_moments(self, step: int) -> None:
-        """AdamW would make its state in its first step; here it must exist before."""
+    def _create_moments(self, updates: int) -> None:
+        """AdamW would make its state in its first update; here it must exist before."""
         for flat in self.zero.fp32_partitioned_groups_flat:
             moments = {key: torch.zeros_like(flat) for key in MOMENTS}
-            self.optimizer.state[flat] = {"step": torch.tensor(float(step)), **moments}
+            self.optimizer.state[flat] = _adamw_state(updates, moments)
 
     def _slice(self, tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
         """This rank's flat slice of a full tensor, with the padding that makes all slices equally
@@ -300,15 +314,21 @@ def fill(parameter: nn.Parameter, name: str, weights: Weights, world: World) -> 
 
 
 def _build_optimizer(stack: Stack, optim: OptimConfig) -> torch.optim.AdamW | None:
-    """None where nothing is trained."""
+    """None where nothing is trained. Fused, for only then it can be told on the device to skip."""
     trained = list(_trained(stack).values())
-    options = {
-        "lr": optim.lr,
-        "betas": optim.betas,
-        "eps": optim.eps,
-        "weight_decay": optim.weight_decay,
-    }
-    return torch.optim.AdamW(trained, **options) if trained else None
+    options = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "fused": True}
+    return (
+        torch.optim.AdamW(trained, **options, weight_decay=optim.weight_decay) if trained else None
+    )
+
+
+def _adamw_state(updates: int, moments: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    device = next(iter(moments.values())).device
+    return {"step": torch.tensor(float(updates), device=device), **moments}
+
+
+def _updates(optimizer: torch.optim.AdamW) -> int:
+    return int(next((state["step"] for state in optimizer.state.values() if state), 0))
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

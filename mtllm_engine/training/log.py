@@ -1,7 +1,9 @@
 """What a person sees of a run: the header, the live bar, metrics.jsonl, TensorBoard."""
 
 import contextlib
+import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -20,6 +22,7 @@ from mtllm_engine.data.stream import GlobalBatch
 from mtllm_engine.files import write_text
 from mtllm_engine.model.lora import quantised_weights
 from mtllm_engine.model.stack import Stack
+from mtllm_engine.training.checkpoint import Progress
 from mtllm_engine.training.closed_form import Fit
 from mtllm_engine.training.step import StepResult
 from mtllm_engine.world import AgreedError, World
@@ -36,6 +39,7 @@ class Record:
 
     def __init__(self, number: int) -> None:
         self.row: dict[str, Any] = {"step": number}
+        self.documents: list[dict[str, Any]] = []  # this rank's
         self.started_s = time.perf_counter()
 
     def data(self, global_batch: GlobalBatch) -> None:
@@ -46,6 +50,8 @@ class Record:
             "teacher_tokens": global_batch.teacher_tokens,
             "skipped": global_batch.skipped,
         }
+        documents = itertools.chain(*global_batch.micro_batches)
+        self.documents = [{"key": each.key, "row": each.row} for each in documents]
         self.wait_s = time.perf_counter() - self.started_s
 
     def result(self, result: StepResult) -> None:
@@ -60,7 +66,7 @@ class RunLog:
     Args:
         measures: What an objective's moments, summed, come to: names and numbers.
         flops: Of a student and of a teacher token.
-        start: Steps done before; what is written of later ones is of a killed run, and goes.
+        progress: Of the run until now; what is written of later steps is of a killed run, and goes.
     """
 
     def __init__(
@@ -70,10 +76,11 @@ class RunLog:
         measures: Callable[[torch.Tensor], dict[str, float]],
         flops: tuple[int, int],
         *,
-        start: int,
+        progress: Progress,
     ) -> None:
-        self.config, self.world, self.start = config, world, start
+        self.config, self.world, self.start = config, world, progress.step
         self.measures, self.flops = measures, flops
+        self.bad_steps = progress.bad_steps  # the last so many made no update
         self.folder = Path(config.run.dir)
         self.pending: list[Record] = []
         self.flushed_s = time.perf_counter()
@@ -84,6 +91,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self.file = _open_after(self.folder / "metrics.jsonl", self.start)
+            self.skipped = _open_after(self.folder / "skipped.jsonl", self.start)
             self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.start + 1)
             steps = {"total": self.config.optim.steps, "initial": self.start, "unit": "step"}
             self.bar = tqdm(**steps, dynamic_ncols=True)
@@ -94,13 +102,14 @@ class RunLog:
             self.bar.close()
             self.board.close()
             self.file.close()
+            self.skipped.close()
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[Record]:
         """A step to be recorded, the first being number 1.
 
         Raises:
-            ValueError: The loss of a step since the last look is not finite.
+            ValueError: As `flush`.
         """
         record = Record(number)
         yield record
@@ -109,7 +118,11 @@ class RunLog:
             self.flush()
 
     def flush(self) -> None:
-        """Looks at the steps since the last time: one sum over ranks, one wait for the device."""
+        """Looks at the steps since the last time: one sum over ranks, one wait for the device.
+
+        Raises:
+            ValueError: `run.max_bad_steps` in a row made no update.
+        """
         if not self.pending:
             return
         sums = torch.stack([record.sums_M for record in self.pending])
@@ -118,14 +131,30 @@ class RunLog:
         now_s = time.perf_counter()
         step_s = (now_s - self.flushed_s) / len(self.pending)
         rows = [self._finish(record, values, step_s) for record, values in zip(self.pending, sums)]
-        self.pending, self.flushed_s = [], now_s
+        records, self.pending, self.flushed_s = self.pending, [], now_s
         if self.world.is_main:
             self._write(rows)
-        for row in rows:
-            if row["loss"] - row["loss"] != 0:
-                message = f"the loss of step {row['step']} is {row['loss']}"
-                # The sum is the same on every rank, so all raise.
-                raise AgreedError(ValueError(f"{message}; lower optim.lr and continue"))
+        for record, row in zip(records, rows):
+            self._count(record, row)
+
+    def _count(self, record: Record, row: dict[str, Any]) -> None:
+        """Notes what a step trained on whose gradient was not finite; the same on every rank."""
+        if row["grad_norm"] is not None:
+            self.bad_steps = 0
+            return
+        self.bad_steps += 1
+        parts = self.world.gather(record.documents)
+        if self.world.is_main:
+            documents = list(itertools.chain(*parts))
+            self.skipped.write(json.dumps({"step": row["step"], "documents": documents}) + "\n")
+            self.skipped.flush()
+            self.bar.write(f"step {row['step']}: no update, its gradient is not finite")
+        if self.bad_steps >= self.config.run.max_bad_steps:
+            reason = f"{self.bad_steps} steps in a row, up to {row['step']}, made no update, as"
+            reason += " their gradients were not finite"
+            fix = f"look at {self.folder / 'skipped.jsonl'}, lower optim.lr and continue"
+            # The sums are the same on every rank, so all raise.
+            raise AgreedError(ValueError(f"{reason}; {fix}"))
 
     def measured(self, step: int, row: Mapping[str, Any], message: str) -> None:
         """Writes and says what was measured after `step` steps, which was no training time."""
@@ -136,10 +165,10 @@ class RunLog:
 
     def _finish(self, record: Record, sums_M: torch.Tensor, step_s: float) -> dict[str, Any]:
         tokens = (record.row["student_tokens"], record.row["teacher_tokens"])
+        values = {"loss": sums_M[0].item(), "grad_norm": sums_M[1].item()}
+        values |= self.measures(sums_M[2:])
         return record.row | {
-            "loss": sums_M[0].item(),
-            "grad_norm": sums_M[1].item(),
-            **self.measures(sums_M[2:]),
+            **{name: _finite(value) for name, value in values.items()},
             "pairs_per_s": pair_tokens(*tokens) / step_s,
             "step_s": step_s,
             "data_wait": record.wait_s / step_s,
@@ -150,12 +179,12 @@ class RunLog:
         for row in rows:
             self.file.write(json.dumps(row) + "\n")
             for key, value in row.items():
-                if key != "step":
+                if key != "step" and value is not None:
                     self.board.add_scalar(key, value, row["step"])
         self.file.flush()
         last = rows[-1]
         if "loss" in last:
-            shown = {key: f"{last[key]:.4g}" for key in SHOWN if key in last}
+            shown = {key: f"{last[key]:.4g}" for key in SHOWN if last.get(key) is not None}
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(last["step"] - self.bar.n)
 
@@ -219,6 +248,11 @@ def _kernels(stack: Stack, device: str) -> str:
     for name, kernel in (kernels.discover() | {"attention": stack.attention}).items():
         ops.setdefault(kernel.label(device), []).append(name)
     return "; ".join(f"{label}: {', '.join(names)}" for label, names in ops.items())
+
+
+def _finite(value: float) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
 
 
 def pair_tokens(student_tokens: int, teacher_tokens: int) -> float:

@@ -69,7 +69,10 @@ def summary(folder: Path) -> dict[str, str]:
             )
     if validation:
         rows["held-out documents"] = f"{validation[-1]['validation_documents']}"
-    rows["loss, last step"] = f"{training[-1]['loss']:.6f}"
+    loss = training[-1]["loss"]
+    rows["loss, last step"] = "not finite" if loss is None else f"{loss:.6f}"
+    if bad := sum(row["grad_norm"] is None for row in training):
+        rows["steps without an update"] = f"{bad}: skipped.jsonl names what they read"
     rows["pair tokens/s, median"] = f"{rates[len(rates) // 2]:,.0f}"
     rows["documents skipped"] = str(training[-1]["skipped"])
     rows["device"] = f"{environment['world_size']} rank(s) on {environment['device']}"

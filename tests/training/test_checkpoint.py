@@ -50,7 +50,7 @@ class Run:
         return checkpoint.save(self.config, WORLD, self.engine, self.stream, step)
 
     def restore(self) -> int:
-        return checkpoint.restore(self.config, WORLD, self.engine, self.stream)
+        return checkpoint.restore(self.config, WORLD, self.engine, self.stream).step
 
     def state(self) -> tuple[TrainedState, dict]:
         return self.engine.trained_state(), self.stream.state()
