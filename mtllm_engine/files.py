@@ -1,19 +1,26 @@
-"""Files and folders that are there whole or not at all, links that always point somewhere, hashes,
-and the folder of caches.
+"""Files and folders that are there whole or not at all, links that always point somewhere, names
+that are no paths, hashes, and the folder of caches with what has been checked on this node.
 """
 
 import contextlib
 import fcntl
+import functools
 import glob
 import hashlib
+import json
 import os
+import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+_IMPORTED_S = time.time()
+_KEPT_S = 30 * 24 * 3600  # how long it is remembered when something was checked
+_HASH_BYTES = hashlib.sha256().digest_size
 _HOME = re.compile(r"(?:[\w.+-]+:)?(~)")  # also behind the name of a data set
 
 
@@ -26,6 +33,22 @@ def expand(path: str) -> str:
 def expanded_path(path: str) -> Path:
     """`expand` for command lines, which take paths alone."""
     return Path(expand(path))
+
+
+def check_name(name: str, what: str) -> str:
+    """A name from a file or a key, if it is one component of a path: only then may it be joined to
+    a folder that it must not lead out of.
+
+    Args:
+        what: What is so named, for the error.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if name in ("", ".", "..") or re.search("[/\0\ud800-\udfff]", name):
+        rule = "must be the name of one file or folder, without slashes and not . or .."
+        raise ValueError(f"{what} {rule}, not {name!r}")
+    return name
 
 
 @contextlib.contextmanager
@@ -121,6 +144,106 @@ def cache_folder() -> Path:
         if folder.stat().st_uid == os.getuid():
             return folder
     raise ValueError("no folder for caches can be written; set XDG_CACHE_HOME")
+
+
+@contextlib.contextmanager
+def making(cached: Path) -> Iterator[None]:
+    """Of a node's processes one at a time makes a file of the cache; the others wait.
+
+    Raises:
+        ValueError: The cache cannot be written.
+    """
+    try:
+        with cached.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        fix = "free some space or set XDG_CACHE_HOME"
+        raise ValueError(
+            f"cannot write into the cache {cached.parent}: {error.strerror}; {fix}"
+        ) from None
+
+
+def write_sealed(cached: Path, content: bytes) -> None:
+    """An `atomic_file` of the cache that ends in a hash of its content and name."""
+    with atomic_file(cached) as file:
+        file.write(content)
+        file.write(_seal(cached, content))
+
+
+def is_sealed(cached: Path) -> bool:
+    """Whether a file is there as `write_sealed` left it, to the last bit."""
+    try:
+        content = cached.read_bytes()
+    except OSError:
+        return False
+    return content[-_HASH_BYTES:] == _seal(cached, content[:-_HASH_BYTES])
+
+
+def once_a_run(what: str, check: Callable[[], None], *, anew: bool = False) -> None:
+    """Runs a check unless it has passed on this node since this run began.
+
+    A check of an earlier run says nothing: disks and copies damage files and keep size and time.
+
+    Args:
+        what: What is checked; other words, another check.
+        check: Raises when it fails, which is not remembered.
+        anew: Whatever is remembered.
+
+    Raises:
+        ValueError: The cache cannot be written.
+    """
+    record = _record_of(what)
+    if not anew and _holds(record):
+        return
+    with making(record):
+        if anew or not _holds(record):
+            check()
+            earliest = time.time() - _KEPT_S
+            recent = {boot: at for boot, at in _checked_at(record).items() if at > earliest}
+            write_sealed(record, json.dumps(recent | {_boot(): time.time()}).encode())
+
+
+def last_checked(what: str) -> float | None:
+    """When `once_a_run` last passed, as `time.time()`; None: nobody remembers."""
+    return max(_checked_at(_record_of(what)).values(), default=None)
+
+
+def _holds(record: Path) -> bool:
+    return _run_start() <= _checked_at(record).get(_boot(), 0.0) <= time.time()
+
+
+def _checked_at(record: Path) -> dict[str, float]:
+    """By boot, as nodes that share a cache have disks of their own."""
+    return json.loads(record.read_bytes()[:-_HASH_BYTES]) if is_sealed(record) else {}
+
+
+def _record_of(what: str) -> Path:
+    return cache_folder() / f"{hashlib.sha256(what.encode()).hexdigest()}.checked"
+
+
+def _seal(cached: Path, content: bytes) -> bytes:
+    return hashlib.sha256(cached.name.encode() + b"\n" + content).digest()
+
+
+@functools.cache
+def _boot() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return platform.node()
+
+
+@functools.cache
+def _run_start() -> float:
+    """When this run began: of ranks, whose launcher is one for a node, when that did."""
+    process = os.getppid() if "RANK" in os.environ else os.getpid()
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # hidden from us: then each rank checks by itself
+        return _IMPORTED_S
+    since_boot_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    started_s = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot_s
+    return min(started_s, _IMPORTED_S)
 
 
 def _draft_of(path: Path) -> Path:

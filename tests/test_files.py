@@ -19,6 +19,7 @@ from mtllm_engine.files import (
     atomic_file,
     atomic_folder,
     cache_folder,
+    check_name,
     expand,
     expanded_path,
     link,
@@ -227,3 +228,45 @@ def test_only_a_home_is_expanded(text):
         assert expanded_path(f"~/{text}") == Path(f"/home/me/{text}")
         assert expand(f"/{text}") == f"/{text}" and expand(f"a/{text}") == f"a/{text}"
         assert expand("~") == "/home/me" and expand("") == ""
+
+
+PARTS = st.sampled_from(["..", ".", "/", "a", "\0", "\ud800", "~", "é", "\\", "..tar"])
+NAMES = st.lists(PARTS, max_size=4).map("".join) | st.text(st.characters(), max_size=6)
+
+
+@given(name=NAMES)
+def test_a_name_is_one_component_of_a_path(name):
+    try:
+        assert check_name(name, "a name") == name
+    except ValueError as error:
+        assert str(error).startswith("a name must be the name of one file or folder")
+        assert name in ("", ".", "..") or set(name) & set("/\0") or not encodes(name)
+    else:
+        inside = os.path.normpath(f"/folder/{name}")
+        assert inside == f"/folder/{name}" and Path(inside).parent == Path("/folder")
+
+
+def encodes(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+LAUNCHER = """
+import subprocess, sys
+rank = "import sys; from mtllm_engine import files; " \
+       "files.once_a_run('this', lambda: open(sys.argv[1], 'a').write('checked '))"
+ranks = [subprocess.Popen([sys.executable, "-c", rank, sys.argv[1]]) for _ in range(3)]
+sys.exit(sum(each.wait() for each in ranks))
+"""
+
+
+def test_what_is_checked_is_checked_once_by_each_run(tmp_path):
+    """A run is its launcher: its ranks, at once or one after the other, share what they check."""
+    log = tmp_path / "log"
+    environment = os.environ | {"RANK": "0", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    for runs in (1, 2):
+        command = [sys.executable, "-c", LAUNCHER, log]
+        subprocess.run(command, env=environment, check=True, cwd=ROOT)
+        assert log.read_text().split() == ["checked"] * runs

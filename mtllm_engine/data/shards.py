@@ -6,10 +6,12 @@ import itertools
 import json
 import re
 import textwrap
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
+from tarfile import BLOCKSIZE
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,8 +30,9 @@ from mtllm_engine.data.tars import (
     build_index,
     describe_shard,
     extensions_of,
+    last_check,
 )
-from mtllm_engine.files import write_text
+from mtllm_engine.files import check_name, write_text
 
 FORMAT = "mtllm-shards/1"
 _OPEN_SHARDS = 128  # per corpus, a descriptor and a mapped index each: more than a rank has lanes
@@ -75,7 +78,8 @@ class Manifest:
         """The manifest of a folder.
 
         Raises:
-            ValueError: There is none, it is of another format version, or ill-typed.
+            ValueError: There is none, it is of another format version, ill-typed, or says what
+                cannot be.
         """
         path = Path(folder) / "manifest.json"
         again = "run `mtllm shards import` again"
@@ -86,14 +90,14 @@ class Manifest:
             raise ValueError(
                 f"no manifest.json in {folder}; make one with {pack} or {import_}"
             ) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"{path} is not JSON; restore it or {again}") from None
         version = content.get("format") if isinstance(content, dict) else None
         if version != FORMAT:
             raise ValueError(f"{path} has format {version!r}, not {FORMAT!r}; {again}")
         try:
             return cls._parsed(content)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}; restore it or {again}") from None
 
     def save(self, folder: Path | str) -> None:
@@ -106,9 +110,21 @@ class Manifest:
         table = _typed(content, kinds)
         names = ("text", *(name for name in ANNOTATIONS if name in table["fields"]))
         table["fields"] = _typed(table["fields"], dict.fromkeys(names, str))
-        shards = (_typed(shard, Shard.__annotations__) for shard in table["shards"])
+        shards = [_typed(shard, Shard.__annotations__) for shard in table["shards"]]
         table["shards"] = tuple(Shard(**shard) for shard in shards)
+        _check_shards(table["shards"])
         return cls(**table)
+
+
+def _check_shards(shards: tuple[Shard, ...]) -> None:
+    """Raises ValueError where names could lead elsewhere or numbers cannot be true of any tar."""
+    names = Counter(check_name(shard.name, "the name of a shard") for shard in shards)
+    for shard in shards:
+        if names[shard.name] > 1:
+            raise ValueError(f"{names[shard.name]} shards have the name {shard.name}")
+        if not 0 <= shard.samples * BLOCKSIZE <= shard.bytes < 1 << 60:
+            numbers = f"{shard.samples} samples in {shard.bytes} bytes"
+            raise ValueError(f"shard {shard.name} cannot hold {numbers}")
 
 
 def _typed(table: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
@@ -124,6 +140,10 @@ class Corpus:
     """Random access to the samples of a corpus folder; one thread reads at a time.
 
     A shard is checked against the manifest when it is first read; none is ever held in memory.
+
+    Raises:
+        ValueError: There is no sound manifest.
+        DamagedShardError: A shard is not as empty as the manifest says.
     """
 
     def __init__(self, path: Path | str):
@@ -132,6 +152,9 @@ class Corpus:
         self._layout = _parse_layout(self.manifest.fields, self.path)
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._damaged: dict[int, str] = {}
+        for number, shard in enumerate(self.manifest.shards):
+            if not shard.samples:  # so that nobody will read it: now or never
+                self._opened(number)
 
     def read(self, shard: int, index: int) -> Sample:
         """A sample.
@@ -350,7 +373,8 @@ def show(folder: Path | str, samples: int = 3) -> str:
         rows = [(name, str(getattr(manifest, name))) for name in names]
         rows += [*manifest.fields.items(), ("shards", str(len(manifest.shards)))]
         for shard in manifest.shards[:10]:
-            rows.append((shard.name, f"{shard.samples} samples, {shard.bytes} bytes"))
+            size = f"{shard.samples} samples, {shard.bytes} bytes"
+            rows.append((shard.name, f"{size}, {_checked(corpus.path / shard.name, shard)}"))
         indices = (
             (number, index)
             for number, shard in enumerate(manifest.shards)
@@ -358,6 +382,13 @@ def show(folder: Path | str, samples: int = 3) -> str:
         )
         rows += [_shown(corpus, *pair) for pair in itertools.islice(indices, samples)]
     return "\n".join(f"{name:<12}  {value}" for name, value in rows)
+
+
+def _checked(path: Path, shard: Shard) -> str:
+    at = last_check(path, shard)
+    if at is None:
+        return "not checked on this machine"
+    return f"found sound {datetime.fromtimestamp(at):%Y-%m-%d %H:%M}"
 
 
 def _shown(corpus: Corpus, shard: int, index: int) -> tuple[str, str]:

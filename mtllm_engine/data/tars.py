@@ -5,8 +5,8 @@ hashes are what makes that detectable.
 """
 
 import contextlib
-import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -18,7 +18,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mtllm_engine.files import atomic_file, cache_folder, sha256_of
+from mtllm_engine.files import (
+    cache_folder,
+    is_sealed,
+    last_checked,
+    making,
+    once_a_run,
+    sha256_of,
+    write_sealed,
+)
 
 _SKIPPED = re.compile(r"__[^/]*__($|/)")  # member names that WebDataset passes over
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -47,8 +55,8 @@ def describe_shard(path: Path, samples: int) -> Shard:
 class OpenShard:
     """A shard that has been found sound, open for reading; no more than its index is in memory.
 
-    The check, which reads every byte, is made once per node: its result, where each text lies, is
-    kept in a cache that the ranks share.
+    The check, which reads every byte, is made once per run and node. Its other result, where each
+    text lies, is kept in a cache that the ranks share, as long as size and time stay.
 
     Args:
         shard: What the manifest says of it.
@@ -62,8 +70,10 @@ class OpenShard:
     def __init__(
         self, path: Path, shard: Shard, extension: str, *, checks_anew: bool = False
     ) -> None:
-        index_of = _checked_index if checks_anew else _cached_index
         self.path = path
+        what = _state_of(path, shard)
+        once_a_run(what, lambda: _check(path, shard), anew=checks_anew)
+        index_of = _counted_index if checks_anew else _cached_index
         self._index = index_of(path, shard, extension)
         with _damage_named(path):
             self._file = path.open("rb", buffering=0)
@@ -109,38 +119,22 @@ def extensions_of(path: Path) -> list[str]:
         return [name for name in next(_samples(file, path), {}) if not name.startswith("__")]
 
 
-def _cached_index(path: Path, shard: Shard, extension: str) -> np.ndarray:
-    """A sound shard's index, memory-mapped; of a node's ranks one makes it and the others wait."""
-    with _damage_named(path):
-        state = path.stat()
-    identity = [asdict(shard), extension, str(path.absolute()), state.st_size, state.st_mtime_ns]
-    cached = cache_folder() / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.npy"
-    if (index := _mapped(cached)) is not None:
-        return index
+def last_check(path: Path, shard: Shard) -> float | None:
+    """When a shard was last found sound, as `time.time()`; None: never, as it is now."""
     try:
-        with cached.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if (index := _mapped(cached)) is None:
-                index = _checked_index(path, shard, extension)
-                with atomic_file(cached) as file:
-                    np.save(file, index)
-                index = np.load(cached, mmap_mode="r")
-    except OSError as error:
-        fix = "free some space or set XDG_CACHE_HOME"
-        raise ValueError(
-            f"cannot write the shard index in {cached.parent}: {error.strerror}; {fix}"
-        ) from None
-    return index
-
-
-def _mapped(cached: Path) -> np.ndarray | None:
-    try:
-        return np.load(cached, mmap_mode="r")
-    except (OSError, ValueError, EOFError):  # not there yet, or spoilt: made again
+        return last_checked(_state_of(path, shard))
+    except DamagedShardError:
         return None
 
 
-def _checked_index(path: Path, shard: Shard, extension: str) -> np.ndarray:
+def _state_of(path: Path, shard: Shard) -> str:
+    with _damage_named(path):
+        state = path.stat()
+    identity = [asdict(shard), str(path.absolute()), state.st_size, state.st_mtime_ns]
+    return json.dumps(identity)
+
+
+def _check(path: Path, shard: Shard) -> None:
     with _damage_named(path):
         size = path.stat().st_size
         if size < shard.bytes:
@@ -151,12 +145,29 @@ def _checked_index(path: Path, shard: Shard, extension: str) -> np.ndarray:
             )
         if sha256_of(path) != shard.sha256:
             raise DamagedShardError(f"shard {path} does not match its sha256")
+
+
+def _cached_index(path: Path, shard: Shard, extension: str) -> np.ndarray:
+    """A sound shard's index, memory-mapped; of a node's ranks one makes it and the others wait."""
+    identity = json.dumps([_state_of(path, shard), extension])
+    cached = cache_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()}.npy"
+    if not is_sealed(cached):
+        with making(cached):
+            if not is_sealed(cached):
+                content = io.BytesIO()
+                np.save(content, _counted_index(path, shard, extension))
+                write_sealed(cached, content.getvalue())
+    return np.load(cached, mmap_mode="r")
+
+
+def _counted_index(path: Path, shard: Shard, extension: str) -> np.ndarray:
+    with _damage_named(path):
         index = build_index(path, extension)
-        if len(index) != shard.samples:
-            raise DamagedShardError(
-                f"shard {path} holds {len(index)} samples, its manifest says {shard.samples}"
-            )
-        return index
+    if len(index) != shard.samples:
+        raise DamagedShardError(
+            f"shard {path} holds {len(index)} samples, its manifest says {shard.samples}"
+        )
+    return index
 
 
 @contextlib.contextmanager

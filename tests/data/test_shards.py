@@ -19,6 +19,7 @@ import webdataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mtllm_engine import files
 from mtllm_engine.cli import main
 from mtllm_engine.data import shards, sources, tars
 from mtllm_engine.data.annotations import Annotations
@@ -552,6 +553,168 @@ def test_spoilt_index_is_made_again(corpus_folder, checks, tmp_path, monkeypatch
     assert len(os.listdir(checks)) == 2
 
 
+def new_run(patch):
+    """As in a process that starts now: what was checked before was checked by other runs."""
+    now = time.time()
+    patch.setattr(files, "_run_start", lambda: now)
+
+
+def kept_times(change, path):
+    """Changes a file as a disk does: size and times stay."""
+    before = path.stat()
+    change(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def flip_bit(position, bit):
+    def apply(path):
+        content = bytearray(path.read_bytes())
+        content[position % len(content)] ^= 1 << bit
+        path.write_bytes(content)
+
+    return apply
+
+
+POSITION, BIT = st.integers(0, 1 << 20), st.integers(0, 7)
+
+
+@given(number=st.integers(0, 100), position=POSITION | st.integers(0, 200), bit=BIT)
+def test_a_flipped_bit_of_the_cache_changes_nothing(cached, number, position, bit):
+    """Of an index: it is made again. Of the record of a check: the check is, too."""
+    folder, cache, texts = cached
+    damaged = cache[number % len(cache)]
+    kept_times(flip_bit(position, bit), damaged)
+    assert read_all(folder) == texts
+    assert files.is_sealed(damaged)
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """A corpus, the files that its reading left in the cache, and what was read."""
+    folder = tmp_path_factory.mktemp("cached")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        (folder / "a.txt").write_text("".join(f"text {number}\n" for number in range(9)))
+        pack([folder / "a.txt"], folder / "corpus")
+        texts = read_all(folder / "corpus")
+        cache = [path for path in (folder / "cache" / "mtllm").iterdir() if path.stat().st_size]
+        assert sorted(path.suffix for path in cache) == 2 * [".checked"] + 2 * [".npy"]
+        yield folder / "corpus", cache, texts
+
+
+def test_a_cached_file_under_the_name_of_another_is_made_again(cached):
+    folder, cache, texts = cached
+    first, second = (path for path in cache if path.suffix == ".npy")
+    first.write_bytes(second.read_bytes())
+    assert read_all(folder) == texts
+
+
+@settings(max_examples=20)
+@given(position=POSITION, bit=BIT)
+def test_a_shard_damaged_between_two_runs_is_found(cached, position, bit):
+    """Though its size and times are what they were when it was found sound."""
+    folder, _, texts = cached
+    shard = folder / "000001.tar"
+    before = shard.read_bytes()
+    assert read_all(folder) == texts
+    kept_times(flip_bit(position, bit), shard)
+    with pytest.MonkeyPatch.context() as patch:
+        new_run(patch)
+        with pytest.raises(DamagedShardError, match=r"000001\.tar does not match its sha256"):
+            read_all(folder)
+    kept_times(lambda path: path.write_bytes(before), shard)
+
+
+def test_a_shard_is_read_whole_once_a_run(corpus_folder, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(
+        tars, "sha256_of", lambda path: hashed.append(path.name) or files.sha256_of(path)
+    )
+    monkeypatch.setattr(tars, "build_index", count_calls(tars.build_index, indexed := []))
+    for run in (1, 2):
+        new_run(monkeypatch)
+        for _ in range(2):
+            read_all(corpus_folder)
+            assert sorted(hashed) == sorted(run * ["000000.tar", "000001.tar", "000002.tar"])
+    assert len(indexed) == 3
+
+
+def count_calls(function, calls):
+    return lambda *arguments: calls.append(arguments) or function(*arguments)
+
+
+def test_show_says_when_a_shard_was_last_checked(corpus_folder, monkeypatch):
+    assert show(corpus_folder).count("not checked on this machine") == 3
+    new_run(monkeypatch)
+    rows = show(corpus_folder).splitlines()
+    assert sum("found sound 20" in row for row in rows) == 1  # the one whose texts were shown
+    verify(corpus_folder, progress=False)
+    assert show(corpus_folder).count("found sound 20") == 3
+    flip(BLOCK)(corpus_folder / "000002.tar")
+    assert "not checked" in show(corpus_folder)
+
+
+NUMBERS = st.integers(-3, 8) | st.sampled_from([10240, 1 << 31, 1 << 63, 10**30])
+
+
+@given(number=st.integers(0, 1), samples=NUMBERS, num_bytes=NUMBERS)
+@example(number=0, samples=0, num_bytes=10240)
+@example(number=0, samples=-5, num_bytes=10240)
+@example(number=1, samples=3, num_bytes=10240)
+def test_numbers_that_are_not_the_tars_are_refused(cached, number, samples, num_bytes):
+    """None that a manifest says leaves documents out in silence, or ends in a traceback."""
+    folder, _, texts = cached
+    content = json.loads((folder / "manifest.json").read_text())
+    shard = content["shards"][number]
+    is_true = (shard["samples"], shard["bytes"]) == (samples, num_bytes)
+    shard |= {"samples": samples, "bytes": num_bytes}
+    with tempfile.TemporaryDirectory() as name:
+        for tar in folder.glob("*.tar"):
+            os.link(tar, Path(name) / tar.name)
+        (Path(name) / "manifest.json").write_text(json.dumps(content))
+        if is_true:
+            assert read_all(name) == texts
+            return
+        with pytest.raises(ValueError, match=shard["name"]) as error:
+            read_all(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tar_without_samples_is_a_shard_without_samples(corpus_folder):
+    write_tar(corpus_folder / "000003.tar", [])
+    assert [shard.samples for shard in import_(corpus_folder).shards] == [4, 4, 4, 0]
+    assert len(read_all(corpus_folder)) == 12 and verify(corpus_folder, progress=False) == []
+
+
+HOSTILE = ["../x.tar", "/x.tar", "..", ".", "", "a/b.tar", "a/../../x.tar", "x\0.tar", "\ud800"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("action", ["show", "verify"])
+def test_a_shards_name_is_no_path(corpus_folder, name, action, capsys):
+    before = everything_below(corpus_folder.parent)
+    path = corpus_folder / "manifest.json"
+    path.write_text(path.read_text().replace('"000001.tar"', json.dumps(name)))
+    (corpus_folder.parent / "x.tar").write_bytes((corpus_folder / "000001.tar").read_bytes())
+    assert main(["shards", action, str(corpus_folder)]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "the name of a shard must be the name" in err
+    (corpus_folder.parent / "x.tar").unlink()
+    path.write_bytes(before[path])
+    assert everything_below(corpus_folder.parent) == before
+
+
+def everything_below(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_two_shards_of_one_name_are_refused(corpus_folder):
+    path = corpus_folder / "manifest.json"
+    path.write_text(path.read_text().replace("000001.tar", "000002.tar"))
+    with pytest.raises(ValueError, match=r"manifest\.json: 2 shards have the name 000002\.tar"):
+        Manifest.load(corpus_folder)
+
+
 def test_cache_falls_back_to_the_temp_folder(corpus_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(corpus_folder / "manifest.json"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -572,10 +735,8 @@ def test_open_shards_are_bounded(corpus_folder, monkeypatch):
 
 
 def test_manifest_round_trip(tmp_path):
-    shard = Shard(name="0.tar", samples=1, bytes=2, sha256="é")
-    manifest = Manifest(
-        language=LANGUAGE, licence="CC0", fields={"text": "json.a"}, shards=(shard, shard)
-    )
+    shards = tuple(Shard(name=f"{n}.tar", samples=n, bytes=1024, sha256="é") for n in (0, 2))
+    manifest = Manifest(language=LANGUAGE, licence="CC0", fields={"text": "json.a"}, shards=shards)
     manifest.save(tmp_path)
     assert Manifest.load(tmp_path) == manifest and manifest.samples == 2
     assert os.listdir(tmp_path) == ["manifest.json"]
