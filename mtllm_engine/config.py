@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from mtllm_engine.files import expand
+from mtllm_engine.files import check_name, expand
 from mtllm_engine.languages import check_language, is_well_formed
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -481,6 +481,8 @@ def _check(config: Config) -> None:
         if name not in LORA_TARGETS:
             known = ", ".join(LORA_TARGETS)
             raise ValueError(f"lora.target_modules: {name!r} is none of {known}")
+    if config.data.teacher_states:
+        check_name(config.data.teacher_states, "data.teacher_states")
     _check_fallback(config.languages.fallback)
     _check_sizes(config)
 

@@ -55,6 +55,11 @@ def status_of(main, arguments):
         ("train run.toml optim.lr=fast", 1, "optim.lr must be a number, not 'fast'"),
         ("train run.toml --gpus 2 optim.lr=0", 1, "optim.lr must be above 0"),
         ("finetune run.toml", 1, "fine-tuning needs task.name and task.train"),
+        (
+            "train run.toml data.teacher_states=../x",
+            1,
+            "data.teacher_states must be the name of one file or folder",
+        ),
         ("train run.toml --gpus 0", 1, "--gpus must be at least 1, not 0"),
         ("train run.toml --gpus two", 2, "argument --gpus: invalid int value: 'two'"),
         ("train run.toml --gpus", 2, "argument --gpus: expected one argument"),

@@ -2,10 +2,11 @@
 
 `teacher_states-NAME/` in a corpus' folder holds one .npy per shard, (samples, P, D), a row for each
 sample in the shard's order, and last a manifest.json that says whose states these are, of which
-text, and what they took to make. Who changes whose or which is refused.
+text, each file's sha256, and what they took to make. Who changes any of that is refused.
 """
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from mtllm_engine.data.shards import BadDocumentError, Manifest
-from mtllm_engine.files import atomic_folder, write_text
+from mtllm_engine.files import atomic_folder, check_name, once_a_run, sha256_of, write_text
 
-FORMAT = "mtllm-targets/1"
+FORMAT = "mtllm-targets/2"
 
 
 class TeacherStates:
@@ -28,21 +29,18 @@ class TeacherStates:
         maker: What the states depend on besides the text; must equal what they were written with.
 
     Raises:
-        ValueError: There are none of this name, or text or maker are others.
+        ValueError: There are none of this name, or text or maker are others, or what says so was
+            changed.
     """
 
     def __init__(self, corpus: Path, name: str, maker: Mapping[str, Any]) -> None:
         self.folder = folder_of(corpus, name)
         manifest = Manifest.load(corpus)
         try:
-            saved = json.loads((self.folder / "manifest.json").read_text("utf-8"))
-        except OSError:
+            saved = _load_record(self.folder)
+        except FileNotFoundError:
             raise ValueError(
                 f"{corpus} has no data.teacher_states={name!r}; make them with `mtllm targets`"
-            ) from None
-        except ValueError:
-            raise ValueError(
-                f"{self.folder / 'manifest.json'} is not JSON; run `mtllm targets` again"
             ) from None
         expected = {"format": FORMAT, "corpus": manifest.fingerprint, **maker}
         for key, value in expected.items():
@@ -50,7 +48,9 @@ class TeacherStates:
                 values = f"{saved.get(key)!r}, not {value!r}"
                 fix = "remove it and run `mtllm targets`, or name another data.teacher_states"
                 raise ValueError(f"{self.folder} was made with another {key} ({values}); {fix}")
-        self._names = [shard.name for shard in manifest.shards]
+        self._shards = manifest.shards
+        self._shape_PD: list[int] = saved["shape"]
+        self._sha256s: dict[str, str] = saved["files"]
         self._open: dict[int, np.ndarray] = {}
 
     def read(self, shard: int, index: int) -> np.ndarray:
@@ -58,22 +58,76 @@ class TeacherStates:
 
         Raises:
             BadDocumentError: The sample had none, because it could not be used then.
+            ValueError: The file is not what was written.
         """
-        states_PD = self._shard(shard)[index].astype(np.float32)
+        states_PD = self._opened(shard)[index].astype(np.float32)
         if np.isnan(states_PD).any():
             raise BadDocumentError(
-                f"{self.folder}: number {index} of {self._names[shard]} has no stored states"
+                f"{self.folder}: number {index} of {self._shards[shard].name} has no stored states"
             )
         return states_PD
 
     def zeros(self) -> np.ndarray:
         """fp32 (1, D): a state of no meaning."""
-        return np.zeros((1, self._shard(0).shape[2]), np.float32)
+        return np.zeros((1, self._shape_PD[1]), np.float32)
 
-    def _shard(self, shard: int) -> np.ndarray:
-        if shard not in self._open:
-            self._open[shard] = np.load(self.folder / f"{self._names[shard]}.npy", mmap_mode="r")
-        return self._open[shard]
+    def _opened(self, number: int) -> np.ndarray:
+        """A shard's states, found to be those that were written once per run and node."""
+        if number not in self._open:
+            shard = self._shards[number]
+            path = _file_of(self.folder, shard.name)
+            try:
+                states = _sound_states(path, self._sha256s.get(shard.name))
+            except OSError as error:
+                reason = f"cannot be read: {error.strerror or error}"
+                raise ValueError(f"{path} {reason}; {_again(self.folder)}") from None
+            shape = (shard.samples, *self._shape_PD)
+            if states.shape != shape or states.dtype not in (np.float32, np.float16):
+                has = f"{states.dtype} {states.shape}, not float32 or float16 {shape}"
+                raise ValueError(f"{path} holds {has}; {_again(self.folder)}")
+            self._open[number] = states
+        return self._open[number]
+
+
+def _sound_states(path: Path, sha256: str | None) -> np.ndarray:
+    def check() -> None:
+        if sha256_of(path) != sha256:
+            raise ValueError(f"{path} does not match its sha256; {_again(path.parent)}")
+
+    state = path.stat()
+    what = [str(path.absolute()), sha256, state.st_size, state.st_mtime_ns]
+    once_a_run(json.dumps(what), check)
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError):
+        raise ValueError(f"{path} is not a sound .npy file; {_again(path.parent)}") from None
+
+
+def _again(folder: Path) -> str:
+    return f"remove {folder} and run `mtllm targets` again"
+
+
+def _load_record(folder: Path) -> dict[str, Any]:
+    """What the manifest says.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is not what was written.
+    """
+    path = folder / "manifest.json"
+    try:
+        saved = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is not JSON; {_again(folder)}") from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} is not a table; {_again(folder)}")
+    if saved.get("format") == FORMAT and saved.pop("sha256", None) != _sha256_of_record(saved):
+        raise ValueError(f"{path} does not match its own sha256; {_again(folder)}")
+    return saved
+
+
+def _sha256_of_record(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 class TeacherStatesWriter:
@@ -97,9 +151,10 @@ class TeacherStatesWriter:
     ) -> None:
         self.folder = folder_of(corpus, name)
         manifest = Manifest.load(corpus)
-        self._record = {"format": FORMAT, "corpus": manifest.fingerprint, **maker}
+        self._record = {"format": FORMAT, "corpus": manifest.fingerprint, **maker, "shape": shape}
         self._ending = contextlib.ExitStack()
         self._draft = self._ending.enter_context(atomic_folder(self.folder, replaces=True))
+        self._names = [shard.name for shard in manifest.shards]
         self._shards = [
             self._create(shard.name, (shard.samples, *shape), dtype) for shard in manifest.shards
         ]
@@ -123,13 +178,15 @@ class TeacherStatesWriter:
         for states in self._shards:
             states.flush()
         self._shards.clear()
-        record = self._record | {"gpu_hours": gpu_hours, "flops": flops}
+        sha256s = {name: sha256_of(_file_of(self._draft, name)) for name in self._names}
+        record = self._record | {"files": sha256s, "gpu_hours": gpu_hours, "flops": flops}
+        record["sha256"] = _sha256_of_record(record)
         write_text(self._draft / "manifest.json", json.dumps(record, indent=1))
         self._ending.close()
         return self.folder
 
     def _create(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
-        path = self._draft / f"{name}.npy"
+        path = _file_of(self._draft, name)
         states = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
         states[:] = np.nan
         return states
@@ -141,10 +198,18 @@ def cost_of(corpus: Path, name: str) -> tuple[float, float]:
     Raises:
         KeyError: They do not say.
     """
-    saved = json.loads((folder_of(corpus, name) / "manifest.json").read_text("utf-8"))
+    saved = _load_record(folder_of(corpus, name))
     return saved["gpu_hours"], saved["flops"]
 
 
 def folder_of(corpus: Path, name: str) -> Path:
-    """Where a corpus' stored states of a name lie, or would."""
-    return corpus / f"teacher_states-{name}"
+    """Where a corpus' stored states of a name lie, or would.
+
+    Raises:
+        ValueError: The name could lead elsewhere.
+    """
+    return corpus / f"teacher_states-{check_name(name, 'data.teacher_states')}"
+
+
+def _file_of(folder: Path, shard: str) -> Path:
+    return folder / f"{shard}.npy"
