@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from mtllm_engine.config import load
@@ -186,20 +185,18 @@ def _pack(arguments: argparse.Namespace) -> int:
         licence=arguments.licence,
         on_error=arguments.on_error,
     )
-    print(_summary(report.path, report.manifest))
-    for reason, count in sorted(report.skipped.items()):
-        print(f"  skipped {count}: {reason}")
+    _tell(report)
     return 0
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    manifest = shards.import_shards(
+    report = shards.import_shards(
         arguments.folder,
         language=check_language(arguments.language),
         field=arguments.field,
         licence=arguments.licence,
     )
-    print(_summary(arguments.folder, manifest))
+    _tell(report, skipped="not usable")
     return 0
 
 
@@ -237,10 +234,23 @@ def _build_babel(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _summary(path: Path, manifest: shards.Manifest) -> str:
+def _tell(report: shards.CorpusReport, skipped: str = "skipped") -> None:
+    """Prints what there is now, and what is not in it.
+
+    Args:
+        skipped: What documents without usable text are called.
+    """
+    manifest = report.manifest
     num_bytes = sum(shard.bytes for shard in manifest.shards)
     documents = f"{manifest.samples} {manifest.language} documents"
-    return f"{path}: {documents} in {len(manifest.shards)} shards, {num_bytes} bytes"
+    print(f"{report.path}: {documents} in {len(manifest.shards)} shards, {num_bytes} bytes")
+    for name, counts in (
+        (skipped, report.skipped),
+        ("repeated", report.repeated),
+        ("files left out", report.left_out),
+    ):
+        for reason, count in sorted(counts.items()):
+            print(f"  {name} {count}: {reason}")
 
 
 if __name__ == "__main__":

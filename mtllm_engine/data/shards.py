@@ -35,6 +35,7 @@ from mtllm_engine.data.tars import (
 from mtllm_engine.files import check_name, write_text
 
 FORMAT = "mtllm-shards/1"
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 _OPEN_SHARDS = 128  # per corpus, a descriptor and a mapped index each: more than a rank has lanes
 
 
@@ -114,6 +115,17 @@ class Manifest:
         table["shards"] = tuple(Shard(**shard) for shard in shards)
         _check_shards(table["shards"])
         return cls(**table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusReport:
+    """A corpus that was packed or imported, and what of the input is not in it or is doubtful."""
+
+    path: Path
+    manifest: Manifest
+    left_out: dict[str, int]  # number of files that were not read, by reason
+    skipped: dict[str, int]  # number of documents without usable text, by reason
+    repeated: dict[str, int]  # number of samples with the key of another in their tar, by reason
 
 
 def _check_shards(shards: tuple[Shard, ...]) -> None:
@@ -301,41 +313,87 @@ def import_shards(
     field: str = "txt",
     licence: str = "unknown",
     progress: bool = True,
-) -> Manifest:
+) -> CorpusReport:
     """Writes the manifest of a folder of tars, in the order of their names.
+
+    Samples that lack the member are in the manifest's numbers, as WebDataset would read them, and
+    are counted: training stops at them, or skips them.
 
     Raises:
         ValueError: A tar does not read cleanly to its end, or no sample has the member that `field`
             names.
     """
     folder, extension = Path(folder), _parse_field(field).extension
-    paths = _tars(folder)
-    shards, num_texts = [], 0
+    paths, shards = _tars(folder), []
+    lacking, repeated = _Cases(), _Cases()
     for path in tqdm(paths, unit="shard", disable=None if progress else True):
         try:
             index = build_index(path, extension)
         except DamagedShardError as error:
             fix = "restore it, or remove it to import the others"
             raise DamagedShardError(f"{error}; {fix}") from None
-        num_texts += int(np.count_nonzero(index["offset"] >= 0))
+        keys = index["key"]
+        lacking.add(path, keys[index["offset"] < 0])
+        repeated.add(path, np.delete(keys, np.unique(keys, return_index=True)[1]))
         shards.append(describe_shard(path, len(index)))
-    if not num_texts:
+    if lacking.count == sum(shard.samples for shard in shards):
         fix = f"name another with --field: {', '.join(extensions_of(paths[0]))}"
         raise ValueError(f"no member {extension!r} in {folder}; {fix}")
     manifest = Manifest(
         language=language, licence=licence, fields={"text": field}, shards=tuple(shards)
     )
     manifest.save(folder)
-    return manifest
+    apart = "members of one sample that do not follow one another are two samples: sort the tar"
+    return CorpusReport(
+        path=folder,
+        manifest=manifest,
+        left_out=_beside(folder, paths),
+        skipped=lacking.by_reason(f"no member {extension!r}"),
+        repeated=repeated.by_reason("a key of another sample", apart),
+    )
+
+
+@dataclass
+class _Cases:
+    """How many samples something is true of, and the first of them."""
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, path: Path, keys: np.ndarray) -> None:
+        if len(keys) and not self.count:
+            self.first = f"{keys[0].decode('utf-8', 'replace')} in {path.name}"
+        self.count += len(keys)
+
+    def by_reason(self, reason: str, fix: str = "") -> dict[str, int]:
+        text = f"{reason}, such as {self.first}" + (f"; {fix}" if fix else "")
+        return {text: self.count} if self.count else {}
 
 
 def _tars(folder: Path) -> list[Path]:
-    for path in folder.glob("*"):
+    for path in folder.glob("[!.]*"):
         if re.search(r"\.(tgz|tar\.\w+)$", path.name):
             raise ValueError(f"{path} is compressed and cannot be read by offset; decompress it")
-    if not (paths := sorted(folder.glob("*.tar"))):
+    if not (paths := sorted(folder.glob("[!.]*.tar"))):
         raise ValueError(f"no .tar files in {folder}")
+    for path in paths:
+        check_name(path.name, f"a shard in {folder}")
     return paths
+
+
+def _beside(folder: Path, paths: list[Path]) -> dict[str, int]:
+    """What is in a folder besides tars and manifest, and tars below it, where nobody looks."""
+    others = {path for path in folder.glob("[!.]*") if path.is_file()} - {*paths}
+    counts = Counter(kind_of(path) for path in others - {folder / "manifest.json"})
+    counts.update({".tar in a folder below": len(list(folder.glob("[!.]*/**/*.tar")))})
+    return dict(+counts)
+
+
+def kind_of(path: Path) -> str:
+    """The ending of a file's name, with the one before it where that says what is packed in it."""
+    last = path.suffix.lower()
+    packed = Path(path.stem).suffix.lower() if last in _PACKED else ""
+    return f"{packed}{last}" or "no ending"
 
 
 def verify(folder: Path | str, progress: bool = True) -> list[str]:

@@ -8,26 +8,21 @@ import os
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 from tqdm import tqdm
 
-from mtllm_engine.data.shards import BadDocumentError, Manifest, usable_text
+from mtllm_engine.data.shards import BadDocumentError, CorpusReport, Manifest, kind_of, usable_text
 from mtllm_engine.data.tars import Shard, describe_shard
 from mtllm_engine.files import atomic_folder, sync
 
-INPUT_SUFFIXES = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz", ".parquet")
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_LINE_SUFFIXES = (".txt", *_JSON_SUFFIXES)
+INPUT_SUFFIXES = (*_LINE_SUFFIXES, *(f"{suffix}.gz" for suffix in _LINE_SUFFIXES), ".parquet")
 _SMALL_INPUT_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackReport:
-    path: Path
-    manifest: Manifest
-    skipped: dict[str, int]  # number of documents left out, by reason
+_HEAD_BYTES = 1 << 20  # more than a JSON value needs to show that it goes on over lines
 
 
 def pack(
@@ -40,23 +35,27 @@ def pack(
     licence: str = "unknown",
     on_error: Literal["raise", "skip"] = "raise",
     progress: bool = True,
-) -> PackReport:
+) -> CorpusReport:
     """Makes a corpus of about equal shards from text, JSONL and Parquet, in the order of the input.
 
     Args:
-        inputs: Files, or folders searched for files of the known kinds; read once.
+        inputs: Files, or folders searched for files of the known kinds: linked folders too, once
+            each, hidden ones not. Read once.
         field: Column of a Parquet file, or dotted path in a JSON line.
         on_error: What to do with a document without usable text.
 
     Raises:
-        ValueError: `out` is in use, an input is of no known kind, a document is bad, or there are
-            too few of them.
+        ValueError: `out` is in use, an input is of no known kind or JSON that is not JSON Lines, a
+            document is bad, or there are too few of them.
         OSError: A file could not be read or written. After any error nothing is left behind.
     """
-    out, paths = Path(out), _input_files(inputs)
+    out, (paths, left_out) = Path(out), _input_files(inputs)
     if shards < 1:
         raise ValueError(f"cannot make {shards} shards; use --shards 1 or more")
     _check_unused(out)
+    for path in paths:
+        if _kind(path) in _JSON_SUFFIXES:
+            _check_json_lines(path)
     num_bytes = sum(path.stat().st_size for path in paths)
     skipped: Counter[str] = Counter()
     bar = tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None if progress else True)
@@ -67,7 +66,9 @@ def pack(
             language=language, licence=licence, fields={"text": "txt"}, shards=tuple(packed)
         )
         manifest.save(draft)
-    return PackReport(path=out, manifest=manifest, skipped=dict(skipped))
+    return CorpusReport(
+        path=out, manifest=manifest, left_out=dict(left_out), skipped=dict(skipped), repeated={}
+    )
 
 
 def pack_json(
@@ -105,23 +106,66 @@ def pack_json(
 def _check_unused(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is already there and not empty; remove it or name another --out")
+    if out.resolve() == Path.cwd():  # it would be replaced, under the feet of who stands in it
+        raise ValueError(f"{out} is the current folder; name one in it with --out")
 
 
-def _input_files(inputs: Iterable[Path | str]) -> list[Path]:
+def _input_files(inputs: Iterable[Path | str]) -> tuple[list[Path], Counter[str]]:
+    """The files that are read, and how many others the folders have, by what they are."""
     files: list[Path] = []
+    left_out: Counter[str] = Counter()
     for path in map(Path, inputs):
-        candidates = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
-        known = [file for file in candidates if file.name.lower().endswith(INPUT_SUFFIXES)]
-        known = [file for file in known if file.is_file()]
         if not path.exists():
             raise ValueError(f"no such file or folder: {path}")
+        candidates = sorted(_files_below(path)) if path.is_dir() else [path]
+        known = [file for file in candidates if _is_known(file)]
+        others = Counter(_reason(file) for file in candidates if not _is_known(file))
         if not known:
             endings = ", ".join(INPUT_SUFFIXES)
+            has = ", ".join(f"{count} {reason}" for reason, count in sorted(others.items()))
             raise ValueError(
                 f"{path}: neither a file nor a folder with files that end in {endings}"
+                + (f"; it has {has}" if has and path.is_dir() else "")
             )
         files += known
-    return files
+        left_out += others
+    return files, left_out
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """What is not hidden in a folder and those below it: in linked ones too, but in each once."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen: set[str] = set()
+    folders = [str(folder)]
+    while folders:  # linked ones later, so that a file has its own path where it has one
+        linked: list[str] = []
+        for start in folders:
+            for root, below, names in os.walk(start, onerror=fail):
+                is_new = (real := os.path.realpath(root)) not in seen
+                seen.add(real)
+                below[:] = sorted(name for name in below if is_new and not name.startswith("."))
+                linked += [path for name in below if os.path.islink(path := f"{root}/{name}")]
+                if is_new:
+                    yield from (Path(root, name) for name in names if not name.startswith("."))
+        folders = linked
+
+
+def _is_known(file: Path) -> bool:
+    return file.name.lower().endswith(INPUT_SUFFIXES) and file.is_file()
+
+
+def _reason(file: Path) -> str:
+    if not file.exists():
+        return "a link to nothing"
+    return kind_of(file) if file.is_file() else "not a regular file"
+
+
+def _kind(path: Path) -> str:
+    """The ending of an input's name, without that of its compression."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 @contextlib.contextmanager
@@ -146,9 +190,8 @@ def _texts(
     """
     start = 0
     for path in paths:
-        kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-        json_path = tuple(field.split(".")) if kind in ("json", "jsonl") else None
-        documents = _parquet_column(path, field) if kind == "parquet" else _lines(path)
+        json_path = tuple(field.split(".")) if _kind(path) in _JSON_SUFFIXES else None
+        documents = _parquet_column(path, field) if _kind(path) == ".parquet" else _lines(path)
         for number, (raw, before) in enumerate(documents, start=1):
             bar.update(start + before - bar.n)
             try:
@@ -162,39 +205,75 @@ def _texts(
     bar.update(start - bar.n)
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, float]]:
-    """Each line with how many bytes of the file lie before it: compressed bytes, of a .gz."""
-    num_bytes = path.stat().st_size
+@contextlib.contextmanager
+def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """An open file, and its content: of a .gz what is compressed in it."""
     with (
         path.open("rb") as raw,
         gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw as file,
     ):
         try:
-            # A short .gz is unpacked in very few reads, too coarse to cut it by; its true length
-            # costs little.
-            is_small = num_bytes < _SMALL_INPUT_BYTES
-            scale = num_bytes / max(1, file.seek(0, os.SEEK_END)) if is_small else None
-            file.seek(0)
-            before = 0.0
-            for line in file:
-                content = line.removesuffix(b"\n").removesuffix(b"\r")
-                yield content.removeprefix(b"" if before else _BOM), before
-                before = raw.tell() if scale is None else file.tell() * scale
+            yield raw, cast(BinaryIO, file)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path} is cut or damaged: {error}") from None
 
 
-def _parquet_column(path: Path, column: str) -> Iterator[tuple[bytes, float]]:
+def _check_json_lines(path: Path) -> None:
+    """Raises ValueError where the first JSON value is an array of documents, or goes on over lines:
+    of such a file, lines that happen to be whole would be taken for all there is.
+    """
+    with _unpacked(path) as (_, file):
+        raw = file.read(_HEAD_BYTES)
+    head = raw.removeprefix(_BOM).decode("utf-8", "replace").strip()
+    is_whole = len(raw) < _HEAD_BYTES
+    try:
+        _, reached = json.JSONDecoder().raw_decode(head)
+    except json.JSONDecodeError as error:
+        reached = error.pos
+    except RecursionError:
+        return
+    line, _, more = head.partition("\n")
+    # A bad line breaks off at the next one's first character, if not before; a value goes on.
+    goes_on = bool(more) and reached > len(head) - len(more.lstrip())
+    is_array = head.startswith("[")
+    is_alone = is_array and not more and (reached == len(line) or not is_whole)
+    if goes_on or is_alone:
+        value = "a JSON array" if is_array else "a JSON object over several lines"
+        fix = f"jq -c {'.[]' if is_array else '.'} {path.name} > other.jsonl"
+        raise ValueError(f"{path} is {value}; JSON Lines are wanted, an object a line: {fix}")
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, float]]:
+    """Each line with how many bytes of the file lie before it: compressed bytes, of a .gz."""
+    num_bytes = path.stat().st_size
+    with _unpacked(path) as (raw, file):
+        # A short .gz is unpacked in very few reads, too coarse to cut it by; its true length
+        # costs little.
+        is_small = num_bytes < _SMALL_INPUT_BYTES
+        scale = num_bytes / max(1, file.seek(0, os.SEEK_END)) if is_small else None
+        file.seek(0)
+        before = 0.0
+        for line in file:
+            content = line.removesuffix(b"\n").removesuffix(b"\r")
+            yield content.removeprefix(b"" if before else _BOM), before
+            before = raw.tell() if scale is None else file.tell() * scale
+
+
+def _parquet_column(path: Path, field: str) -> Iterator[tuple[bytes, float]]:
     """Each text of a column with its share of the file's bytes before it; null is an empty text."""
     import pyarrow
+    import pyarrow.compute
     import pyarrow.parquet
 
     num_bytes, seen = path.stat().st_size, 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _check_column(path, column, file.schema_arrow)
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                texts = batch.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary())
+            column, *below = _column_path(path, field, file.schema_arrow)
+            for batch in file.iter_batches(batch_size=1024, columns=[field]):
+                texts = batch.column(column)
+                for name in below:
+                    texts = pyarrow.compute.struct_field(texts, name)
+                texts = texts.cast(pyarrow.large_string()).cast(pyarrow.large_binary())
                 for raw in texts.to_pylist():
                     yield raw or b"", num_bytes * seen / file.metadata.num_rows
                     seen += 1
@@ -203,17 +282,25 @@ def _parquet_column(path: Path, column: str) -> Iterator[tuple[bytes, float]]:
         raise ValueError(f"{path} is not a sound Parquet file: {reason}") from None
 
 
-def _check_column(path: Path, column: str, schema: Any) -> None:
+def _column_path(path: Path, field: str, schema: Any) -> list[str]:
+    """The column whose name is `field`, or the one and the struct's fields that its dots name."""
     import pyarrow.types as kinds
 
-    if column not in schema.names:
+    names = [field] if field in schema.names else field.split(".")
+    if schema.names.count(names[0]) != 1:
         fix = f"name one with --field: {', '.join(schema.names)}"
-        raise ValueError(f"{path} has no column {column!r}; {fix}")
-    kind = schema.field(column).type
+        has = f"{schema.names.count(names[0])} columns" if names[0] in schema.names else "no column"
+        raise ValueError(f"{path} has {has} {names[0]!r}; {fix}")
+    kind = schema.field(names[0]).type
+    for name in names[1:]:
+        if not kinds.is_struct(kind) or kind.get_field_index(name) < 0:
+            raise ValueError(f"{path} has no column {field!r}: {name!r} is not in {kind}")
+        kind = kind.field(name).type
     kind = kind.value_type if kinds.is_dictionary(kind) else kind
     if not (kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind)):
         fix = "name another with --field"
-        raise ValueError(f"{path}: column {column!r} holds {kind}, not text; {fix}")
+        raise ValueError(f"{path}: column {field!r} holds {kind}, not text; {fix}")
+    return names
 
 
 def _assign(

@@ -1,5 +1,6 @@
 import gzip
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -60,7 +62,7 @@ def pack(inputs, out, **options):
 
 
 def import_(folder, **options):
-    return import_shards(folder, language=LANGUAGE, progress=False, **options)
+    return import_shards(folder, language=LANGUAGE, progress=False, **options).manifest
 
 
 def read_all(folder):
@@ -389,6 +391,227 @@ def test_pack_folder_windows_lines_and_byte_order_mark(tmp_path):
     write_parquet(tmp_path / "in" / "a.parquet", ["zero"])
     pack([tmp_path / "in"], tmp_path / "corpus")
     assert [text for _, text in read_all(tmp_path / "corpus")] == ["zero", "one", " two ", "three"]
+
+
+OTHERS = [".jsonl.zst", ".txt.bz2", ".json.xz", ".zip", ".csv", ".csv.gz", ".arrow", ".tar", ""]
+
+
+@settings(max_examples=20)
+@given(others=st.lists(st.sampled_from(OTHERS), max_size=8), known=st.integers(1, 3))
+@example(others=OTHERS, known=1)
+def test_what_pack_leaves_out_is_counted_by_kind(others, known):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "in"
+        (folder / "deep").mkdir(parents=True)
+        for number, suffix in enumerate(others):
+            (folder / ["", "deep"][number % 2] / f"other-{number}{suffix}").write_text("{}")
+        for number in range(known):
+            (folder / f"{number}.txt").write_text("text\n")
+        report = pack([folder], Path(name) / "corpus", shards=1)
+        assert report.manifest.samples == known
+        assert report.left_out == Counter(suffix or "no ending" for suffix in others)
+
+
+def test_a_folder_of_unknown_kinds_says_which(tmp_path):
+    for name in ("a.jsonl.zst", "b.csv", "c.csv"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "d.txt").symlink_to("absent")
+    message = r"\.parquet; it has 2 \.csv, 1 \.jsonl\.zst, 1 a link to nothing$"
+    with pytest.raises(ValueError, match=message):
+        pack([tmp_path], tmp_path / "corpus")
+
+
+def test_json_lines_by_other_names_are_read(tmp_path):
+    for number, suffix in enumerate((".ndjson", ".NDJSON", ".ndjson.gz")):
+        raw = f'{{"text": "text {number}"}}\n'.encode()
+        (tmp_path / f"{number}{suffix}").write_bytes(gzip.compress(raw) if number == 2 else raw)
+    pack([tmp_path], tmp_path / "corpus")
+    assert [text for _, text in read_all(tmp_path / "corpus")] == ["text 0", "text 1", "text 2"]
+
+
+def test_linked_folders_are_read_once_each_and_hidden_ones_never(tmp_path):
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    for path in (folder / "z" / "real.txt", folder / ".ipynb_checkpoints" / "x.txt"):
+        path.parent.mkdir(parents=True)
+        path.write_text(f"{path.stem}\n")
+    (folder / "z" / ".hidden.csv").write_text("x")
+    (elsewhere / "deep").mkdir(parents=True)
+    (elsewhere / "deep" / "linked.txt").write_text("linked\n")
+    (folder / "a").symlink_to("z")  # what has a path of its own keeps that
+    for name in ("b", "c"):
+        (folder / name).symlink_to(elsewhere)
+    (elsewhere / "deep" / "loop").symlink_to(folder)
+    (elsewhere / "deep" / "itself").symlink_to("itself")
+    (elsewhere / "deep" / "shown").symlink_to(folder / ".ipynb_checkpoints")
+    report = pack([folder], tmp_path / "corpus")
+    assert [text for _, text in read_all(tmp_path / "corpus")] == ["linked", "x", "real"]
+    assert report.left_out == {"a link to nothing": 1}
+    again = pack([tmp_path / "in"], tmp_path / "again")
+    assert again.manifest.fingerprint == report.manifest.fingerprint
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "in" / "locked").mkdir(parents=True)
+    (tmp_path / "in" / "a.txt").write_text("one\ntwo\n")
+    scan = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(OSError, match="Permission denied"):
+        pack([tmp_path / "in"], tmp_path / "corpus")
+
+
+DOCUMENTS = st.lists(
+    st.dictionaries(st.sampled_from(["text", "a", "b"]), LINE | st.lists(LINE), min_size=1)
+    | st.builds(lambda text: {"text": text}, LINE),
+    min_size=1,
+    max_size=6,
+)
+LAYOUTS = {
+    "an array": json.dumps,
+    "an array, indented": lambda values: json.dumps(values, indent=2, ensure_ascii=False),
+    "an array, an object a line": lambda values: f"[{','.join(map(line, values))}]",
+    "an array, an object a line of its own": lambda values: f"[\n{','.join(map(line, values))}\n]",
+    "objects, indented": lambda values: "\n".join(json.dumps(each, indent=1) for each in values),
+}
+
+
+def line(value):
+    return json.dumps(value) + "\n"
+
+
+@settings(max_examples=60)
+@given(
+    documents=DOCUMENTS,
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    ends=st.sampled_from(["", "\n", " \r\n\n"]),
+    starts=st.sampled_from(["", "\n", "\ufeff", " "]),
+    on_error=st.sampled_from(["raise", "skip"]),
+    head_bytes=st.sampled_from([1 << 20, 64]),  # as of a larger file
+)
+def test_json_that_is_not_json_lines_is_refused_whole(
+    documents, layout, ends, starts, on_error, head_bytes
+):
+    content = starts + LAYOUTS[layout](documents) + ends
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_HEAD_BYTES", head_bytes)
+        (Path(name) / "a.json").write_text("".join(content), newline="")
+        (Path(name) / "b.txt").write_text("fine\n")
+        with pytest.raises(ValueError, match=r"a\.json is a JSON .*JSON Lines are wanted") as error:
+            pack([name], Path(name) / "corpus", shards=1, on_error=on_error)
+        assert "\n" not in str(error.value)
+
+
+@settings(max_examples=40)
+@given(
+    lines=st.lists(
+        st.sampled_from(["{", "[", "", "[]", '["a"]', "[deleted]", "x", '{"text": "a",', '{"text'])
+        | st.builds(lambda text: json.dumps({"text": text}), LINE),
+        max_size=6,
+    ),
+    head_bytes=st.sampled_from([1 << 20, 64]),
+)
+def test_json_lines_with_bad_ones_are_json_lines(lines, head_bytes):
+    """Wherever the bad ones stand, the first included."""
+    lines = [*lines, '{"text": "last"}', '{"text": "very last"}']
+    good = [
+        json.loads(each)["text"]
+        for each in lines
+        if each.startswith('{"text": "') and each.endswith("}")
+    ]
+    good = [text for text in good if text.strip()]
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_HEAD_BYTES", head_bytes)
+        (Path(name) / "a.jsonl").write_text("\n".join(lines))
+        report = pack([name], Path(name) / "corpus", shards=1, on_error="skip")
+        assert [text for _, text in read_all(Path(name) / "corpus")] == good
+        assert sum(report.skipped.values()) == len(lines) - len(good)
+
+
+def test_text_inside_a_struct_column(tmp_path):
+    rows = [{"body": {"text": f"text {n}", "other": n}} if n != 2 else None for n in range(4)]
+    table = pyarrow.table({"doc": rows, "doc.title": list("abcd"), "text": list("efgh")})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+
+    def packed(field):
+        out = tmp_path / field
+        report = pack([tmp_path / "a.parquet"], out, shards=1, field=field, on_error="skip")
+        return [text for _, text in read_all(out)], report.skipped
+
+    assert packed("doc.body.text") == (["text 0", "text 1", "text 3"], {"empty": 1})
+    assert packed("doc.title") == (list("abcd"), {}) and packed("text") == (list("efgh"), {})
+    for field, message in {
+        "doc.body.words": "no column 'doc.body.words': 'words' is not in struct<",
+        "text.body": "no column 'text.body': 'body' is not in string",
+        "doc.body": "column 'doc.body' holds struct<.*>, not text",
+        "doc.body.other": "column 'doc.body.other' holds int64, not text",
+        "words.body": "no column 'words'; name one with --field: doc, doc.title, text",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            packed(field)
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet has 2 columns 'text'"):
+        pack([tmp_path / "a.parquet"], tmp_path / "corpus", shards=1)
+
+
+@pytest.mark.parametrize("out", [".", "../here"])
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch, out):
+    (tmp_path / "a.txt").write_text("one\n")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="is the current folder; name one in it with --out"):
+        pack([tmp_path / "a.txt"], Path(out), shards=1)
+    assert os.listdir() == []
+
+
+MEMBERS = st.lists(
+    st.tuples(st.sampled_from("abc"), st.sampled_from(["txt", "json"])), unique=True, min_size=1
+)
+
+
+@settings(max_examples=60)
+@given(tars=st.lists(MEMBERS, min_size=1, max_size=3))
+@example(tars=[[("a", "txt"), ("b", "txt"), ("a", "json"), ("b", "json")]])
+def test_import_counts_what_training_cannot_use(tars):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number, members in enumerate(tars):
+            entries = [(f"{key}.{extension}", b"{}") for key, extension in members]
+            write_tar(folder / f"{number}.tar", entries)
+        samples = [  # as WebDataset reads them: members that follow one another
+            (number, key, [extension for _, extension in group])
+            for number, members in enumerate(tars)
+            for key, group in itertools.groupby(members, key=lambda member: member[0])
+        ]
+        lacking = [(number, key) for number, key, has in samples if "txt" not in has]
+        if len(lacking) == len(samples):
+            return
+        report = import_shards(folder, language=LANGUAGE, progress=False)
+        assert report.manifest.samples == len(samples) and report.left_out == {}
+        number, key = lacking[0] if lacking else (0, "")
+        reason = f"no member 'txt', such as {key} in {number}.tar"
+        assert report.skipped == ({reason: len(lacking)} if lacking else {})
+        assert len(verify(folder, progress=False)) == len(lacking)
+        repeated = len(samples) - len({(number, key) for number, key, _ in samples})
+        assert sum(report.repeated.values()) == repeated
+        assert all("sort the tar" in reason for reason in report.repeated)
+
+
+def test_import_counts_what_it_does_not_read(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("0.tar", "._0.tar", "deep/1.tar", "deep/2.tar", "a.csv", "b.jsonl.zst"):
+        write_tar(tmp_path / name, [("a.txt", b"text")])
+    report = import_shards(tmp_path, language=LANGUAGE, progress=False)
+    assert report.manifest.samples == 1
+    assert report.left_out == {".csv": 1, ".jsonl.zst": 1, ".tar in a folder below": 2}
 
 
 def test_dictionary_column(tmp_path):
@@ -793,6 +1016,19 @@ def test_cli_pack_show_verify_import(tmp_path, capsys):
         in capsys.readouterr().out
     )
     assert main(["shards", "show", out]) == 0
+    (tmp_path / "out" / "extra.csv").write_text("x")
+    write_tar(tmp_path / "out" / "000002.tar", [("a.txt", b"a"), ("b.txt", b"b"), ("a.json", b"1")])
+    capsys.readouterr()
+    assert main(["shards", "import", out, "--language", LANGUAGE]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == f"{out}: 5 {LANGUAGE} documents in 3 shards, 30720 bytes"
+    assert rest == [
+        "  not usable 1: no member 'txt', such as a in 000002.tar",
+        "  repeated 1: a key of another sample, such as a in 000002.tar; members of one sample "
+        "that do not follow one another are two samples: sort the tar",
+        "  files left out 1: .csv",
+    ]
+    (tmp_path / "out" / "000002.tar").unlink()
     assert main(["shards", "import", out, "--language", "swh_Latn", "--licence", "CC0"]) == 0
     assert main(["shards", "verify", out]) == 0
     assert Manifest.load(out).language == "swh_Latn"
