@@ -79,8 +79,8 @@ class Manifest:
         """The manifest of a folder.
 
         Raises:
-            ValueError: There is none, it is of another format version, ill-typed, or says what
-                cannot be.
+            ValueError: There is none, it is of another format version, ill-typed, says what cannot
+                be, or was changed since it was saved.
         """
         path = Path(folder) / "manifest.json"
         again = "run `mtllm shards import` again"
@@ -97,13 +97,18 @@ class Manifest:
         if version != FORMAT:
             raise ValueError(f"{path} has format {version!r}, not {FORMAT!r}; {again}")
         try:
-            return cls._parsed(content)
+            manifest = cls._parsed(content)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}; restore it or {again}") from None
+        if content.get("fingerprint", manifest.fingerprint) != manifest.fingerprint:
+            fix = "restore it or, if you changed it yourself, remove its line `fingerprint`"
+            raise ValueError(f"{path} is not what was saved; {fix}")
+        return manifest
 
     def save(self, folder: Path | str) -> None:
-        content = json.dumps({"format": FORMAT} | asdict(self), indent=1, ensure_ascii=False)
-        write_text(Path(folder) / "manifest.json", content + "\n")
+        content = {"format": FORMAT, "fingerprint": self.fingerprint} | asdict(self)
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        write_text(Path(folder) / "manifest.json", text + "\n")
 
     @classmethod
     def _parsed(cls, content: dict[str, Any]) -> "Manifest":

@@ -1,9 +1,11 @@
+import contextlib
 import gzip
 import io
 import itertools
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -269,9 +271,14 @@ def test_shard_cut_while_open(corpus_folder):
         corpus.read(0, 3)
 
 
+def unsigned(manifest):
+    """As who changes a manifest by hand is told to leave it."""
+    return re.sub(r' "fingerprint": "[0-9a-f]{64}",\n', "", manifest)
+
+
 def test_wrong_count_in_manifest(corpus_folder):
     path = corpus_folder / "manifest.json"
-    path.write_text(path.read_text().replace('"samples": 4', '"samples": 5'))
+    path.write_text(unsigned(path.read_text()).replace('"samples": 4', '"samples": 5'))
     with pytest.raises(DamagedShardError, match="holds 4 samples, its manifest says 5"):
         Corpus(corpus_folder).read(0, 0)
 
@@ -509,7 +516,7 @@ def test_json_that_is_not_json_lines_is_refused_whole(
 @settings(max_examples=40)
 @given(
     lines=st.lists(
-        st.sampled_from(["{", "[", "", "[]", '["a"]', "[deleted]", "x", '{"text": "a",', '{"text'])
+        st.sampled_from(["{", "", "[]", '["a"]', "[deleted]", "x", '{"text": "a",', '{"text'])
         | st.builds(lambda text: json.dumps({"text": text}), LINE),
         max_size=6,
     ),
@@ -887,7 +894,7 @@ NUMBERS = st.integers(-3, 8) | st.sampled_from([10240, 1 << 31, 1 << 63, 10**30]
 def test_numbers_that_are_not_the_tars_are_refused(cached, number, samples, num_bytes):
     """None that a manifest says leaves documents out in silence, or ends in a traceback."""
     folder, _, texts = cached
-    content = json.loads((folder / "manifest.json").read_text())
+    content = json.loads(unsigned((folder / "manifest.json").read_text()))
     shard = content["shards"][number]
     is_true = (shard["samples"], shard["bytes"]) == (samples, num_bytes)
     shard |= {"samples": samples, "bytes": num_bytes}
@@ -907,6 +914,31 @@ def test_a_tar_without_samples_is_a_shard_without_samples(corpus_folder):
     write_tar(corpus_folder / "000003.tar", [])
     assert [shard.samples for shard in import_(corpus_folder).shards] == [4, 4, 4, 0]
     assert len(read_all(corpus_folder)) == 12 and verify(corpus_folder, progress=False) == []
+
+
+@given(position=st.integers(0, 1 << 20), bit=BIT)
+def test_a_flipped_bit_of_a_manifest_is_noticed_or_without_effect(cached, position, bit):
+    folder, _, texts = cached
+    path = folder / "manifest.json"
+    before, whole = Manifest.load(folder), path.read_bytes()
+    flip_bit(position, bit)(path)
+    try:
+        with contextlib.suppress(ValueError):
+            assert Manifest.load(folder) == before
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("changed", [("eng_Latn", "swh_Latn"), ("unknown", "CC0"), ("txt", "json")])
+def test_a_manifest_is_changed_by_hand_on_purpose_only(corpus_folder, changed):
+    path = corpus_folder / "manifest.json"
+    path.write_text(path.read_text().replace(*changed))
+    with pytest.raises(
+        ValueError, match=r"manifest\.json is not what was saved; .* `fingerprint`$"
+    ):
+        Manifest.load(corpus_folder)
+    path.write_text(unsigned(path.read_text()))
+    assert changed[1] in str(Manifest.load(corpus_folder))
 
 
 HOSTILE = ["../x.tar", "/x.tar", "..", ".", "", "a/b.tar", "a/../../x.tar", "x\0.tar", "\ud800"]

@@ -456,8 +456,7 @@ def test_too_many_lanes_or_ranks(corpus, options, message):
 
 
 def test_unknown_language_of_a_corpus_is_an_error(tmp_path, corpus):
-    manifest = corpus(7, 1) / "manifest.json"
-    (tmp_path / "manifest.json").write_text(manifest.read_text().replace(ENGLISH, "en_Latn"))
+    replace(Manifest.load(corpus(7, 1)), language="en_Latn").save(tmp_path)
     with pytest.raises(ValueError, match="unknown language 'en_Latn'; did you mean eng_Latn"):
         open_stream(tmp_path)
 
