@@ -226,6 +226,7 @@ def _build_module(
     adapters = peft.LoraConfig(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,
+        use_rslora=config.lora.rslora,
         target_modules=list(config.lora.target_modules),
         lora_dropout=0.0,
     )

@@ -100,10 +100,17 @@ class LoraConfig:
     """Of every adapter."""
     alpha: float = 32.0
     """What an adapter adds is multiplied by alpha / rank."""
+    rslora: bool = False
+    """True: by alpha / sqrt(rank), as PEFT's `use_rslora` has it."""
     dropout: float = 0.05
     """Share of an adapter's input that is dropped in training."""
     target_modules: tuple[str, ...] = LORA_TARGETS
     """The linears that have one, by PEFT's names."""
+
+    @property
+    def scale(self) -> float:
+        """What an adapter adds is multiplied by it."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)

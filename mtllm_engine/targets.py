@@ -20,7 +20,7 @@ from mtllm_engine.data.stream import build_stream, each_step
 from mtllm_engine.data.teacher_states import TeacherStates, TeacherStatesWriter, folder_of
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.model.build import build_stack, build_tokenizer
-from mtllm_engine.model.weights import read_lora
+from mtllm_engine.model.peft import read_lora
 from mtllm_engine.tasks import load_task
 from mtllm_engine.train import find_task, prepare
 from mtllm_engine.training import checkpoint

@@ -22,7 +22,8 @@ from mtllm_engine.evaluation.translate import Translator, find_model, translate_
 from mtllm_engine.languages import ENGLISH, Resolved, resolve_language
 from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.model.objective import Outputs
-from mtllm_engine.model.weights import checkpoint_tensors, has_head, read_lora, resolve
+from mtllm_engine.model.peft import read_lora
+from mtllm_engine.model.weights import checkpoint_tensors, has_head, resolve
 from mtllm_engine.tasks import Dataset, Example, Task, find_dataset, load_task, pack
 from mtllm_engine.training.engine import build_engine, shard
 from mtllm_engine.world import AgreedError, World

@@ -9,13 +9,14 @@ from mtllm_engine.config import Config
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.model.encoder import ACTIVATIONS
 from mtllm_engine.model.objective import HeadSize
+from mtllm_engine.model.peft import read_lora
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.weights import (
+    ADAPTERS,
     TensorFiles,
     Weights,
     checkpoint_tensors,
     has_head,
-    read_lora,
     resolve,
 )
 
@@ -90,10 +91,10 @@ def build_tokenizer(config: Config, stack: Stack) -> PairTokenizer:
 
 def _check_adapters(config: Config, start: TensorFiles) -> None:
     """Raises: ValueError: The adapters have another shape, or were applied with another factor."""
-    if not (start.folder / "adapter_config.json").is_file():
+    if ADAPTERS not in {path.name for path in start.paths}:
         return
     saved = read_lora(start.folder)
-    for key in ("rank", "alpha", "target_modules"):
+    for key in ("rank", "alpha", "rslora", "target_modules"):
         before, now = getattr(saved, key), getattr(config.lora, key)
         if set(before) != set(now) if key == "target_modules" else before != now:
             source = f"model.init_from={start.folder}"
@@ -102,8 +103,11 @@ def _check_adapters(config: Config, start: TensorFiles) -> None:
 
 def _load_config(folder: Path, kind: type[PreTrainedConfig], key: str) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError, huggingface_hub's own, ...
+        if "trust_remote_code" in str(error):
+            takes = f"its own code, which is never run; this takes {kind.model_type}"
+            raise ValueError(f"{key}: {folder} is a model of {takes}") from error
         reason = " ".join(str(error).split())
         raise ValueError(f"{key}: {folder} has no readable config.json: {reason}") from error
     if not isinstance(config, kind):

@@ -50,7 +50,7 @@ class AdapterSet(nn.ModuleDict):
         self.linears = tuple(
             layer * len(LORA_TARGETS) + LORA_TARGETS.index(name) for name, _, _ in adapted
         )
-        self.scale, self.dropout = lora.alpha / lora.rank, lora.dropout
+        self.scale, self.dropout = lora.scale, lora.dropout
 
     def matrices(self) -> tuple[tuple[int, nn.Parameter, nn.Parameter], ...]:
         """(start, lora_A, lora_B) of each adapter."""

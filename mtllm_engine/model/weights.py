@@ -16,14 +16,17 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from mtllm_engine.config import LoraConfig
 from mtllm_engine.files import sha256_of
 from mtllm_engine.model.lora import initial_adapter
 from mtllm_engine.model.stack import Stack
 
 FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "*.model")
 RUN_FILES = ("adapter_model.safetensors", "projection.safetensors", "head.safetensors")
+ADAPTERS, PROJECTION_FILE, HEAD_FILE = RUN_FILES
+FLOATS = {"F64", "F32", "BF16", "F16"}  # by safetensors' names
+FLOATS |= {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 HEAD = "objective.head.weight"
+PROJECTION = ("projection.weight", "projection.bias")
 EMBEDDING = "decoder.embedding.weight"
 EMBEDDING_SAMPLE = 1 << 24  # numbers of the LLM's embedding that stand for all of it
 LINEARS = {  # our fused linears and what they hold, by Llama's names
@@ -44,8 +47,9 @@ class TensorFiles:
 
     def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
         self.folder = folder
+        self.paths = list(_weight_files(folder) if files is None else files)
         self._files: dict[str, Path] = {}
-        for path in _weight_files(folder) if files is None else files:
+        for path in self.paths:
             self._files.update(dict.fromkeys(_tensor_names(path), path))
         self._open: dict[Path, Mapping] = {}
 
@@ -53,8 +57,12 @@ class TensorFiles:
     def names(self) -> list[str]:
         return list(self._files)
 
+    def path(self, name: str) -> Path:
+        """The file that a tensor is in."""
+        return self._files[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
-        """Raises: ValueError: There is no such tensor."""
+        """Raises: ValueError: There is no such tensor, or none of plain floats."""
         tensor = self._tensor(name)
         return tuple(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
 
@@ -77,7 +85,13 @@ class TensorFiles:
         if path not in self._open:
             self._open[path] = _open(path)
         opened = self._open[path]
-        return opened[name] if isinstance(opened, dict) else opened.get_slice(name)
+        tensor = opened[name] if isinstance(opened, dict) else opened.get_slice(name)
+        # What is packed or scaled by another tensor would be taken for the numbers themselves.
+        dtype = tensor.get_dtype() if hasattr(tensor, "get_dtype") else tensor.dtype
+        if dtype not in FLOATS:
+            takes = "this takes float32, float64, bfloat16 or float16"
+            raise ValueError(f"{path}: {name} has the dtype {dtype}; {takes}")
+        return tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +111,17 @@ class Source:
             raise ValueError(f"{self.files.folder}: {names} has shape {stacked}, {ours}")
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened, stacked parameter."""
+        """Elements [start, stop) of the flattened, stacked parameter.
+
+        Raises:
+            ValueError: One of them is NaN or infinite.
+        """
         pieces, offset = [], 0
         for name in self.names:
             size = math.prod(self.files.shape(name))
             low, high = max(start - offset, 0), min(stop - offset, size)
             if low < high:
-                pieces.append(self.files.read(name, low, high))
+                pieces.append(_finite(self.files.read(name, low, high), self.files.folder, name))
             offset += size
         return torch.cat(pieces) if pieces else torch.empty(0)
 
@@ -140,11 +158,12 @@ class Weights:
         if start:
             rest = [name for name in self.shapes if name not in self.sources]
             trained = [name for name in rest if ".teacher." not in name]
-            self.sources |= _run_sources(
-                start, [n for n in trained if n != HEAD or has_head(start)]
-            )
+            begun = [name for name in trained if name != HEAD or has_head(start)]
+            _check_all_read(start, begun, left_out=() if stack.reads_stack else PROJECTION)
+            self.sources |= _run_sources(start, begun)
         if teacher:
             copied = [name for name in self.shapes if name == HEAD or ".teacher." in name]
+            _check_all_read(teacher, copied, left_out=PROJECTION)
             self.sources |= _run_sources(teacher, copied)
         for name, shape in self.shapes.items():
             if name in self.sources:
@@ -192,6 +211,15 @@ class Weights:
         return math.sqrt(3) * embedding_rms / normed_rms
 
 
+def _finite(values: torch.Tensor, folder: Path, name: str) -> torch.Tensor:
+    """Raises: ValueError: One is NaN or infinite."""
+    # Both ends are NaN where a value is; `isfinite` would take sixty times as long.
+    if not all(math.isfinite(value) for value in torch.aminmax(values)):
+        fix = "the file is damaged, or training it failed"
+        raise ValueError(f"{folder}: {name} has values that are NaN or infinite; {fix}")
+    return values
+
+
 def _rms(values: torch.Tensor) -> float:
     return values.double().square().mean().sqrt().item()
 
@@ -208,20 +236,6 @@ def checkpoint_tensors(folder: str | Path) -> TensorFiles:
         names = ", ".join(RUN_FILES)
         raise ValueError(f"{folder} is no checkpoint of a run: it has none of {names}")
     return TensorFiles(folder, files)
-
-
-def read_lora(folder: Path) -> LoraConfig:
-    """The adapters' shape, from PEFT's adapter_config.json.
-
-    Raises:
-        ValueError: There is none.
-    """
-    try:
-        saved = json.loads((folder / "adapter_config.json").read_text())
-        names = tuple(saved["target_modules"])
-        return LoraConfig(rank=saved["r"], alpha=saved["lora_alpha"], target_modules=names)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder / 'adapter_config.json'} cannot be read: {error}") from error
 
 
 def has_head(files: TensorFiles) -> bool:
@@ -269,6 +283,29 @@ def saved_name(name: str) -> str:
     _, _, layer, fused, _, linear, matrix = name.split(".")
     original = next(item for item in LINEARS[fused] if item.endswith(linear))
     return f"base_model.model.layers.{layer}.{original}.{matrix}.weight"
+
+
+def file_of(saved: str) -> str:
+    """Where a run keeps a tensor of such a name."""
+    if saved.startswith("base_model."):
+        return ADAPTERS
+    return HEAD_FILE if saved.startswith("head.") else PROJECTION_FILE
+
+
+def _check_all_read(files: TensorFiles, names: Sequence[str], left_out: Sequence[str]) -> None:
+    """Args: left_out: parameters that may be there too, besides a head, because who reads has no
+    such part.
+
+    Raises:
+        ValueError: A run's checkpoint, or PEFT's adapters, have a tensor that nothing asks for.
+    """
+    known = {saved_name(name) for name in (*names, *left_out, HEAD)}
+    for name in files.names:
+        path = files.path(name)
+        if name not in known or path.name != file_of(name):
+            is_bias = path.name == PROJECTION_FILE and name == "bias"
+            fix = "set model.projection_bias=true" if is_bias else "it is not for this model"
+            raise ValueError(f"{path}: nothing reads its tensor {name}; {fix}")
 
 
 def _run_sources(files: TensorFiles, names: Sequence[str]) -> dict[str, Source]:
@@ -332,10 +369,11 @@ def _first_of(files: TensorFiles, candidates: Sequence[str]) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    for index, single in (
-        ("model.safetensors.index.json", "model.safetensors"),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-    ):
+    # In transformers' order: an index beside a single file is an older one.
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = f"{single}.index.json"
+        if (folder / single).is_file():
+            return [folder / single]
         if (folder / index).is_file():
             try:
                 weight_map = json.loads((folder / index).read_text())["weight_map"]
@@ -346,8 +384,6 @@ def _weight_files(folder: Path) -> list[Path]:
             if missing:
                 raise ValueError(f"{folder} lacks {', '.join(missing)}, which {index} names")
             return files
-        if (folder / single).is_file():
-            return [folder / single]
     raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
 
 

@@ -18,7 +18,16 @@ from mtllm_engine.config import Config, flatten
 from mtllm_engine.data.shards import Manifest
 from mtllm_engine.data.stream import Stream
 from mtllm_engine.files import sha256_of
-from mtllm_engine.model.weights import RUN_FILES, fingerprint, resolve, saved_name
+from mtllm_engine.model import peft
+from mtllm_engine.model.weights import (
+    ADAPTERS,
+    HEAD_FILE,
+    RUN_FILES,
+    file_of,
+    fingerprint,
+    resolve,
+    saved_name,
+)
 from mtllm_engine.training.engine import MOMENTS, PlainEngine, TrainedState, ZeroEngine
 from mtllm_engine.world import World
 
@@ -215,38 +224,17 @@ def _contents(config: Config, state: TrainedState) -> dict[str, bytes]:
     moments: dict[str, torch.Tensor] = {}
     for name, tensors in state.items():
         saved = saved_name(name)
-        values.setdefault(_file_of(saved), {})[saved] = tensors["value"].contiguous()
+        values.setdefault(file_of(saved), {})[saved] = tensors["value"].contiguous()
         moments |= {f"{name}/{key}": tensors[key].contiguous() for key in MOMENTS}
     form = {"format": "pt"}
     contents = {name: safetensors.torch.save(part, form) for name, part in values.items()}
     contents[OPTIMIZER] = safetensors.torch.save(moments)
-    if "adapter_model.safetensors" in contents:
-        contents["adapter_config.json"] = json.dumps(_peft_config(config), indent=1).encode()
-    copied = Path(config.model.teacher) / "head.safetensors"
+    if ADAPTERS in contents:
+        contents[peft.FILE] = json.dumps(peft.peft_config(config), indent=1).encode()
+    copied = Path(config.model.teacher) / HEAD_FILE
     if config.model.teacher and copied.is_file():
-        contents["head.safetensors"] = copied.read_bytes()
+        contents[HEAD_FILE] = copied.read_bytes()
     return contents
-
-
-def _file_of(saved: str) -> str:
-    """Where a tensor of this name is kept."""
-    if saved.startswith("base_model."):
-        return "adapter_model.safetensors"
-    return "head.safetensors" if saved.startswith("head.") else "projection.safetensors"
-
-
-def _peft_config(config: Config) -> dict[str, Any]:
-    return {
-        "peft_type": "LORA",
-        "task_type": "FEATURE_EXTRACTION",
-        "base_model_name_or_path": config.model.decoder,
-        "r": config.lora.rank,
-        "lora_alpha": config.lora.alpha,
-        "lora_dropout": config.lora.dropout,
-        "target_modules": list(config.lora.target_modules),
-        "bias": "none",
-        "inference_mode": True,
-    }
 
 
 def _write_file(path: Path, content: bytes) -> str:

@@ -9,6 +9,7 @@ whole for as long as this takes.
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def read_pairs(
     """This rank's pairs, a micro-batch at a time, in whole steps until all ranks have read
     `NUM_DOCUMENTS`, or as many as there are.
     """
-    encoder, norm = _build_encoder(stack, weights, world)
+    encoder, norm = world.together(lambda: _build_encoder(stack, weights, world))
     wanted = min(NUM_DOCUMENTS, sum(corpus.manifest.samples for corpus in stream.mixture.corpora))
     while wanted > 0:
         global_batch = agree(stream, world, config.memory.max_tokens)
@@ -94,7 +95,8 @@ def read_pairs(
             hidden_SE = encoder(batch.student)[is_aligned_S].float()
             ids_S = batch.teacher.ids_S[batch.aligned_S[is_aligned_S]].cpu().numpy()
             normed_SE = functional.layer_norm(hidden_SE, norm[0].shape, *norm)
-            yield normed_SE, _embeddings(weights, ids_S).to(world.device)
+            embeddings_SD = world.together(partial(_embeddings, weights, ids_S))
+            yield normed_SE, embeddings_SD.to(world.device)
 
 
 def solve(sums: torch.Tensor, *, bias: bool) -> Fit:

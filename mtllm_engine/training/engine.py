@@ -10,6 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ def shard(stack: Stack, weights: Weights, config: Config, world: World) -> Stack
     A quantised base is made full one layer at a time.
 
     Raises:
-        ValueError: `model.quantization` asks for what this machine does not have.
+        ValueError: `model.quantization` asks for what this machine does not have, or a weight is
+            not finite.
     """
     check_available(config.model.quantization, world.device, getattr(torch, config.model.dtype))
     stack.decoder.frequencies_k = stack.decoder.frequencies_k.to(world.device)
@@ -68,8 +70,8 @@ def shard(stack: Stack, weights: Weights, config: Config, world: World) -> Stack
         _materialise(leaf, world.device)
         if config.zero.stage == 3:
             _partition(leaf, deepspeed_config(config, world, stack))
-        for name, parameter in leaf.named_parameters():
-            fill(parameter, f"{names[id(leaf)]}.{name}", weights, world)
+        # A rank that meets a damaged weight in its slice takes the others along.
+        world.together(partial(_fill_all, leaf, names[id(leaf)], weights, world))
         if config.model.quantization != "none":
             _quantise(leaf, config.model.quantization)
     return stack
@@ -295,6 +297,11 @@ def _quantise(leaf: nn.Module, kind: str) -> None:
     for module in leaf.modules():
         if isinstance(module, LoraLinear):
             module.quantise(kind)
+
+
+def _fill_all(leaf: nn.Module, prefix: str, weights: Weights, world: World) -> None:
+    for name, parameter in leaf.named_parameters():
+        fill(parameter, f"{prefix}.{name}", weights, world)
 
 
 @torch.no_grad()

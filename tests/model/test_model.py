@@ -513,7 +513,7 @@ def test_peft_opens_a_checkpoint(checkpoints: Path, tmp_path: Path, targets: tup
         checkpoints / "llama3",
         run={"dir": str(tmp_path / "run")},
         data={"train": str(build_corpus(tmp_path / "train", 24))},
-        lora={"target_modules": targets, "alpha": 6.0},
+        lora={"target_modules": targets, "alpha": 6.0, "rslora": len(targets) == 2},
         optim={"steps": 2, "lr": 0.05, "warmup_ratio": 0.0},
     )
     train(config, ALONE)

@@ -1,0 +1,199 @@
+"""Adapters that PEFT made: our states are PEFT's, or the key or tensor that we do not apply is
+named.
+"""
+
+import copy
+import dataclasses
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import LlamaModel
+
+from mtllm_engine.config import LORA_TARGETS, Config
+from mtllm_engine.data.batch import Document, collate
+from mtllm_engine.model.build import build_stack
+from mtllm_engine.model.peft import read_lora
+from mtllm_engine.training.engine import shard
+from tests.support.padded import assert_close, attention_mask, load_llm
+from tests.support.tiny import build_config, build_decoder, build_encoder, build_world
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ALONE = build_world()
+PLAIN = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
+FILE, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Config:
+    """A configuration over a tiny encoder and a Llama with biases."""
+    folder = tmp_path_factory.mktemp("models")
+    build_encoder(folder / "encoder", width=16, layers=1)
+    build_decoder(folder / "decoder", width=32, layers=2, attention_bias=True, mlp_bias=True)
+    return build_config(folder, zero={"stage": 0})
+
+
+@pytest.fixture(scope="module")
+def llm(models: Config) -> LlamaModel:
+    return load_llm(models).eval()
+
+
+def make(llm: LlamaModel, folder: Path, **keys) -> None:
+    """PEFT's adapters of random values in a folder."""
+    model = peft.get_peft_model(copy.deepcopy(llm), peft.LoraConfig(**keys))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad or "lora_" in name:
+                parameter.normal_(std=0.3, generator=generator)
+    model.save_pretrained(folder)
+
+
+def edit(folder: Path, **keys) -> None:
+    saved = json.loads((folder / FILE).read_text())
+    (folder / FILE).write_text(json.dumps(saved | keys))
+
+
+IDS_T = np.random.default_rng(0).integers(2, 400, 17, dtype=np.int32)
+
+
+def our_states(models: Config, adapters: Path, role: str) -> torch.Tensor:
+    """Of the LLM with these adapters, as `teacher` or as what training or evaluation starts from
+    ("init_from"); normed by nobody.
+    """
+    model = replace(models.model, **{role: str(adapters)})
+    config = replace(models, model=model)
+    if role == "init_from":  # as evaluation reads the fine-tuned LLM
+        objective = replace(models.objective, kind="finetune", reader="llm")
+        config = replace(config, objective=objective, lora=read_lora(adapters))
+    stack, weights = build_stack(config, learns=False)
+    decoder = shard(stack, weights, config, ALONE).eval().decoder
+    document = Document(key="0", seed=0, student_ids_S=IDS_T, teacher_ids_T=IDS_T)
+    tokens = collate([document], step_seed=0, device=ALONE.device).teacher
+    name = "teacher" if role == "teacher" else "student"
+    with torch.no_grad():
+        stream = decoder.stream(tokens, adapters=name, grad=False)
+        return decoder((decoder.embedding(tokens.ids_S),), (stream,))[0]
+
+
+def assert_same_states(models: Config, llm: LlamaModel, adapters: Path, ours_TD: torch.Tensor):
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(llm), adapters).eval()
+    ids_BL = torch.from_numpy(IDS_T).long()[None]
+    mask = attention_mask(torch.ones_like(ids_BL).bool(), causal=False)
+    with torch.no_grad():
+        theirs_BLD = theirs(input_ids=ids_BL, attention_mask=mask, use_cache=False)
+        assert_close(llm.norm(ours_TD), theirs_BLD.last_hidden_state[0])
+
+
+NAMES = st.lists(st.sampled_from(LORA_TARGETS), min_size=1, unique=True)
+OTHER_TARGETS = ["all-linear", None, r".*\.(q|v)_proj", r"layers\.0.*_proj", ["embed_tokens"]]
+OTHER_TARGETS += [["self_attn.q_proj"], ["layers.1.mlp.up_proj"], ["q_proj", "embed_tokens"], []]
+INITS = [True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora", "loftq", "eva"]
+INITS += ["corda", "lora_ga", "mica"]
+KEYS = {  # of PEFT's LoraConfig: values that it or its file may have
+    "task_type": [None, "FEATURE_EXTRACTION", "CAUSAL_LM", "SEQ_CLS"],
+    "peft_type": ["LORA", "ADALORA", "LOHA"],
+    "auto_mapping": [None, {"base_model_class": "LlamaModel", "parent_library": "x"}],
+    "peft_version": [None, "0.1.0"],
+    "base_model_name_or_path": ["", None, "meta-llama/Llama-3.1-8B"],
+    "revision": [None, "main"],
+    "inference_mode": [False, True],
+    "r": [1, 2, 8],
+    "target_modules": OTHER_TARGETS,
+    "exclude_modules": [None, [], "", ["k_proj"], ["layers.1.self_attn.q_proj"], ".*q_proj"],
+    "lora_alpha": [1, 8, 17, 2.5, 0],
+    "lora_dropout": [0.0, 0.1, 0.9],
+    "fan_in_fan_out": [False, True],
+    "bias": ["none", "all", "lora_only"],
+    "use_rslora": [False, True],
+    "modules_to_save": [None, [], ["norm"], ["embed_tokens"], ["q_proj"]],
+    "init_lora_weights": INITS,
+    "layers_to_transform": [None, [], 0, 1, [0], [0, 1]],
+    "layers_pattern": [None, "layers"],
+    "rank_pattern": [{}, {"q_proj": 2}, {r"layers\.0.*": 3}],
+    "alpha_pattern": [{}, {"q_proj": 2}, {r"layers\.0.*": 3}],
+    "megatron_config": [None, {"params_dtype": "float32"}],
+    "megatron_core": ["megatron.core", "another.core"],
+    "trainable_token_indices": [None, [3, 5], {"embed_tokens": [3]}],
+    "loftq_config": [{}, {"loftq_bits": 4, "loftq_iter": 1}],
+    "eva_config": [None, {"rho": 2.0}],
+    "corda_config": [None, {"corda_method": "ipm"}],
+    "lora_ga_config": [None, {"direction": "ArB2r"}],
+    "use_dora": [False, True],
+    "velora_config": [None, {"num_groups": 4}],
+    "alora_invocation_tokens": [None, [3, 5]],
+    "use_qalora": [False, True],
+    "qalora_group_size": [16, 8],
+    "monteclora_config": [None, {"num_samples": 2}],
+    "layer_replication": [None, [[0, 2], [1, 2]]],
+    "runtime_config": [None, {"ephemeral_gpu_offload": True}],
+    "lora_bias": [False, True],
+    "target_parameters": [None, [], ["layers.0.mlp.up_proj.weight"]],
+    "use_bdlora": [None, {"nblocks": 2}],
+    "arrow_config": [None, {"top_k": 2}],
+    "kasa_config": [None, {"beta": 1e-4}],
+    "ensure_weight_tying": [False, True],
+    "a_key_of_tomorrow": [None, False, 0, "", [], 1.5, "yes"],
+}
+FREE = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+FREE |= {"inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "qalora_group_size"}
+
+
+def test_every_key_of_peft_is_tried():
+    assert {item.name for item in dataclasses.fields(peft.LoraConfig)} <= KEYS.keys()
+
+
+@st.composite
+def configs(draw) -> dict[str, Any]:
+    """Targets by plain names, a rank and a factor, and up to three keys of any value."""
+    keys = PLAIN | {"target_modules": draw(NAMES)}
+    chosen = draw(st.lists(st.sampled_from(sorted(KEYS)), max_size=3, unique=True))
+    return keys | {key: draw(st.sampled_from(KEYS[key])) for key in chosen}
+
+
+def save(llm: LlamaModel, folder: Path, keys: dict[str, Any]) -> set[str]:
+    """Adapters by PEFT, or, where it cannot make such ones here, plain ones that say they are;
+    returns the keys that ask for something that is not plain.
+    """
+    names = keys["target_modules"]
+    is_plain = isinstance(names, list) and names and set(names) <= set(LORA_TARGETS)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        make(llm, folder, **keys)
+    except Exception:  # no such key, a package that is not there, values that do not go together
+        plain = PLAIN | {"r": keys["r"]} | ({"target_modules": names} if is_plain else {})
+        make(llm, folder, **plain)
+        edit(folder, **keys)
+    saved = json.loads((folder / FILE).read_text())
+    names = saved["target_modules"]
+    is_plain = isinstance(names, list) and names and set(names) <= set(LORA_TARGETS)
+    free = FREE | ({"target_modules"} if is_plain else set())
+    usual = json.loads(json.dumps(peft.LoraConfig().to_dict(), default=str))
+    return {key for key, value in saved.items() if key not in free and value != usual.get(key)}
+
+
+@settings(max_examples=80)
+@given(keys=configs(), role=st.sampled_from(["teacher", "init_from"]))
+@example(keys=PLAIN | {"use_rslora": True}, role="init_from")
+@example(keys=PLAIN | {"layers_to_transform": 0}, role="teacher")
+def test_states_are_pefts_or_the_key_is_named(
+    models: Config, llm: LlamaModel, tmp_path_factory, keys: dict[str, Any], role: str
+):
+    folder = tmp_path_factory.getbasetemp() / "drawn"
+    asking = save(llm, folder, keys)
+    try:
+        ours_TD = our_states(models, folder, role)
+    except ValueError as error:
+        assert asking and any(f"{FILE}: {key}=" in str(error) for key in asking), str(error)
+        assert "\n" not in str(error) and str(folder) in str(error)
+    else:
+        assert_same_states(models, llm, folder, ours_TD)
