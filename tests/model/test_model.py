@@ -12,7 +12,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -598,15 +598,36 @@ def cut_index(folder: Path) -> None:
 
 
 def shard_decoder(folder: Path) -> None:
-    LlamaForCausalLM.from_pretrained(folder / "decoder").save_pretrained(
-        folder / "decoder", max_shard_size="100KB"
-    )
+    model = LlamaForCausalLM.from_pretrained(folder / "decoder")
+    (folder / "decoder" / "model.safetensors").unlink()
+    model.save_pretrained(folder / "decoder", max_shard_size="100KB")
 
 
 def swap_models(folder: Path) -> None:
     (folder / "encoder").rename(folder / "other")
     (folder / "decoder").rename(folder / "encoder")
     (folder / "other").rename(folder / "decoder")
+
+
+NO_FLOATS = [torch.float8_e4m3fn, torch.int8, torch.int32, torch.complex64, torch.bool]
+
+
+def retype(side: str, name: str, dtype: torch.dtype) -> Callable[[Path], None]:
+    """A weight of another dtype, with what FP8 and int8 checkpoints keep beside it."""
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors |= {name: tensors[name].to(dtype), f"{name}_scale": torch.ones(1)}
+
+    return lambda folder: edit_tensors(folder / side, edit)
+
+
+def retype_bin(folder: Path) -> None:
+    """The same in a file of torch."""
+    path = folder / "decoder" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    torch.save(tensors, folder / "decoder" / "pytorch_model.bin")
+    path.unlink()
 
 
 def quantise(folder: Path) -> None:
@@ -694,6 +715,18 @@ ERRORS = {  # what is done to a folder with an encoder and a decoder, and what t
     "rope's keys": (change("decoder", rope_parameters=HALF_LLAMA3), "model.decoder: .*rope"),
     "a cut index": (cut_index, "/decoder/model.safetensors.index.json"),
     "quantised weights": (quantise, "/decoder.* quanti[sz]"),
+    "int8 in pytorch_model.bin": (
+        retype_bin,
+        "/decoder/pytorch_model.bin: model.norm.weight has the dtype torch.int8",
+    ),
+}
+ERRORS |= {
+    f"{dtype} in the {side}": (
+        retype(side, name, dtype),
+        f"/{side}/model.safetensors: {name} has the dtype [A-Z0-9_]+; this takes float32",
+    )
+    for side, name in (("encoder", MISSING[0][1]), ("decoder", "model.layers.2.mlp.up_proj.weight"))
+    for dtype in NO_FLOATS
 }
 
 
@@ -706,6 +739,49 @@ def test_what_does_not_load_is_named_in_one_line(
     with pytest.raises(ValueError, match=message) as caught:
         build_stack(configure(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(data=st.data())
+@settings(max_examples=4)
+def test_a_weight_that_is_not_finite_is_named(
+    checkpoints: Path, tmp_path_factory, value: float, dtype: torch.dtype, data: st.DataObject
+):
+    """Wherever in its tensor it is, as the stack is filled."""
+    folder = tmp_path_factory.mktemp("damaged")
+    shutil.copytree(checkpoints / "grouped", folder, dirs_exist_ok=True)
+    side, name = data.draw(st.sampled_from(MISSING))
+
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        whole = tensors[name].to(dtype)
+        whole.view(-1)[data.draw(st.integers(0, whole.numel() - 1))] = value
+        tensors[name] = whole
+
+    edit_tensors(folder / side, damage)
+    with pytest.raises(ValueError, match=f"/{side}: {name} has values that are NaN or infinite"):
+        build(configure(folder))
+
+
+@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
+def test_a_single_file_is_preferred_to_an_older_index(checkpoints: Path, tmp_path: Path, form: str):
+    """As transformers prefers it."""
+    shutil.copytree(checkpoints / "grouped", tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "decoder"
+    old = {name: each + 1 for name, each in load_file(folder / "model.safetensors").items()}
+    if form == "model.safetensors":
+        save_file(old, folder / "model-00001-of-00001.safetensors", {"format": "pt"})
+    else:
+        torch.save(load_file(folder / "model.safetensors"), folder / form)
+        (folder / "model.safetensors").unlink()
+        torch.save(old, folder / "pytorch_model-00001-of-00001.bin")
+    shard, ending = form.split(".")
+    weight_map = dict.fromkeys(old, f"{shard}-00001-of-00001.{ending}")
+    (folder / f"{form}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config = configure(tmp_path)
+    theirs = load_llm(config).get_input_embeddings().weight
+    assert torch.equal(build(config).decoder.embedding.weight, theirs)
+    assert not torch.equal(old["model.embed_tokens.weight"], theirs)
 
 
 def test_positions_follow_the_padding_id(checkpoints: Path, tmp_path: Path):

@@ -144,6 +144,7 @@ KEYS = {  # of PEFT's LoraConfig: values that it or its file may have
     "ensure_weight_tying": [False, True],
     "a_key_of_tomorrow": [None, False, 0, "", [], 1.5, "yes"],
 }
+HARMLESS = {"init_lora_weights": [True, "gaussian", "orthogonal"]}
 FREE = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
 FREE |= {"inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "qalora_group_size"}
 
@@ -152,11 +153,109 @@ def test_every_key_of_peft_is_tried():
     assert {item.name for item in dataclasses.fields(peft.LoraConfig)} <= KEYS.keys()
 
 
+@pytest.mark.parametrize("key", KEYS)
+def test_a_value_that_asks_for_something_is_named(tmp_path: Path, key: str):
+    usual = json.loads(json.dumps(peft.LoraConfig().to_dict(), default=str))
+    harmless = [usual.get(key), None, False, [], {}, "", *HARMLESS.get(key, [])]
+    for value in KEYS[key]:
+        (tmp_path / FILE).write_text(json.dumps({"peft_type": "LORA"} | PLAIN | {key: value}))
+        is_harmless = any(type(value) is type(each) and value == each for each in harmless)
+        if key != "target_modules" and (key in FREE or is_harmless):
+            read_lora(tmp_path)
+        else:
+            with pytest.raises(ValueError, match=f"{FILE}: {key}=.* is not implemented"):
+                read_lora(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "cannot be read"),
+        ("{", "cannot be read"),
+        ('{"r": 4, "lora_alpha": 8}', "has no target_modules"),
+        ('{"lora_alpha": 8, "target_modules": ["q_proj"]}', "has no r"),
+        ('{"r": true, "lora_alpha": 8, "target_modules": ["q_proj"]}', "r=true is not"),
+        ('{"r": 0, "lora_alpha": 8, "target_modules": ["q_proj"]}', "r=0 is not"),
+        ('{"r": 4, "lora_alpha": NaN, "target_modules": ["q_proj"]}', "lora_alpha=NaN is not"),
+        ('{"r": 4, "lora_alpha": 8, "target_modules": [["q_proj"]]}', "target_modules=.* is not"),
+        (
+            '{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "use_rslora": 1}',
+            "use_rslora=1 is not",
+        ),
+    ],
+)
+def test_a_damaged_configuration_is_one_line(tmp_path: Path, content: str, message: str):
+    (tmp_path / FILE).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_lora(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path / FILE) in str(error.value)
+
+
+@pytest.mark.parametrize("role", ["teacher", "init_from"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.weight",
+        "base_model.model.layers.2.self_attn.q_proj.lora_A.weight",
+        "base_model.model.layers.0.self_attn.v_proj.lora_A.weight",
+        "base_model.model.norm.weight",
+        "weight",  # a projection's, in the adapters' file
+        "head.weight",
+    ],
+)
+def test_a_tensor_that_nothing_reads_is_named(
+    models: Config, llm: LlamaModel, tmp_path: Path, role: str, name: str
+):
+    make(llm, tmp_path, **PLAIN)
+    tensors = load_file(tmp_path / TENSORS)
+    save_file(tensors | {name: torch.ones(4, 32)}, tmp_path / TENSORS)
+    with pytest.raises(ValueError, match=f"{TENSORS}: nothing reads its tensor {name};"):
+        our_states(models, tmp_path, role)
+
+
+def test_adapters_without_their_configuration_are_no_start(
+    models: Config, llm: LlamaModel, tmp_path: Path
+):
+    make(llm, tmp_path, **PLAIN)
+    (tmp_path / FILE).unlink()
+    model = replace(models.model, init_from=str(tmp_path))
+    with pytest.raises(ValueError, match=f"{FILE} cannot be read"):
+        build_stack(replace(models, model=model))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("extra", ["", "norm.weight"])
+def test_a_projection_is_read_whole_or_not_at_all(
+    models: Config, llm: LlamaModel, tmp_path: Path, bias: bool, extra: str
+):
+    """A stack reads it; the LLM alone leaves it out, and only what it knows."""
+    make(llm, tmp_path, **PLAIN)
+    tensors = {"weight": torch.ones(32, 16), "bias": torch.ones(32)}
+    tensors |= {extra: torch.ones(3)} if extra else {}
+    save_file(tensors, tmp_path / "projection.safetensors")
+    model = replace(models.model, init_from=str(tmp_path), projection_bias=bias)
+    config = replace(models, model=model, lora=read_lora(tmp_path))
+    unread = "" if bias else "bias"
+    if extra:
+        unread = f"({extra}|bias)"
+    if unread:
+        message = f"projection.safetensors: nothing reads its tensor {unread};"
+        with pytest.raises(ValueError, match=message):
+            build_stack(config)
+    else:
+        assert "projection.bias" in build_stack(config)[1].sources
+    if extra:
+        with pytest.raises(ValueError, match=f"nothing reads its tensor {extra};"):
+            our_states(models, tmp_path, "init_from")
+    else:
+        our_states(models, tmp_path, "init_from")
+
+
 @st.composite
 def configs(draw) -> dict[str, Any]:
-    """Targets by plain names, a rank and a factor, and up to three keys of any value."""
+    """Targets by plain names, a rank and a factor, and one to three keys of any value."""
     keys = PLAIN | {"target_modules": draw(NAMES)}
-    chosen = draw(st.lists(st.sampled_from(sorted(KEYS)), max_size=3, unique=True))
+    chosen = draw(st.lists(st.sampled_from(sorted(KEYS)), min_size=1, max_size=3, unique=True))
     return keys | {key: draw(st.sampled_from(KEYS[key])) for key in chosen}
 
 
@@ -181,7 +280,7 @@ def save(llm: LlamaModel, folder: Path, keys: dict[str, Any]) -> set[str]:
     return {key for key, value in saved.items() if key not in free and value != usual.get(key)}
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(keys=configs(), role=st.sampled_from(["teacher", "init_from"]))
 @example(keys=PLAIN | {"use_rslora": True}, role="init_from")
 @example(keys=PLAIN | {"layers_to_transform": 0}, role="teacher")
