@@ -75,6 +75,7 @@ def _build_teacher(config: Config, world: World) -> Teacher:
     objective = replace(config.objective, kind="finetune", reader="llm")
     alone = replace(config, model=model, objective=objective, lora=lora)
     head = task.head_size if task else None
+    world.on_main(lambda: checkpoint.check_origins(alone))
     stack, weights = world.together(lambda: build_stack(alone, head=head, learns=False))
     tokenizer = world.together(lambda: build_tokenizer(config, stack))  # texts as stage 2 cuts them
     width, (_, flops) = stack.objective.norm.shape[0], stack.flops(stored_states=True)

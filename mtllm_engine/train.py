@@ -49,6 +49,7 @@ def learn(config: Config, world: World) -> None:
         ValueError: Something the user can mend; the message names it and the fix.
     """
     config = world.on_main(lambda: prepare(config))
+    world.on_main(lambda: checkpoint.check_origins(config))
     task, run_dir = find_task(config), Path(config.run.dir)
     head = task.head_size if task else None
     stack, weights = world.together(lambda: build_stack(config, head=head))

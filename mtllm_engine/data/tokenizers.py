@@ -332,15 +332,21 @@ def language_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """A Hugging Face tokenizer, from its folder or the hub.
+    """A Hugging Face tokenizer, from its folder or the hub; none of its code is run.
+
+    A text is a text: a control token that is spelled in it is its characters.
 
     Raises:
-        ValueError: There is none, or it has no Rust backend.
+        ValueError: There is none, it has no Rust backend, or it needs code of its own.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        # The second says so too, to transformers, which sets the backend's at each call.
+        options = {"trust_remote_code": False, "split_special_tokens": True}
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            reason = "it needs code of its own, which is never run"
         raise ValueError(f"cannot load a tokenizer from {folder}: {reason}") from error
     added = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
     if set(tokenizer.get_vocab()) <= added:
@@ -349,6 +355,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         raise ValueError(f"the tokenizer in {folder} has no fast (tokenizers) version")
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.encode_special_tokens = True
     return tokenizer
 
 
@@ -356,7 +363,10 @@ def _plain_side(tokenizer: PreTrainedTokenizerFast) -> Side:
     """The special tokens that a tokenizer puts around a text by itself, found by looking."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
-    start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    places = (i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    start = next(places, None)
+    if start is None:
+        raise ValueError(f"the tokenizer in {tokenizer.name_or_path} puts no text of its own")
     prefix, suffix = tuple(full[:start]), tuple(full[start + len(bare) :])
     return Side("LLM", tokenizer.backend_tokenizer, prefix, suffix)
 

@@ -25,6 +25,7 @@ from mtllm_engine.model.objective import Outputs
 from mtllm_engine.model.peft import read_lora
 from mtllm_engine.model.weights import checkpoint_tensors, has_head, resolve
 from mtllm_engine.tasks import Dataset, Example, Task, find_dataset, load_task, pack
+from mtllm_engine.training.checkpoint import check_origins
 from mtllm_engine.training.engine import build_engine, shard
 from mtllm_engine.world import AgreedError, World
 
@@ -73,6 +74,7 @@ class Reader:
         objective = replace(config.objective, kind="finetune", reader=kind)
         self.config = replace(config, model=model, objective=objective, lora=lora)
         self.world, head = world, task.head_size
+        world.on_main(lambda: check_origins(self.config))
         stack, weights = world.together(lambda: build_stack(self.config, head=head, learns=False))
         self.tokenizer = world.together(lambda: build_tokenizer(self.config, stack))
         self.engine = build_engine(self.config, shard(stack, weights, self.config, world), world)

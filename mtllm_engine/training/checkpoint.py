@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from mtllm_engine.model import peft
 from mtllm_engine.model.weights import (
     ADAPTERS,
     HEAD_FILE,
+    PROJECTION_FILE,
     RUN_FILES,
     file_of,
     fingerprint,
@@ -41,6 +43,8 @@ IDENTITY = (
     *("lora.", "objective.", "run.seed", "task.name"),
 )
 """Beginnings of the keys that a run must keep to be continued."""
+EARLIER = {"lora.rslora": False}
+"""Keys that older checkpoints lack, and what they were then."""
 
 
 def save(
@@ -88,11 +92,46 @@ def restore(
     folder, current = world.on_main(lambda: (latest(_folder(config)), identity(config)))
     if folder is None:
         return Progress()
-    state = world.together(lambda: _read(folder))
+    fix = f"remove {folder} to continue from the checkpoint before it"
+    state = world.together(lambda: _read(folder, fix))
     world.on_main(lambda: _check_identity(folder, state["identity"], current))
     engine.load_trained_state(load_tensors(folder), state["updates"])
     stream.load_state({int(lane): lane_state for lane, lane_state in state["lanes"].items()})
     return Progress(state["step"], state["bad_steps"])
+
+
+def check_origins(config: Config) -> None:
+    """Looks at what a run stands on, `model.init_from` and `model.teacher`, before it is read: that
+    nothing of it is damaged, and that it was trained with the models and the attention that it
+    meets here. Folders of others, such as PEFT's, say nothing of either, and are taken as they are.
+
+    Raises:
+        ValueError: One is damaged, or was trained with others.
+    """
+    for key in ("init_from", "teacher"):
+        folder = Path(getattr(config.model, key))
+        if getattr(config.model, key) and (folder / "state.json").exists():
+            _check_origin(config, f"model.{key}", folder)
+
+
+def _check_origin(config: Config, key: str, folder: Path) -> None:
+    readable = (*RUN_FILES, peft.FILE)
+    state = _read(folder, f"{key} needs a whole copy of it, or another checkpoint", readable)
+    model, saved = config.model, state["identity"]
+    current = {
+        "model.causal": model.causal,
+        "model.decoder": _fingerprint(model.decoder),
+    }
+    # A projection is of one encoder; who reads the LLM's own tokens has none.
+    reads_stack = key == "model.init_from" and config.objective.reader == "stack"
+    if reads_stack and PROJECTION_FILE in state["files"]:
+        current["model.encoder"] = _fingerprint(model.encoder)
+    for name, value in current.items():
+        if saved.get(name) != value:
+            now = getattr(model, name.removeprefix("model."))
+            before = f" ({_short(saved.get(name))})" if isinstance(value, bool) else ""
+            trained = f"{key}={folder} was trained with another {name}{before}"
+            raise ValueError(f"{trained} than {_short(now)}; set it to that one")
 
 
 def latest(folder: Path) -> Path | None:
@@ -266,13 +305,20 @@ def _score(folder: Path) -> float | None:
         return None
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    """A checkpoint's record, once its files have been found to be those that were written."""
-    fix = f"remove {folder} to continue from the checkpoint before it"
+def _read(folder: Path, fix: str, names: Collection[str] = ()) -> dict[str, Any]:
+    """A checkpoint's record, once its files have been found to be those that were written.
+
+    Args:
+        fix: What the user can do where they are not.
+        names: Of the files that will be read; empty: all.
+    """
     try:
         state = _decode((folder / "state.json").read_bytes())
-        hashes = state["files"].items()
-        damaged = [name for name, sha256 in hashes if sha256_of(folder / name) != sha256]
+        hashes = {
+            name: sha256 for name, sha256 in state["files"].items() if name in names or not names
+        }
+        hashes |= {name: "" for name in names if (folder / name).exists() and name not in hashes}
+        damaged = [name for name, sha256 in hashes.items() if sha256_of(folder / name) != sha256]
     except OSError as error:
         raise ValueError(f"{folder} is not a complete checkpoint ({error}); {fix}") from error
     except ValueError:
@@ -283,6 +329,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _check_identity(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    saved = EARLIER | saved
     for key, value in current.items():
         if saved.get(key) != value:
             before, now = (_short(item) for item in (saved.get(key), value))
