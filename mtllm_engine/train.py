@@ -61,7 +61,7 @@ def learn(config: Config, world: World) -> None:
     engine = build_engine(config, shard(stack, weights, config, world), world)
     progress = checkpoint.restore(config, world, engine, stream)
     start = progress.step
-    world.on_main(lambda: write_header(config, world, stack, start, fit))
+    world.on_main(lambda: write_header(config, world, stack, tokenizer, start, fit))
     with (
         RunLog(config, world, stack.objective.measures, flops, progress=progress) as log,
         stop_requests(run_dir) as stop_requested,

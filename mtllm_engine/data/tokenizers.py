@@ -117,6 +117,21 @@ class PairTokenizer:
         self._students: dict[str, Side] = {}
 
     @property
+    def around(self) -> str:
+        """What is put around a text that is read, in words: a tokenizer may lack what its model was
+        trained with.
+        """
+        words = self.decoder.convert_ids_to_tokens
+        teacher = [*words(self.teacher.prefix), "...", *words(self.teacher.suffix)]
+        student = ["LANGUAGE", "...", self.encoder.eos_token]
+        sides = {"stack": ("encoder", student), "llm": ("LLM", teacher)}
+        read = [sides[self.reader]] if self.reader else sides.values()
+        return "; ".join(
+            f"{name}: {' '.join(parts) if len(parts) > 1 else 'nothing put around them'}"
+            for name, parts in read
+        )
+
+    @property
     def languages(self) -> frozenset[str]:
         """The encoder's language tokens."""
         return language_tokens(self.encoder)
@@ -346,7 +361,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         if "trust_remote_code" in str(error):
-            reason = "it needs code of its own, which is never run"
+            reason = "it needs its own code, which is never run"
         raise ValueError(f"cannot load a tokenizer from {folder}: {reason}") from error
     added = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
     if set(tokenizer.get_vocab()) <= added:
@@ -366,7 +381,8 @@ def _plain_side(tokenizer: PreTrainedTokenizerFast) -> Side:
     places = (i for i in range(len(full)) if full[i : i + len(bare)] == bare)
     start = next(places, None)
     if start is None:
-        raise ValueError(f"the tokenizer in {tokenizer.name_or_path} puts no text of its own")
+        where = f"the tokenizer in {tokenizer.name_or_path}"
+        raise ValueError(f"{where} makes other tokens of a text when it puts its own around it")
     prefix, suffix = tuple(full[:start]), tuple(full[start + len(bare) :])
     return Side("LLM", tokenizer.backend_tokenizer, prefix, suffix)
 

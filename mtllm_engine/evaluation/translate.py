@@ -19,17 +19,18 @@ from typing import Any, BinaryIO
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig, M2M100Config, M2M100ForConditionalGeneration
+from transformers import GenerationConfig, M2M100Config, M2M100ForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
 from mtllm_engine.data.tokenizers import load_tokenizer
 from mtllm_engine.files import sync
 from mtllm_engine.languages import ENGLISH, check_language, nllb_token
-from mtllm_engine.model.weights import fingerprint, resolve
+from mtllm_engine.model.build import load_config
+from mtllm_engine.model.weights import TensorFiles, check_finite, fingerprint, resolve
 from mtllm_engine.tasks import Example
 from mtllm_engine.world import World
 
-FORMAT = "mtllm-translations/2"
+FORMAT = "mtllm-translations/3"  # 2 took control tokens that are spelled in a text for these
 GROWTH, SLACK = 2, 32
 """At most 2 tokens for each of the source's and 32 more: a decoder caught in a loop ends there."""
 ROUND = 4
@@ -412,10 +413,8 @@ def _load(folder: Path, dtype: torch.dtype) -> M2M100ForConditionalGeneration:
     """The checkpoint without its generation settings (beams, lengths): ours are explicit."""
     disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(folder)
-        if not isinstance(config, M2M100Config):
-            raise ValueError(f"a {config.model_type} model; this takes m2m_100 (NLLB)")
-        options = {"dtype": dtype, "output_loading_info": True}
+        config = load_config(folder, M2M100Config, "config.json")
+        options = {"config": config, "dtype": dtype, "output_loading_info": True}
         model, report = M2M100ForConditionalGeneration.from_pretrained(folder, **options)
     except Exception as error:  # OSError, ValueError, safetensors' own for a damaged file
         reason = " ".join(str(error).split())
@@ -423,6 +422,13 @@ def _load(folder: Path, dtype: torch.dtype) -> M2M100ForConditionalGeneration:
     if report["missing_keys"]:
         lack = f"it has no tensor {min(report['missing_keys'])}"
         raise ValueError(f"{folder} is no complete translator: {lack}")
+    # transformers casts integers and scaled floats as they are, and takes NaN as it comes.
+    stored = TensorFiles(folder)
+    for name in stored.names:
+        if name.endswith((".weight", ".bias")):
+            stored.check(name)
+    for name, parameter in model.named_parameters():
+        check_finite(parameter.detach(), folder, name)
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     ids = {name: getattr(model.generation_config, name) for name in names}
     model.generation_config = GenerationConfig(**ids)

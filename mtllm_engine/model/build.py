@@ -36,8 +36,8 @@ def build_stack(
     """
     model, distils = config.model, config.objective.kind == "distil"
     encoder_folder, decoder_folder = resolve(model.encoder), resolve(model.decoder)
-    encoder = _load_config(encoder_folder, M2M100Config, "model.encoder")
-    decoder = _load_config(decoder_folder, LlamaConfig, "model.decoder")
+    encoder = load_config(encoder_folder, M2M100Config, "model.encoder")
+    decoder = load_config(decoder_folder, LlamaConfig, "model.decoder")
     _check_configs(config, encoder, decoder)
     start = checkpoint_tensors(model.init_from) if model.init_from else None
     teacher = checkpoint_tensors(model.teacher) if model.teacher else None
@@ -101,7 +101,15 @@ def _check_adapters(config: Config, start: TensorFiles) -> None:
             raise ValueError(f"lora.{key} is {now}, and {before} in {source}; set it to that")
 
 
-def _load_config(folder: Path, kind: type[PreTrainedConfig], key: str) -> PreTrainedConfig:
+def load_config(folder: Path, kind: type[PreTrainedConfig], key: str) -> PreTrainedConfig:
+    """A model's config.json; none of its code is run.
+
+    Args:
+        key: Where the user named the folder.
+
+    Raises:
+        ValueError: It cannot be read, or is another kind's or a quantised model's.
+    """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError, huggingface_hub's own, ...

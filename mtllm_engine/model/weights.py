@@ -61,6 +61,10 @@ class TensorFiles:
         """The file that a tensor is in."""
         return self._files[name]
 
+    def check(self, name: str) -> None:
+        """Raises: ValueError: There is no such tensor, or none of plain floats."""
+        self._tensor(name)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises: ValueError: There is no such tensor, or none of plain floats."""
         tensor = self._tensor(name)
@@ -121,7 +125,9 @@ class Source:
             size = math.prod(self.files.shape(name))
             low, high = max(start - offset, 0), min(stop - offset, size)
             if low < high:
-                pieces.append(_finite(self.files.read(name, low, high), self.files.folder, name))
+                pieces.append(
+                    check_finite(self.files.read(name, low, high), self.files.folder, name)
+                )
             offset += size
         return torch.cat(pieces) if pieces else torch.empty(0)
 
@@ -211,8 +217,8 @@ class Weights:
         return math.sqrt(3) * embedding_rms / normed_rms
 
 
-def _finite(values: torch.Tensor, folder: Path, name: str) -> torch.Tensor:
-    """Raises: ValueError: One is NaN or infinite."""
+def check_finite(values: torch.Tensor, folder: Path, name: str) -> torch.Tensor:
+    """The values of a folder's tensor as they are. Raises: ValueError: One is NaN or infinite."""
     # Both ends are NaN where a value is; `isfinite` would take sixty times as long.
     if not all(math.isfinite(value) for value in torch.aminmax(values)):
         fix = "the file is damaged, or training it failed"

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from mtllm_engine import kernels
 from mtllm_engine.config import Config, dumps
 from mtllm_engine.data.stream import GlobalBatch
+from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.files import write_text
 from mtllm_engine.model.lora import quantised_weights
 from mtllm_engine.model.stack import Stack
@@ -189,7 +190,14 @@ class RunLog:
             self.bar.update(last["step"] - self.bar.n)
 
 
-def write_header(config: Config, world: World, stack: Stack, start: int, fit: Fit | None) -> None:
+def write_header(
+    config: Config,
+    world: World,
+    stack: Stack,
+    tokenizer: PairTokenizer,
+    start: int,
+    fit: Fit | None,
+) -> None:
     """Writes config.toml and environment.json, and prints what the run is.
 
     Args:
@@ -211,6 +219,7 @@ def write_header(config: Config, world: World, stack: Stack, start: int, fit: Fi
         "learns": _learns(config),
         "encoder": f"{model.encoder} (frozen)" if stack.reads_stack else "none",
         "decoder": f"{model.decoder} ({'causal' if model.causal else 'bidirectional'})",
+        "texts": tokenizer.around,
         "projection": str(fit or ""),
         "parameters": _parameters(config, stack),
         "device": f"{world.size} x {machine['device']}, ZeRO stage {config.zero.stage}",

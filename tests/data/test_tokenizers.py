@@ -1,3 +1,8 @@
+import io
+import json
+import os
+import shutil
+import sys
 from functools import cache
 
 import numpy as np
@@ -6,12 +11,13 @@ import regex
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
 
 from mtllm_engine.data.annotations import Annotations
 from mtllm_engine.data.tokenizers import PairTokenizer, Side, load_tokenizer
 from mtllm_engine.languages import FLORES_200
+from mtllm_engine.model.build import load_config
 from tests.support.tiny import WORDS, build_decoder, build_encoder
 
 CHINESE = "自我蒸馏让学生模型读懂老师所读的文本无论文本用哪种语言写成。"
@@ -571,3 +577,127 @@ def test_spans_that_cannot_be_pooled_are_errors(polyglot, text, annotations, mes
 def test_a_document_costs_no_more_for_examples_sake(build_pair, encoded):
     build_pair(64)("a short text", SWAHILI)
     assert encoded == [12, 12]
+
+
+CONTROL = ("<s>", "</s>", "<pad>", "<unk>", "<mask>", SWAHILI, "eng_Latn", "<|begin_of_text|>")
+SPELLED = st.lists(
+    st.sampled_from(CONTROL) | st.sampled_from(["a", "text", " ", "\n", "<", ">"]), min_size=1
+).map("".join)
+
+
+@given(text=SPELLED, language=st.sampled_from([SWAHILI, "eng_Latn"]))
+@example(text="".join(CONTROL), language=SWAHILI)
+@example(text="</s>", language=SWAHILI)
+def test_a_control_token_spelled_in_a_text_is_its_characters(build_pair, text, language):
+    """None comes out but those around it, and its characters do."""
+    assume(text.strip())
+    pair = build_pair(200)
+    student_ids_S, teacher_ids_T = pair(text, language)
+    nllb, llama = pair.encoder, pair.decoder
+    around = (
+        ([nllb.convert_tokens_to_ids(language)], [nllb.eos_token_id]),
+        ([llama.bos_token_id], []),
+    )
+    for ids, tokenizer, (before, after) in zip(
+        (student_ids_S, teacher_ids_T), (nllb, llama), around
+    ):
+        ids = ids.tolist()
+        body = ids[len(before) : len(ids) - len(after)]
+        assert ids == [*before, *body, *after]
+        control = {
+            *tokenizer.all_special_ids,
+            *map(tokenizer.convert_tokens_to_ids, pair.languages),
+        }
+        assert not set(body) & (control - {tokenizer.unk_token_id})
+    # What the teacher reads is the text; the encoder may lack a character.
+    assert llama.decode(teacher_ids_T[1:]) == text
+    readings = pair.example(text, language, Annotations(label=0))
+    assert [each.ids_S.tolist() for each in readings] == [
+        student_ids_S.tolist(),
+        teacher_ids_T.tolist(),
+    ]
+
+
+def test_a_control_token_stays_characters_whatever_else_is_asked(folder):
+    """transformers sets the backend's flag at each call of its own."""
+    for side in ("encoder", "decoder"):
+        tokenizer = load_tokenizer(folder / side)
+        backend, start = tokenizer.backend_tokenizer, tokenizer.bos_token
+        before = backend.encode(f"a {start}", add_special_tokens=False).ids
+        assert tokenizer.bos_token_id not in before
+        tokenizer("a text", add_special_tokens=False)
+        assert backend.encode(f"a {start}", add_special_tokens=False).ids == before
+
+
+@pytest.mark.parametrize(
+    ("reader", "words"),
+    [
+        (None, "encoder: LANGUAGE ... </s>; LLM: <|begin_of_text|> ..."),
+        ("stack", "encoder: LANGUAGE ... </s>"),
+        ("llm", "LLM: <|begin_of_text|> ..."),
+    ],
+)
+def test_what_is_put_around_a_text_is_told(folder, reader, words):
+    pair = PairTokenizer(folder / "encoder", folder / "decoder", max_length=9, reader=reader)
+    assert pair.around == words
+
+
+def test_a_lost_start_of_text_is_told(folder, tmp_path):
+    backend = Tokenizer.from_file(str(folder / "decoder" / "tokenizer.json"))
+    backend.post_processor = processors.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    pair = PairTokenizer(folder / "encoder", tmp_path, max_length=9, reader="llm")
+    assert pair.around == "LLM: nothing put around them"
+
+
+CODE = "import pathlib; pathlib.Path({mark!r}).touch()\nclass Mine: pass\n"
+
+
+def closed_stdin():
+    with open(os.devnull) as stdin:
+        return stdin
+
+
+STDINS = {"closed": closed_stdin, "yes": lambda: io.StringIO(9 * "y\n")}
+
+
+@pytest.mark.parametrize("stdin", STDINS.values(), ids=STDINS)
+@pytest.mark.parametrize("part", ["tokenizer", "model"])
+def test_code_in_a_folder_is_never_run_and_nobody_is_asked(
+    folder, tmp_path, monkeypatch, stdin, part
+):
+    copy, mark = tmp_path / "copy", tmp_path / "it ran"
+    shutil.copytree(folder / "decoder", copy)
+    (copy / "mine.py").write_text(CODE.format(mark=str(mark)))
+    path = copy / ("tokenizer_config.json" if part == "tokenizer" else "config.json")
+    edits = {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}, "tokenizer_class": "Mine"}
+    if part == "model":
+        edits = {"auto_map": {"AutoConfig": "mine.Mine"}, "model_type": "mine"}
+    else:
+        (copy / "config.json").unlink()
+    path.write_text(json.dumps(json.loads(path.read_text()) | edits))
+    monkeypatch.setattr("sys.stdin", stdin())
+    with pytest.raises(ValueError, match=f"{copy}.* its own.*, which is never run") as error:
+        if part == "tokenizer":
+            load_tokenizer(copy)
+        else:
+            load_config(copy, LlamaConfig, "model.decoder")
+    assert "\n" not in str(error.value) and not mark.exists()
+    assert sys.stdin.closed or sys.stdin.read() == 9 * "y\n"
+
+
+def test_a_known_model_with_code_beside_it_is_read_without_it(folder, tmp_path, monkeypatch):
+    """As LLM2Vec's folders have it: a Llama all the same."""
+    copy, mark = tmp_path / "copy", tmp_path / "it ran"
+    shutil.copytree(folder / "decoder", copy)
+    (copy / "mine.py").write_text(CODE.format(mark=str(mark)))
+    for name, edits in (
+        ("config.json", {"auto_map": {"AutoConfig": "mine.Mine", "AutoModel": "mine.Mine"}}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}}),
+    ):
+        (copy / name).write_text(json.dumps(json.loads((copy / name).read_text()) | edits))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    config = load_config(copy, LlamaConfig, "model.decoder")
+    assert config.to_dict()["hidden_size"] == 48
+    load_tokenizer(copy)
+    assert sys.stdin.read() == "y\n" and not mark.exists()

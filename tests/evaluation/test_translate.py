@@ -272,6 +272,42 @@ def test_what_is_no_translator_is_refused(checkpoint, tmp_path):
         run(encoder, tmp_path / "cache", ["a"])
 
 
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda weight: weight.to(torch.int8),
+            "/model.safetensors: .*fc1.weight has the dtype I8; this takes",
+        ),
+        (
+            lambda weight: weight.to(torch.float8_e4m3fn),
+            "/model.safetensors: .*fc1.weight has the dtype F8_E4M3; this takes",
+        ),
+        (lambda weight: weight * float("nan"), ": .*fc1.weight has values that are NaN"),
+    ],
+    ids=["int8", "float8", "nan"],
+)
+def test_weights_that_are_no_finite_floats_are_refused(checkpoint, tmp_path, edit, message):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("decoder.layers.0.fc1.weight"))
+    tensors[name] = edit(tensors[name])
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        run(folder, tmp_path / "cache", ["a"])
+
+
+def test_a_control_token_spelled_in_a_text_is_its_characters(checkpoint, tmp_path):
+    translator = Translator(checkpoint, cache=tmp_path, world=build_world())
+    tokenizer = translator._tokenizer
+    control = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    texts = ["<s>", "</s>", "a <pad> b", f"{SOURCE} a", "eng_Latn</s></s>", "<mask>", "<unk>"]
+    for row in translator._encode(texts, SOURCE):
+        assert row[0] == tokenizer.convert_tokens_to_ids(SOURCE)
+        assert row[-1] == tokenizer.eos_token_id
+        assert not control & set(row[1:-1]) and len(row) > 4
+
+
 def test_a_cache_that_cannot_be_written_is_one_clear_line(checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
     message = r"cannot (read|write) the cache .*swh_Latn-eng_Latn-beams1"

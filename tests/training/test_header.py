@@ -1,0 +1,26 @@
+"""What a run says of itself before it begins."""
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, processors
+
+from mtllm_engine.train import train
+from tests.support.stages import ALONE, build_models, stage1_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_header_shows_what_is_put_around_a_text(tmp_path: Path, capsys, lost: bool):
+    """And so that a tokenizer has lost its start of text."""
+    build_models(tmp_path)
+    path = str(tmp_path / "decoder" / "tokenizer.json")
+    if lost:
+        backend = Tokenizer.from_file(path)
+        backend.post_processor = processors.ByteLevel()
+        backend.save(path)
+    train(stage1_config(tmp_path, optim={"steps": 1}), ALONE)
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("texts ")]
+    teacher = "nothing put around them" if lost else "<|begin_of_text|> ..."
+    assert row.split(maxsplit=1)[1] == f"encoder: LANGUAGE ... </s>; LLM: {teacher}"
