@@ -19,7 +19,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, M2M100ForConditionalGeneration, M2M100Model
 
 from benchmarks.measure import held_bytes
-from mtllm_engine.config import LORA_TARGETS, Config, LoraConfig
+from mtllm_engine.config import LORA_TARGETS, Config, LoraConfig, dumps
 from mtllm_engine.data.batch import Batch, Document, Tokens, Totals, collate
 from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.model.lora import LoraLinear, Members
@@ -27,6 +27,7 @@ from mtllm_engine.model.objective import cosine, fvu
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.train import train
 from mtllm_engine.training import checkpoint
+from tests.support.machine import launch
 from tests.support.padded import (
     FEW,
     PAD,
@@ -761,6 +762,22 @@ def test_a_weight_that_is_not_finite_is_named(
     edit_tensors(folder / side, damage)
     with pytest.raises(ValueError, match=f"/{side}: {name} has values that are NaN or infinite"):
         build(configure(folder))
+
+
+def test_the_rank_that_meets_it_takes_the_others_along(checkpoints: Path, tmp_path: Path):
+    """All leave, and one of them tells it."""
+    shutil.copytree(checkpoints / "grouped", tmp_path, dirs_exist_ok=True)
+    name = "model.layers.2.mlp.up_proj.weight"  # its end is in the second rank's slice alone
+    edit_tensors(
+        tmp_path / "decoder", lambda tensors: tensors[name].view(-1)[-1:].fill_(float("nan"))
+    )
+    build_corpus(tmp_path / "train", 24)
+    (tmp_path / "run.toml").write_text(dumps(build_config(tmp_path)))
+    with pytest.raises(AssertionError) as failed:
+        launch(2, "mtllm_engine.train", tmp_path / "run.toml")
+    output = str(failed.value)
+    assert output.count("error:") == 1 and "Traceback" not in output
+    assert f"/decoder: {name} has values that are NaN or infinite" in output
 
 
 @pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
