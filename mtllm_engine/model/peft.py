@@ -41,11 +41,13 @@ def read_lora(folder: Path) -> LoraConfig:
         saved.items()
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    # What is not applied asks for nothing.
     for key, value in saved.items():
         if key not in (*APPLIED, *WITHOUT_INFLUENCE) and not _is_neutral(key, value):
             applied = f"adapters are applied by {', '.join(APPLIED)} alone"
             fix = "train them without it, or merge them into model.decoder"
             raise ValueError(f"{path}: {key}={_short(value)} is not implemented; {applied}: {fix}")
+    # What is applied is of its kind.
     rank, alpha, names = (_value(saved, key, path) for key in ("r", "lora_alpha", "target_modules"))
     is_stabilised = saved.get("use_rslora") or False
     kinds = {
@@ -83,7 +85,7 @@ def peft_config(config: Config) -> dict[str, Any]:
 def _is_neutral(key: str, value: Any) -> bool:
     """Whether a key asks for nothing: 0 may be a layer's number."""
     is_empty = value is None or value is False or value in ([], {}, "")
-    return is_empty or any(value is each or value == each for each in NEUTRAL.get(key, ()))
+    return is_empty or value in NEUTRAL.get(key, ())
 
 
 def _value(saved: dict[str, Any], key: str, path: Path) -> Any:

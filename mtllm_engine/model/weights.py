@@ -50,7 +50,11 @@ class TensorFiles:
         self.paths = list(_weight_files(folder) if files is None else files)
         self._files: dict[str, Path] = {}
         for path in self.paths:
-            self._files.update(dict.fromkeys(_tensor_names(path), path))
+            names = _tensor_names(path)
+            if files and (twice := self._files.keys() & names):
+                name = min(twice)
+                raise ValueError(f"{path} has the tensor {name}, and so has {self._files[name]}")
+            self._files.update(dict.fromkeys(names, path))
         self._open: dict[Path, Mapping] = {}
 
     @property

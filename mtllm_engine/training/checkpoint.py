@@ -111,27 +111,22 @@ def check_origins(config: Config) -> None:
     for key in ("init_from", "teacher"):
         folder = Path(getattr(config.model, key))
         if getattr(config.model, key) and (folder / "state.json").exists():
-            _check_origin(config, f"model.{key}", folder)
+            reads_stack = key == "init_from" and config.objective.reader == "stack"
+            _check_origin(config, folder, reads_stack=reads_stack)
 
 
-def _check_origin(config: Config, key: str, folder: Path) -> None:
-    readable = (*RUN_FILES, peft.FILE)
-    state = _read(folder, f"{key} needs a whole copy of it, or another checkpoint", readable)
+def _check_origin(config: Config, folder: Path, *, reads_stack: bool) -> None:
+    fix = "copy it again, or name another checkpoint"
+    state = _read(folder, fix, names=(*RUN_FILES, peft.FILE))
     model, saved = config.model, state["identity"]
-    current = {
-        "model.causal": model.causal,
-        "model.decoder": _fingerprint(model.decoder),
-    }
+    current = {"causal": model.causal, "decoder": _fingerprint(model.decoder)}
     # A projection is of one encoder; who reads the LLM's own tokens has none.
-    reads_stack = key == "model.init_from" and config.objective.reader == "stack"
     if reads_stack and PROJECTION_FILE in state["files"]:
-        current["model.encoder"] = _fingerprint(model.encoder)
-    for name, value in current.items():
-        if saved.get(name) != value:
-            now = getattr(model, name.removeprefix("model."))
-            before = f" ({_short(saved.get(name))})" if isinstance(value, bool) else ""
-            trained = f"{key}={folder} was trained with another {name}{before}"
-            raise ValueError(f"{trained} than {_short(now)}; set it to that one")
+        current["encoder"] = _fingerprint(model.encoder)
+    for key, value in current.items():
+        if saved.get(f"model.{key}") != value:
+            change = f"another model.{key} than {getattr(model, key)}; set it to that one"
+            raise ValueError(f"{folder} was trained with {change}")
 
 
 def latest(folder: Path) -> Path | None:

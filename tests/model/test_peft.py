@@ -251,6 +251,15 @@ def test_a_projection_is_read_whole_or_not_at_all(
         our_states(models, tmp_path, "init_from")
 
 
+def test_a_tensor_in_two_files_is_named(models: Config, llm: LlamaModel, tmp_path: Path):
+    make(llm, tmp_path, **PLAIN)
+    weight = {"weight": torch.ones(32, 16)}
+    save_file(load_file(tmp_path / TENSORS) | weight, tmp_path / TENSORS)
+    save_file(weight | {"bias": torch.ones(32)}, tmp_path / "projection.safetensors")
+    with pytest.raises(ValueError, match=f"projection.*has the tensor weight, .*/{TENSORS}"):
+        our_states(models, tmp_path, "init_from")
+
+
 @st.composite
 def configs(draw) -> dict[str, Any]:
     """Targets by plain names, a rank and a factor, and one to three keys of any value."""
