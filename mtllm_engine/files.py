@@ -3,6 +3,7 @@ that are no paths, hashes, and the folder of caches with what has been checked o
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import glob
@@ -22,6 +23,9 @@ _IMPORTED_S = time.time()
 _KEPT_S = 30 * 24 * 3600  # how long it is remembered when something was checked
 _HASH_BYTES = hashlib.sha256().digest_size
 _HOME = re.compile(r"(?:[\w.+-]+:)?(~)")  # also behind the name of a data set
+
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+"""What file systems say that know no symbolic links."""
 
 
 def expand(path: str) -> str:
@@ -98,12 +102,44 @@ def atomic_folder(path: Path, *, replaces: bool = False) -> Iterator[Path]:
 
 
 def link(path: Path, target: str) -> None:
-    """Makes `path` a link to `target`, or points it there: at no moment is there none."""
+    """Makes `path` a link to its neighbour `target`, or points it there: at no moment is there
+    none. A file that holds the name where the file system knows no links; `linked` reads both.
+
+    A folder in its place, as a copy that followed the link leaves, is removed.
+    """
     draft = _draft_of(path)
     draft.unlink(missing_ok=True)
-    draft.symlink_to(target)
-    os.replace(draft, path)
+    try:
+        draft.symlink_to(target)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        with draft.open("wb") as file:
+            file.write(f"{target}\n".encode())
+            sync(file)
+    if path.is_dir() and not path.is_symlink():
+        copy = path.with_name(f".{path.name}.copy.partial")
+        shutil.rmtree(copy, ignore_errors=True)
+        path.rename(copy)
+        os.replace(draft, path)
+        shutil.rmtree(copy)
+    else:
+        os.replace(draft, path)
     sync_folder(path.parent)
+
+
+def linked(path: Path) -> Path | None:
+    """The folder that `link` made `path` point to, if it is there."""
+    if path.is_symlink():
+        target = path.resolve()
+    elif path.is_file():
+        name = path.read_text(errors="replace").strip()
+        if not name or Path(name).name != name or name == "..":
+            return None
+        target = path.resolve().with_name(name)
+    else:
+        return None
+    return target if target.is_dir() else None
 
 
 def sync(file: BinaryIO) -> None:

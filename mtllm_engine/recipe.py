@@ -28,7 +28,7 @@ from mtllm_engine.config import Config, dumps, from_dict
 from mtllm_engine.evaluation.systems import find_tests
 from mtllm_engine.files import expand
 from mtllm_engine.model.weights import checkpoint_tensors
-from mtllm_engine.train import check_files
+from mtllm_engine.train import changes, check_files
 from mtllm_engine.training import checkpoint
 from mtllm_engine.training.launch import launcher
 
@@ -85,11 +85,14 @@ def run(recipe: Recipe) -> int:
         ValueError: As `check`.
     """
     pending = check(recipe)
+    for job in recipe.jobs:  # what was killed in its last save, or copied, is read by the next
+        if job not in pending:
+            checkpoint.repair(Path(job.config.run.dir) / "checkpoints")
     if not pending:
         print(f"all steps are done: {recipe.results / 'results.md'}")
     for number, job in enumerate(pending, start=1):
         print(f"\n[{number}/{len(pending)}] {job.name}", flush=True)
-        path = recipe.folder / f"{job.name}.toml"
+        path = _file(recipe, job)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(dumps(job.config), encoding="utf-8")
         if status := _launch([*launcher(job.module, recipe.gpus), str(path)]):
@@ -109,14 +112,16 @@ def check(recipe: Recipe) -> list[Job]:
     to be there.
 
     Raises:
-        ValueError: A job that is done had another configuration; a task, its files, a corpus, a
-            checkpoint or a model of another is missing or unfit.
+        ValueError: A job that is done had another configuration, or reached its end with one; a
+            task, its files, a corpus, a checkpoint or a model of another is missing or unfit.
     """
     pending = [job for job in recipe.jobs if not is_done(recipe, job)]
     for job in pending:
-        model, data = job.config.model, job.config.data
+        data = job.config.data
         try:
-            for path in _given(recipe, model.init_from, model.teacher):
+            _check_finished(recipe, job)
+            other = checkpoint.follow(job.config).model
+            for path in _given(recipe, other.init_from, other.teacher):
                 checkpoint_tensors(path)
             if job.module.endswith("evaluate"):
                 find_tests(job.config)
@@ -262,6 +267,26 @@ def _merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _check_finished(recipe: Recipe, job: Job) -> None:
+    """Raises: ValueError: A training that is not marked as done has reached its last step, with
+    other settings than those that it would be done with now."""
+    path, run = _file(recipe, job), Path(job.config.run.dir)
+    if job.module.endswith(("targets", "evaluate")) or not path.is_file():
+        return
+    last = checkpoint.latest(run / "checkpoints")
+    if last is None or _stopped_after(job):
+        return
+    before, now = configs.load(path), job.config
+    is_longer = now.optim.steps > checkpoint.step_of(last) or now.optim.epochs > before.optim.epochs
+    if not is_longer and (changed := changes(before, now)):
+        fix = f"remove {run} to train again, or set recipe.dir"
+        raise ValueError(f"it was made with other settings ({'; '.join(changed)}); {fix}")
+
+
+def _file(recipe: Recipe, job: Job) -> Path:
+    return recipe.folder / f"{job.name}.toml"
+
+
 def _marker(recipe: Recipe, job: Job) -> Path:
     return recipe.folder / f"{job.name}.done"
 
@@ -278,6 +303,6 @@ def _stopped_after(job: Job) -> str:
     latest = checkpoint.latest(run / "checkpoints")
     if latest is None:
         return ""
-    done = int(latest.name.rpartition("-")[2])
+    done = checkpoint.step_of(latest)
     steps = configs.load(run / "config.toml").optim.steps
     return f"after step {done} of {steps}" if done < steps else ""

@@ -26,6 +26,7 @@ from mtllm_engine.train import find_task, prepare
 from mtllm_engine.training import checkpoint
 from mtllm_engine.training.engine import PlainEngine, ZeroEngine, build_engine, shard
 from mtllm_engine.training.launch import run_command
+from mtllm_engine.training.lock import sole_owner
 from mtllm_engine.world import World
 
 
@@ -49,14 +50,17 @@ def write_targets(config: Config, world: World) -> None:
     name = config.data.teacher_states
     if not name:
         raise ValueError("data.teacher_states is empty: name the states that are to be written")
-    config = world.on_main(lambda: prepare(config))
-    maker = world.on_main(lambda: checkpoint.teacher_identity(config))
-    corpora = [Path(path) for path in (*config.data.train, config.validation.corpus) if path]
-    missing = world.on_main(lambda: [path for path in corpora if not _is_there(path, name, maker)])
-    if missing:
-        teacher = _build_teacher(config, world)
-        for corpus in missing:
-            _write(config, world, teacher, corpus, maker)
+    with sole_owner(Path(config.run.dir), world):
+        config = world.on_main(lambda: prepare(config))
+        maker = world.on_main(lambda: checkpoint.teacher_identity(config))
+        corpora = [Path(path) for path in (*config.data.train, config.validation.corpus) if path]
+        missing = world.on_main(
+            lambda: [path for path in corpora if not _is_there(path, name, maker)]
+        )
+        if missing:
+            teacher = _build_teacher(config, world)
+            for corpus in missing:
+                _write(config, world, teacher, corpus, maker)
 
 
 def _is_there(corpus: Path, name: str, maker: dict) -> bool:

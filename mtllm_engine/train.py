@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtllm_engine.config import Config
+from mtllm_engine import config as configs
+from mtllm_engine.config import Config, flatten
 from mtllm_engine.data.shards import Manifest
 from mtllm_engine.data.stream import Stream, agree, build_stream
 from mtllm_engine.data.tokenizers import PairTokenizer
@@ -23,12 +24,17 @@ from mtllm_engine.model.weights import Weights
 from mtllm_engine.training import checkpoint, step
 from mtllm_engine.training.closed_form import Fit, fit_projection
 from mtllm_engine.training.engine import PlainEngine, ZeroEngine, build_engine, shard
-from mtllm_engine.training.launch import run_command, stop_requests
+from mtllm_engine.training.launch import run_command, stop_requests, wait_if_abandoned
+from mtllm_engine.training.lock import sole_owner
 from mtllm_engine.training.log import RunLog, write_header
 from mtllm_engine.world import World
 
 if TYPE_CHECKING:
     from mtllm_engine.tasks import Task
+
+PLACES = {"run.dir", "data.train", "validation.corpus"}
+PLACES |= {f"model.{key}" for key in ("encoder", "decoder", "init_from", "teacher")}
+"""Keys of folders: their content counts, which a checkpoint knows."""
 
 
 def train(config: Config, world: World) -> None:
@@ -43,12 +49,22 @@ def train(config: Config, world: World) -> None:
 
 
 def learn(config: Config, world: World) -> None:
-    """Runs or continues a training run in `run.dir`, whatever learns.
+    """Runs or continues a training run in `run.dir`, whatever learns; says so where all is done.
 
     Raises:
         ValueError: Something the user can mend; the message names it and the fix.
     """
-    config = world.on_main(lambda: prepare(config))
+    with sole_owner(Path(config.run.dir), world):
+        config = world.on_main(lambda: prepare(config))
+        done = world.on_main(lambda: checkpoint.steps_done(config))
+        if done < config.optim.steps:
+            _run(config, world)
+        else:
+            world.on_main(lambda: _tell_done(config, done))
+
+
+def _run(config: Config, world: World) -> None:
+    """Trains to the last step, or until it is asked to stop."""
     world.on_main(lambda: checkpoint.check_origins(config))
     task, run_dir = find_task(config), Path(config.run.dir)
     head = task.head_size if task else None
@@ -97,6 +113,7 @@ def learn(config: Config, world: World) -> None:
             is_due = done % config.checkpoint.every == 0 or is_last
             if is_due or checkpoint.is_best(config, world, score):
                 log.flush()
+                world.on_main(wait_if_abandoned)
                 checkpoint.save(config, world, engine, stream, done, score, log.bad_steps)
             if is_last:
                 break
@@ -231,6 +248,30 @@ def _open_probe(
 
     probe = open_probe(config, world, tokenizer)
     return lambda engine: probe.summary(probe(engine))
+
+
+def _tell_done(config: Config, done: int) -> None:
+    """Says that nothing is left to do, and which settings are other than those that did it:
+    config.toml keeps the latter."""
+    folder = Path(config.run.dir)
+    (folder / "STOP").unlink(missing_ok=True)
+    print(f"nothing to do: {done} of {config.optim.steps} steps are done in {folder}", flush=True)
+    changed = changes(configs.load(folder / "config.toml"), config)
+    if changed:
+        fix = "it did not apply: set run.dir to train with it"
+        print(f"changed since: {'; '.join(changed)}; {fix}", flush=True)
+    if not (folder / "report.html").is_file():  # killed before it was written
+        _write_report(folder)
+
+
+def changes(before: Config, now: Config) -> list[str]:
+    """What is set otherwise now, but for where things lie."""
+    old, new = flatten(before), flatten(now)
+    return [
+        f"{key} was {old[key]!r} and is {new[key]!r}"
+        for key in new
+        if old[key] != new[key] and key not in PLACES
+    ]
 
 
 def _write_report(folder: Path) -> None:

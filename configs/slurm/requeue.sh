@@ -26,7 +26,8 @@ stop() {
 }
 
 finished() {
-    [[ $(readlink "$run_dir/checkpoints/latest") == step-$(printf %08d "$steps") ]]
+    local latest="$run_dir/checkpoints/latest" # a link, or a file with a name on a share without links
+    [[ $(readlink "$latest" || cat "$latest") == step-$(printf %08d "$steps") ]]
 }
 
 # until_warned COMMAND ...: runs a training command; puts the job back into the queue when it was stopped before its end.

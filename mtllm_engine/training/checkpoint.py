@@ -6,8 +6,10 @@
 import functools
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +36,7 @@ from mtllm_engine.training.engine import MOMENTS, PlainEngine, TrainedState, Zer
 from mtllm_engine.world import World
 
 OPTIMIZER = "optimizer.safetensors"
+NAMES = ("latest", "best")
 MODEL = ("causal", "dtype", "quantization", "projection_bias")
 PACKS = ("mixture", "teacher_states", "lanes", "pack_documents", "pack_tokens")
 TEXTS = ("max_length", "truncation", "on_error")
@@ -89,11 +92,10 @@ def restore(
         ValueError: The checkpoint is damaged, or of another model, corpus or lane count; the
             message says which.
     """
-    folder, current = world.on_main(lambda: (latest(_folder(config)), identity(config)))
+    folder, current = world.on_main(lambda: (_repaired(config), identity(config)))
     if folder is None:
         return Progress()
-    fix = f"remove {folder} to continue from the checkpoint before it"
-    state = world.together(lambda: _read(folder, fix))
+    state = world.together(lambda: _read(folder))
     world.on_main(lambda: _check_identity(folder, state["identity"], current))
     engine.load_trained_state(load_tensors(folder), state["updates"])
     stream.load_state({int(lane): lane_state for lane, lane_state in state["lanes"].items()})
@@ -129,26 +131,83 @@ def _check_origin(config: Config, folder: Path, *, reads_stack: bool) -> None:
             raise ValueError(f"{folder} was trained with {change}")
 
 
+def steps_done(config: Config) -> int:
+    """How many steps of a run are done, as `restore` will find it; 0 for a new one. On rank 0
+    alone.
+
+    Raises:
+        ValueError: As `restore`.
+    """
+    folder = _repaired(config)
+    if folder is None:
+        return 0
+    state = _read(folder)
+    _check_identity(folder, state["identity"], identity(config))
+    return state["step"]
+
+
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a `checkpoints` folder, if any."""
-    link = folder / "latest"
-    if link.is_dir():
-        return link.resolve()
-    complete = sorted(path.parent for path in folder.glob("step-*/state.json"))
-    return complete[-1] if complete else None
+    """The checkpoint of a `checkpoints` folder that a run is continued from, if any: what `latest`
+    points to, or the newest complete one where it points to nothing."""
+    if pointed := files.linked(folder / "latest"):
+        return pointed
+    complete = _complete(folder)
+    return complete[max(complete)] if complete else None
 
 
 def best(folder: Path) -> Path | None:
     """The checkpoint of a `checkpoints` folder with the highest score, of equal ones the later, if
     any has one."""
-    scores = {path: _score(path) for path in sorted(folder.glob("step-*"))}
-    scored = [(score, path) for path, score in scores.items() if score is not None]
-    return max(scored)[1] if scored else None
+    complete = _complete(folder)
+    scores = {step: _score(path) for step, path in complete.items()}
+    scored = [(score, step) for step, score in scores.items() if score is not None]
+    return complete[max(scored)[1]] if scored else None
+
+
+def step_of(folder: Path) -> int:
+    """The number of steps after which a checkpoint was saved.
+
+    Raises:
+        ValueError: Its record is damaged.
+    """
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else _read(folder)["step"]
+
+
+def repair(folder: Path) -> None:
+    """Makes `latest` and `best` of a `checkpoints` folder links to what they mean: in a copy they
+    may be folders or nothing, and a killed run may have saved without pointing them there."""
+    for path in map(folder.joinpath, NAMES):
+        for step, complete in _complete(folder).items():
+            if complete == path:  # the only copy of that step
+                path.rename(folder / _name(step))
+    for name, target in (("latest", latest(folder)), ("best", best(folder))):
+        if target and files.linked(folder / name) != target.resolve():
+            files.link(folder / name, target.name)
+
+
+def follow(config: Config) -> Config:
+    """With `latest` and `best` of other runs replaced by what they mean, where that is not what
+    lies at their place, as in a copy or after a kill."""
+    found = {
+        key: str(_meant(Path(path)))
+        for key in ("init_from", "teacher")
+        if (path := getattr(config.model, key))
+    }
+    return replace(config, model=replace(config.model, **found))
+
+
+def _meant(path: Path) -> Path:
+    if path.name not in NAMES:
+        return path
+    target = latest(path.parent) if path.name == "latest" else best(path.parent)
+    is_there = target is None or (path.is_dir() and path.samefile(target))
+    return path if is_there else target
 
 
 def is_best(config: Config, world: World, score: float | None) -> bool:
     """Whether a score is above that of every checkpoint of the run; all ranks call it."""
-    if score is None:
+    if score is None or not math.isfinite(score):
         return False
     top = world.on_main(lambda: best(_folder(config)))
     return top is None or score > world.on_main(lambda: _score(top))
@@ -219,17 +278,44 @@ def _folder(config: Config) -> Path:
     return Path(config.run.dir) / "checkpoints"
 
 
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _repaired(config: Config) -> Path | None:
+    """`latest` of a run, once all is in its place."""
+    repair(_folder(config))
+    return latest(_folder(config))
+
+
+def _complete(folder: Path) -> dict[int, Path]:
+    """The complete checkpoints of a folder, by step; of a step that a copy has under several names
+    its own."""
+    complete = {}
+    for name in NAMES:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink() and (record := _record(path)):
+            complete[record["step"]] = path
+    for path in folder.glob("step-*/state.json"):
+        if (number := path.parent.name.removeprefix("step-")).isdecimal():
+            complete[int(number)] = path.parent
+    return dict(sorted(complete.items()))
+
+
 def _write(config: Config, state: TrainedState, record: dict[str, Any]) -> Path:
     folder = _folder(config)
-    final = folder / f"step-{record['step']:08d}"
+    final = folder / _name(record["step"])
     for name, tensors in state.items():
         if not tensors["value"].isfinite().all():
             fix = "lower optim.lr and continue; earlier checkpoints are intact"
             raise ValueError(f"{name} is not finite after step {record['step']}; {fix}")
+    if record["score"] is not None and not math.isfinite(record["score"]):
+        record["score"] = None  # no measure of anything, and no JSON
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".*.partial"):
-            leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
+            is_folder = leftover.is_dir() and not leftover.is_symlink()
+            shutil.rmtree(leftover) if is_folder else leftover.unlink()
         # A folder of this very step is of a run that was rewound.
         with files.atomic_folder(final, replaces=True) as draft:
             contents = _contents(config, state)
@@ -286,27 +372,37 @@ def _encode(record: dict[str, Any]) -> bytes:
 
 def _decode(content: bytes) -> dict[str, Any]:
     """Raises: ValueError: These are not the bytes that `_encode` returned."""
-    record = {key: value for key, value in json.loads(content).items() if key != "sha256"}
+    record = json.loads(content)
+    if not isinstance(record, dict) or "sha256" not in record:
+        raise ValueError
+    del record["sha256"]
     if _encode(record) != content:
         raise ValueError
     return record
 
 
-def _score(folder: Path) -> float | None:
-    """A complete checkpoint's score, if it has one and can be read."""
+def _record(folder: Path) -> dict[str, Any] | None:
+    """A checkpoint's record, if it is the one that was written."""
     try:
-        return json.loads((folder / "state.json").read_bytes())["score"]
-    except (OSError, ValueError, KeyError):
+        return _decode((folder / "state.json").read_bytes())
+    except (OSError, ValueError):
         return None
 
 
-def _read(folder: Path, fix: str, names: Collection[str] = ()) -> dict[str, Any]:
+def _score(folder: Path) -> float | None:
+    """A checkpoint's score, if it has one and its record is sound."""
+    score = (_record(folder) or {}).get("score")
+    return score if isinstance(score, float | int) and math.isfinite(score) else None
+
+
+def _read(folder: Path, fix: str = "", names: Collection[str] = ()) -> dict[str, Any]:
     """A checkpoint's record, once its files have been found to be those that were written.
 
     Args:
-        fix: What the user can do where they are not.
+        fix: What the user can do where they are not; empty: to continue, without it.
         names: Of the files that will be read; empty: all.
     """
+    fix = fix or f"remove {folder} to continue from the checkpoint before it"
     try:
         state = _decode((folder / "state.json").read_bytes())
         hashes = {

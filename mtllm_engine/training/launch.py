@@ -6,13 +6,24 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mtllm_engine import config as configs
 from mtllm_engine.config import Config
+from mtllm_engine.training.lock import started
 from mtllm_engine.world import AgreedError, World, connect
+
+LAUNCHERS = {"deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch"}
+LAUNCHERS |= {"torchrun", "torch.distributed.run", "torch.distributed.launch"}
+LAUNCHERS |= {"mtllm", "mtllm_engine.cli"}
+"""Commands and modules that ranks do not outlive."""
+GRACE_S = 5.0  # in which a launcher that was asked to stop, and left first, asks its ranks
+
+_watched: dict[int, str] = {}  # the processes that this one leaves with
+_stopping = threading.Event()  # a signal asked for a stop in order
 
 
 def launcher(module: str, gpus: int) -> list[str]:
@@ -52,9 +63,15 @@ def run_command(
         usage = f"deepspeed --num_gpus N --module mtllm_engine.{module}"
         print(f"usage: {usage} CONFIG [section.key=value ...]")
         return 0 if words[:1] in (["-h"], ["--help"]) else 2
+    if "RANK" in os.environ and (above := launchers()):
+        leave_with(above)
+    # Here, as it imports the engine, which who only launches has no use for.
+    from mtllm_engine.training.checkpoint import follow
+
     world = None
     try:
         config = configs.load(words[0], words[1:], finetunes=finetunes)
+        config = follow(config)
         world = connect()
         function(config, world)
     except (ValueError, OSError) as error:
@@ -84,6 +101,64 @@ def tell(error: Exception, program: str, world: World | None) -> None:
         world.close()  # after an error of one rank alone the others would be waited for in vain
 
 
+def launchers() -> dict[int, str]:
+    """The processes that started this one as a rank, with when they were started: from its parent
+    up, as long as they are launchers. The shell that started them may end before them.
+    """
+    found: dict[int, str] = {}
+    process = os.getppid()
+    while _is_launcher(process):
+        found[process] = started(process)
+        stat = Path(f"/proc/{process}/stat").read_text()
+        process = int(stat.rpartition(")")[2].split()[1])
+    return found
+
+
+def _is_launcher(process: int) -> bool:
+    folder = Path(f"/proc/{process}")
+    try:
+        words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        is_python = (folder / "exe").readlink().name.startswith("python")
+    except OSError:  # another user's, or gone
+        return False
+    return is_python and any(os.path.basename(word) in LAUNCHERS for word in words[:6])
+
+
+def leave_with(processes: dict[int, str], *, poll_s: float = 1.0) -> None:
+    """Ends this process soon after one of others is gone that nobody asked to stop: a killed
+    launcher leaves its ranks behind, and the same command again would be a second run.
+
+    Args:
+        processes: As `launchers` returns them.
+    """
+
+    def watch() -> None:
+        while not _is_one_gone():
+            time.sleep(poll_s)
+        # A launcher that got SIGTERM leaves before all its ranks have it: they stop in order.
+        if _stopping.wait(GRACE_S):
+            return
+        if os.environ.get("RANK", "0") == "0":
+            message = b"mtllm: error: the launcher is gone; its ranks leave and save nothing more\n"
+            with contextlib.suppress(OSError):
+                os.write(2, message)
+        os._exit(1)
+
+    _watched.update(processes)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def wait_if_abandoned() -> None:
+    """Nothing more is saved once a launcher is gone: returns at once, or when a stop in order was
+    asked for, or never."""
+    while _is_one_gone() and not _stopping.is_set():
+        time.sleep(0.1)
+
+
+def _is_one_gone() -> bool:
+    return any(started(process) != start for process, start in _watched.items())
+
+
 @contextlib.contextmanager
 def stop_requests(folder: Path) -> Iterator[Callable[[], bool]]:
     """Says whether to stop after this step: a signal was caught, or a file STOP lies in the run's
@@ -95,9 +170,12 @@ def stop_requests(folder: Path) -> Iterator[Callable[[], bool]]:
     caught = []
     stop_file = folder / "STOP"
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    previous = {
-        each: signal.signal(each, lambda *_: caught.append(time.time())) for each in signals
-    }
+
+    def catch(*_: object) -> None:
+        caught.append(time.time())
+        _stopping.set()
+
+    previous = {each: signal.signal(each, catch) for each in signals}
     try:
         yield lambda: bool(caught) or stop_file.exists()
     finally:
