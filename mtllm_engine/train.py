@@ -23,7 +23,13 @@ from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.weights import Weights
 from mtllm_engine.training import checkpoint, step
 from mtllm_engine.training.closed_form import Fit, fit_projection
-from mtllm_engine.training.engine import PlainEngine, ZeroEngine, build_engine, shard
+from mtllm_engine.training.engine import (
+    PlainEngine,
+    ZeroEngine,
+    build_engine,
+    check_deepspeed,
+    shard,
+)
 from mtllm_engine.training.launch import run_command, stop_requests, wait_if_abandoned
 from mtllm_engine.training.lock import sole_owner
 from mtllm_engine.training.log import RunLog, write_header
@@ -32,9 +38,10 @@ from mtllm_engine.world import World
 if TYPE_CHECKING:
     from mtllm_engine.tasks import Task
 
-PLACES = {"run.dir", "data.train", "validation.corpus"}
-PLACES |= {f"model.{key}" for key in ("encoder", "decoder", "init_from", "teacher")}
-"""Keys of folders: their content counts, which a checkpoint knows."""
+PLACES = ("run.dir", "data.train", "validation.corpus", "task.test", "evaluate.")
+PLACES += ("model.encoder", "model.decoder", "model.init_from", "model.teacher")
+"""Keys that say where something lies, whose content a checkpoint knows, or that training does not
+read."""
 
 
 def train(config: Config, world: World) -> None:
@@ -126,8 +133,10 @@ def prepare(config: Config) -> Config:
     counted in steps.
 
     Raises:
-        ValueError: A file of the task is missing or malformed.
+        ValueError: A file of the task is missing or malformed; `[deepspeed]` has a key that does
+            nothing or breaks the run.
     """
+    check_deepspeed(config.deepspeed)
     data, optim = config.data, config.optim
     if config.task.train:
         corpora = _pack_task(config)
@@ -256,7 +265,11 @@ def _tell_done(config: Config, done: int) -> None:
     folder = Path(config.run.dir)
     (folder / "STOP").unlink(missing_ok=True)
     print(f"nothing to do: {done} of {config.optim.steps} steps are done in {folder}", flush=True)
-    changed = changes(configs.load(folder / "config.toml"), config)
+    try:
+        changed = changes(configs.load(folder / "config.toml"), config)
+    except ValueError as error:  # none, or an earlier version's
+        changed = []
+        print(f"whether the settings are the same cannot be said: {error}", flush=True)
     if changed:
         fix = "it did not apply: set run.dir to train with it"
         print(f"changed since: {'; '.join(changed)}; {fix}", flush=True)
@@ -267,11 +280,9 @@ def _tell_done(config: Config, done: int) -> None:
 def changes(before: Config, now: Config) -> list[str]:
     """What is set otherwise now, but for where things lie."""
     old, new = flatten(before), flatten(now)
-    return [
-        f"{key} was {old[key]!r} and is {new[key]!r}"
-        for key in new
-        if old[key] != new[key] and key not in PLACES
-    ]
+    keys = [key for key in old | new if not key.startswith(PLACES)]
+    pairs = {key: (old.get(key), new.get(key)) for key in keys}
+    return [f"{key} was {a!r} and is {b!r}" for key, (a, b) in pairs.items() if a != b]
 
 
 def _write_report(folder: Path) -> None:

@@ -6,6 +6,8 @@ has one form.
 """
 
 import contextlib
+import difflib
+import json
 import logging
 import os
 import warnings
@@ -29,6 +31,49 @@ from mtllm_engine.world import AgreedError, World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by its own names
 CHUNK = 1 << 26  # elements read from a checkpoint at once
+
+_PRECISION = "model.dtype says it of the frozen weights; what is trained is in fp32"
+_BATCHES = "data.lanes and data.pack_documents size a step, memory.max_tokens its micro-batches"
+_MEMORY = "what is trained, and its moments, is small: to save memory use memory.recompute, "
+_MEMORY += "a lower memory.max_tokens, model.quantization (with zero.stage=0) or more GPUs"
+_GRADIENTS = "gradients are averaged in fp32"
+INSTEAD = {
+    "optimizer": "use optim.lr, optim.betas, optim.eps and optim.weight_decay (it is AdamW)",
+    "scheduler": "use optim.warmup_ratio and optim.steps (the decay is linear)",
+    "gradient_clipping": "use optim.clip",
+    **dict.fromkeys(("bf16", "bfloat16", "fp16", "amp", "torch_autocast"), _PRECISION),
+    "data_types": _PRECISION,
+    "train_batch_size": _BATCHES,
+    "train_micro_batch_size_per_gpu": _BATCHES,
+    "gradient_accumulation_steps": _BATCHES,
+    "managed_gradient_accumulation": _BATCHES,
+    "activation_checkpointing": "use memory.recompute",
+    "checkpoint": "use checkpoint.every and checkpoint.keep",
+    "prescale_gradients": _GRADIENTS,
+    "gradient_predivide_factor": _GRADIENTS,
+    "gradient_allreduce_op": _GRADIENTS,
+    "zero_optimization.stage": "use zero.stage, which is 3 or 0",
+    "zero_optimization.offload_optimizer": _MEMORY,
+    "zero_optimization.cpu_offload": _MEMORY,
+    "zero_optimization.cpu_offload_use_pin_memory": _MEMORY,
+    "zero_optimization.zenflow": _MEMORY,
+}
+"""Keys of DeepSpeed's that people set from habit, and what says it here."""
+HARMLESS = {
+    "gradient_accumulation_steps": (1,),
+    "train_micro_batch_size_per_gpu": (1,),
+    "managed_gradient_accumulation": (False,),
+    "zero_optimization.stage": (3,),
+    "zero_optimization.offload_optimizer": ({"device": "none"},),
+    "zero_optimization.cpu_offload": (False,),
+}
+"""Values of them that say what is so anyway; `enabled = false` is another."""
+EXPERT = ("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers")
+EXPERT += ("comms_logger", "flops_profiler", "tensorboard", "csv_monitor", "wandb", "comet")
+EXPERT += ("communication_data_type", "seq_parallel_communication_data_type", "disable_allgather")
+EXPERT += ("disable_python_gc", "log_level", "compile", "aio", "zero_optimization")
+EXPERT += ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
+"""Keys of DeepSpeed's that may be set."""
 
 TrainedState = dict[
     str, dict[str, torch.Tensor]
@@ -69,7 +114,8 @@ def shard(stack: Stack, weights: Weights, config: Config, world: World) -> Stack
     for leaf in stack.leaves:
         _materialise(leaf, world.device)
         if config.zero.stage == 3:
-            _partition(leaf, deepspeed_config(config, world, stack))
+            with _named_refusals(config):
+                _partition(leaf, deepspeed_config(config, world, stack))
         # A rank that meets a damaged weight in its slice takes the others along.
         world.together(partial(_fill_all, leaf, names[id(leaf)], weights, world))
         if config.model.quantization != "none":
@@ -154,12 +200,13 @@ class ZeroEngine:
         deepspeed.utils.set_z3_leaf_modules(stack, [EncoderLayer, DecoderLayer])
         self.stack, self.world = stack, world
         self.optimizer = _build_optimizer(stack, config.optim)
-        self.engine, self.zero, *_ = deepspeed.initialize(
-            model=stack,
-            optimizer=self.optimizer,
-            config=deepspeed_config(config, world, stack),
-            dist_init_required=False,
-        )
+        with _named_refusals(config):
+            self.engine, self.zero, *_ = deepspeed.initialize(
+                model=stack,
+                optimizer=self.optimizer,
+                config=deepspeed_config(config, world, stack),
+                dist_init_required=False,
+            )
 
     def __call__(self, batch: Batch, totals: Totals) -> Share:
         return self.engine(batch, totals)
@@ -249,7 +296,11 @@ def deepspeed_config(config: Config, world: World, stack: Stack) -> dict[str, An
 
     No `bf16` section: it would turn the fp32 adapters, and the accumulation of their gradients,
     into bf16.
+
+    Raises:
+        ValueError: As `check_deepspeed`.
     """
+    check_deepspeed(config.deepspeed)
     adapters = [parameter for name, parameter in stack.named_parameters() if ".student." in name]
     layer = sum(_numel(parameter) for parameter in stack.decoder.layers[0].parameters())
     live = max(1_000_000_000, 4 * layer)
@@ -275,6 +326,74 @@ def deepspeed_config(config: Config, world: World, stack: Stack) -> dict[str, An
         "steps_per_print": 1 << 60,
     }
     return _merge(derived, config.deepspeed)
+
+
+def check_deepspeed(table: Mapping[str, Any]) -> None:
+    """Looks through a `[deepspeed]` table for what DeepSpeed would refuse, overlook or break on.
+
+    Raises:
+        ValueError: A key is none that may be set, or its value is none; the message says what to
+            use instead.
+    """
+    for key, value in _flat(table).items():
+        message = f"deepspeed.{key} = {json.dumps(value, default=str)}"
+        parts = key.split(".")
+        known = next((k for k in (parts[0], ".".join(parts[:2])) if k in INSTEAD), "")
+        if known and not _is_harmless(known, table):
+            raise AgreedError(ValueError(f"{message}: leave it out: {INSTEAD[known]}"))
+        if not known and parts[0] not in EXPERT:
+            near = difflib.get_close_matches(parts[0], (*EXPERT, *INSTEAD), n=1, cutoff=0.8)
+            fix = f"did you mean {near[0]}?" if near else "leave it out"
+            raise AgreedError(ValueError(f"{message} would change nothing; {fix}"))
+        if value == "auto":
+            fix = "only Hugging Face's Trainer fills that in; leave the key out"
+            raise AgreedError(ValueError(f"{message}: {fix}"))
+    if not isinstance(table.get("zero_optimization", {}), Mapping):
+        raise AgreedError(ValueError("deepspeed.zero_optimization must be a table"))
+
+
+def _is_harmless(key: str, table: Mapping[str, Any]) -> bool:
+    value: Any = table
+    for part in key.split("."):
+        value = value[part]
+    is_off = isinstance(value, Mapping) and value.get("enabled") is False
+    return is_off or value in HARMLESS.get(key, ())
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value; of tables what is in them."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        is_table = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{key}.") if is_table else {f"{prefix}{key}": value}
+    return flat
+
+
+@contextlib.contextmanager
+def _named_refusals(config: Config) -> Iterator[None]:
+    """What DeepSpeed says of the user's table names its keys, in one line.
+
+    Raises:
+        ValueError: DeepSpeed refuses it.
+    """
+    import_deepspeed()
+    from deepspeed.runtime.config import DeepSpeedConfigError
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+    refusals = (AssertionError, TypeError, ValueError, DeepSpeedConfigError, ZeRORuntimeException)
+    try:
+        yield
+    except AgreedError:
+        raise
+    except refusals as error:
+        if not config.deepspeed:
+            raise
+        keys, message = ", ".join(f"deepspeed.{key}" for key in _flat(config.deepspeed)), str(error)
+        if hasattr(error, "errors"):  # pydantic's, which has a page for each
+            first = error.errors()[0]
+            message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        message = f"{keys}: DeepSpeed refuses: {' '.join(message.split())}"
+        raise AgreedError(ValueError(message)) from error  # the table is the same on every rank
 
 
 def _materialise(leaf: nn.Module, device: torch.device) -> None:

@@ -63,7 +63,7 @@ def run_command(
         usage = f"deepspeed --num_gpus N --module mtllm_engine.{module}"
         print(f"usage: {usage} CONFIG [section.key=value ...]")
         return 0 if words[:1] in (["-h"], ["--help"]) else 2
-    if "RANK" in os.environ and (above := launchers()):
+    if "RANK" in os.environ and (above := launchers(os.getpid())):
         leave_with(above)
     # Here, as it imports the engine, which who only launches has no use for.
     from mtllm_engine.training.checkpoint import follow
@@ -101,27 +101,34 @@ def tell(error: Exception, program: str, world: World | None) -> None:
         world.close()  # after an error of one rank alone the others would be waited for in vain
 
 
-def launchers() -> dict[int, str]:
-    """The processes that started this one as a rank, with when they were started: from its parent
-    up, as long as they are launchers. The shell that started them may end before them.
+def launchers(process: int) -> dict[int, str]:
+    """The processes that started one as a rank, with when they were started: from its parent up, as
+    long as they are launchers. The shell or script that started these may end before them.
     """
     found: dict[int, str] = {}
-    process = os.getppid()
-    while _is_launcher(process):
+    while _is_launcher(process := _parent(process)):
         found[process] = started(process)
-        stat = Path(f"/proc/{process}/stat").read_text()
-        process = int(stat.rpartition(")")[2].split()[1])
     return found
+
+
+def _parent(process: int) -> int:
+    """0 if it is gone."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return 0
+    return int(stat.rpartition(")")[2].split()[1])
 
 
 def _is_launcher(process: int) -> bool:
     folder = Path(f"/proc/{process}")
     try:
-        words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")[1:]
         is_python = (folder / "exe").readlink().name.startswith("python")
     except OSError:  # another user's, or gone
         return False
-    return is_python and any(os.path.basename(word) in LAUNCHERS for word in words[:6])
+    program = next((word for word in words if not word.startswith("-")), "")
+    return is_python and (program in LAUNCHERS or os.path.basename(program) in LAUNCHERS)
 
 
 def leave_with(processes: dict[int, str], *, poll_s: float = 1.0) -> None:
