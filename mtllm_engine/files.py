@@ -24,6 +24,7 @@ _KEPT_S = 30 * 24 * 3600  # how long it is remembered when something was checked
 _HASH_BYTES = hashlib.sha256().digest_size
 _HOME = re.compile(r"(?:[\w.+-]+:)?(~)")  # also behind the name of a data set
 
+_NEIGHBOUR = re.compile(r"[\w-][\w.-]{,254}")
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 """What file systems say that know no symbolic links."""
 
@@ -134,7 +135,7 @@ def linked(path: Path) -> Path | None:
         target = path.resolve()
     elif path.is_file():
         name = path.read_text(errors="replace").strip()
-        if not name or Path(name).name != name or name == "..":
+        if not _NEIGHBOUR.fullmatch(name):
             return None
         target = path.resolve().with_name(name)
     else:
