@@ -1,6 +1,7 @@
 """One file for the whole method: which jobs it makes, of what, and which of them are run when."""
 
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from mtllm_engine import config as configs
 from mtllm_engine import recipe
 from mtllm_engine.sweep import sweep
+from mtllm_engine.training import checkpoint
 from tests.support.recipes import (
     TEXT,
     error_of,
@@ -294,6 +296,49 @@ def test_a_changed_step_that_is_done_is_refused_before_anything_runs(path: Path,
     not_done = recipe.load(path, ["stage2.optim.lr=1e-3"])
     (path.parent / "fails").write_text("")
     assert recipe.run(not_done) == 0 and len(launches()) == 5
+
+
+def test_a_training_that_reached_its_end_with_other_settings_is_not_taken_for_this_one(
+    path: Path, launches
+):
+    """Killed behind its last step, before it was marked; more steps would continue it."""
+    (path.parent / "fails").write_text("stage1\n")
+    recipe.run(recipe.load(path))
+    write_run(path.parent / "out" / "stage1", jobs(path)["stage1"], step=100)
+    launches()
+    message = error_of(lambda: recipe.run(recipe.load(path, ["stage1.optim.lr=1e-3"])))
+    assert message.startswith("stage1: it was made with other settings (optim.lr was 0.0002 and is")
+    assert message.endswith("to train again, or set recipe.dir") and launches() == []
+    (path.parent / "fails").write_text("")
+    longer = recipe.load(path, ["stage1.optim.lr=1e-3", "stage1.optim.steps=200"])
+    assert [job.name for job in recipe.check(longer)][0] == "stage1"
+    assert recipe.run(recipe.load(path, ["recipe.seeds=[3]"])) == 0 and len(launches()) == 4
+
+
+@pytest.mark.parametrize("kind", ["stale", "folder", "file"])
+def test_best_of_a_job_that_is_done_is_repaired_before_the_next_reads_it(
+    path: Path, launches, kind: str
+):
+    """Killed between its last links, or copied."""
+    (path.parent / "fails").write_text("stage2-3\n")
+    run = path.parent / "out" / "finetune-3"
+    write_run(run, jobs(path)["finetune-3"], step=2)
+    folder = run / "checkpoints"
+    for step, score in ((1, 0.2), (2, 0.7)):
+        record = checkpoint._encode({"step": step, "score": score})
+        (folder / f"step-{step:08d}").mkdir(exist_ok=True)
+        (folder / f"step-{step:08d}" / "state.json").write_bytes(record)
+    (run / "config.toml").unlink()
+    made = recipe.load(path)
+    recipe.mark_done(made, made.jobs[0]), recipe.mark_done(made, made.jobs[1])
+    if kind == "stale":
+        (folder / "best").symlink_to("step-00000001")
+    elif kind == "folder":
+        shutil.copytree(folder / "step-00000002", folder / "best")
+    else:
+        (folder / "best").write_text("step-00000001")
+    assert recipe.run(made) == 1
+    assert (folder / "best").is_symlink() and (folder / "best").readlink() == Path("step-00000002")
 
 
 def test_ctrl_c_is_for_the_ranks_and_waited_for(path: Path, monkeypatch, capsys):
