@@ -122,7 +122,8 @@ class PairTokenizer:
         trained with.
         """
         words = self.decoder.convert_ids_to_tokens
-        teacher = [*words(self.teacher.prefix), "...", *words(self.teacher.suffix)]
+        prefix, suffix = (words(list(ids)) for ids in (self.teacher.prefix, self.teacher.suffix))
+        teacher = [*prefix, "...", *suffix]
         student = ["LANGUAGE", "...", self.encoder.eos_token]
         sides = {"stack": ("encoder", student), "llm": ("LLM", teacher)}
         read = [sides[self.reader]] if self.reader else sides.values()

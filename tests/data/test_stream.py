@@ -2,6 +2,7 @@ import itertools
 import json
 import threading
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import cache
 from random import Random
 
