@@ -63,6 +63,7 @@ def test_ranks_leave_with_a_killed_launcher_and_the_same_command_goes_on(models:
     launcher = subprocess.Popen(
         [*command, "--gpus", "2"], env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
+    ranks: dict[int, str] = {}
     try:
         while launcher.poll() is None and not list(run.glob("checkpoints/step-*6")):
             time.sleep(0.05)
@@ -77,6 +78,9 @@ def test_ranks_leave_with_a_killed_launcher_and_the_same_command_goes_on(models:
             time.sleep(0.05)
     finally:
         launcher.kill()
+        for rank, start in ranks.items():
+            if started(rank) == start:
+                os.kill(rank, signal.SIGKILL)
     saved = sorted(run.glob("checkpoints/step-*"))
     assert saved[: len(before)] == before and len(saved) <= len(before) + 1  # one was under way
     last = int(saved[-1].name[5:])
