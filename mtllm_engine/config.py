@@ -6,6 +6,7 @@ import difflib
 import itertools
 import json
 import math
+import re
 import tomllib
 import types
 import typing
@@ -21,6 +22,11 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 PathText = Annotated[str, expand]
 """A path, a hub id or DATASET:FOLDER; `~` is the user's home."""
+
+_NAME = re.compile(r"\w[\w.+-]*")
+LONGEST_NAME = 200  # bytes; what is made of it is longer, and a file's name ends at 255
+TAKEN = ("llm", "translate_test", "dataset", "measure", "language", "languages", "status", "given")
+"""Of the other systems and of the columns of results.csv."""
 
 RENAMED = {
     "model.base": 'model.quantization, where "full" is "none"',
@@ -236,9 +242,9 @@ class EvaluateConfig:
     )
     """What is evaluated."""
     stack_name: str = "stack"
-    """What tables call the stack."""
+    """What tables and folders call the stack; letters, digits and `_.+-`."""
     languages: tuple[str, ...] = ()
-    """Of each test set those that it has; empty: all."""
+    """Of each test set those that it has, by our codes or its own ("sw"); empty: all."""
     translator: PathText = ""
     """An NLLB model, folder or hub id; empty: model.encoder."""
     num_beams: int = 1
@@ -284,6 +290,11 @@ class Config:
     evaluate: EvaluateConfig = EvaluateConfig()
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Merged over the derived DeepSpeed configuration."""
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can name one file or folder, wherever it comes from: never a path."""
+    return bool(_NAME.fullmatch(text)) and len(text.encode()) <= LONGEST_NAME
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, finetunes: bool = False) -> Config:
@@ -479,8 +490,8 @@ def _check(config: Config) -> None:
     """What no type says: ranges, and keys that depend on one another."""
     # Each rule says what must hold and, where it does not, what to change: the first that is broken
     # is the error, so those that name a cause stand before those that name its consequences.
-    rules = itertools.chain(_task_rules(config), _data_rules(config), _optim_rules(config))
-    for holds, message in itertools.chain(rules, _other_rules(config)):
+    rules = (_task_rules, _data_rules, _optim_rules, _other_rules, _name_rules)
+    for holds, message in itertools.chain.from_iterable(rule(config) for rule in rules):
         if not holds:
             raise ValueError(message)
     # What has a message of its own for every item.
@@ -613,6 +624,26 @@ def _other_rules(config: Config) -> Rules:
         (config.run.max_bad_steps >= 1, "run.max_bad_steps must be at least 1"),
         (config.run.dir, "run.dir is empty"),
         (0 <= config.run.seed < 1 << 63, "run.seed must be 0 or above, and below 2^63"),
+    ]
+
+
+def _name_rules(config: Config) -> Rules:
+    """What becomes the name of a file or folder is one, before anything is read or removed."""
+    states, stack = config.data.teacher_states, config.evaluate.stack_name
+    form = "use letters, digits and _ . + -"
+    return [
+        (not states or is_name(states), f"data.teacher_states: {states!r} is no name; {form}"),
+        (is_name(stack), f"evaluate.stack_name: {stack!r} is no name; {form}"),
+        (
+            stack not in TAKEN,
+            f"evaluate.stack_name: {stack!r} is the name of something else in the results; choose "
+            "another",
+        ),
+        *(
+            (is_name(code), f"evaluate.languages: {code!r} is no language code")
+            for code in config.evaluate.languages
+        ),
+        (is_name(config.probe.split), f"probe.split: {config.probe.split!r} is no name; {form}"),
     ]
 
 

@@ -178,8 +178,16 @@ def check_language(code: str, known: Collection[str] = FLORES_200) -> str:
     """
     if code in known or (known is FLORES_200 and _PRIVATE.fullmatch(code)):
         return code
-    nearest = sorted(known, key=lambda language: _similarity(code, language), reverse=True)[:3]
-    raise ValueError(f"unknown language {code!r}; did you mean {', '.join(nearest)}?")
+    raise ValueError(f"unknown language {code!r}; did you mean {', '.join(nearest(code, known))}?")
+
+
+def nearest(code: str, known: Collection[str] = FLORES_200) -> list[str]:
+    """The three known codes that a code is most like; the one whose other code, or
+    English name, it is comes first."""
+    names = {name.lower(): known_code for known_code, name in NAMES.items()}
+    meant = OTHER_CODES.get(code.lower()) or names.get(code.lower().replace("_", " "))
+    alike = sorted(known, key=lambda language: _similarity(code, language), reverse=True)
+    return sorted(alike, key=lambda language: language != meant)[:3]
 
 
 def _similarity(typed: str, language: str) -> tuple[float, int, float]:

@@ -69,6 +69,7 @@ POSITIVE = st.floats(min_value=1e-30, max_value=1e30)
 SHARE = st.floats(0, 1, exclude_max=True)
 CHARACTERS = st.characters(exclude_characters="~")  # all others: TOML can spell them
 TEXT, NAME = st.text(CHARACTERS), st.text(CHARACTERS, min_size=1)
+FILE_NAME = st.from_regex(r"\w[\w.+-]{0,40}", fullmatch=True)
 BY_TYPE = {bool: st.booleans(), str: TEXT, int: st.integers(1, 1 << 40), float: POSITIVE}
 BY_KEY = {  # where the type alone allows more
     "run.dir": NAME,
@@ -88,8 +89,9 @@ BY_KEY = {  # where the type alone allows more
     "task.validation": st.just(""),
     "task.test": st.just([]),
     "evaluate.systems": st.lists(st.sampled_from(["llm", "translate_test", "stack"]), min_size=1),
-    "evaluate.languages": st.lists(NAME),
-    "probe.split": NAME,
+    "evaluate.languages": st.lists(FILE_NAME),
+    "evaluate.stack_name": FILE_NAME,
+    "probe.split": FILE_NAME,
     "probe.languages": st.lists(NAME),
     "optim.epochs": st.just(0),
     "optim.warmup_ratio": SHARE,

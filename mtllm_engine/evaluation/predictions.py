@@ -1,7 +1,6 @@
 """What systems answered, in files: a line for each example, whole or not at all."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mtllm_engine.config import is_name
 from mtllm_engine.evaluation.metrics import MEASURES
 from mtllm_engine.files import write_text
 
@@ -19,7 +19,6 @@ COSTS = ("latency_s", "gpu_hours", "flops")
 COLUMNS = ("keys", "labels", "predictions")
 FIELDS = ("key", "label", "prediction")
 """Of a file's line, in the order of COLUMNS."""
-_NAME = re.compile(r"\w[\w.+-]*")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,7 +112,7 @@ def _plain_answers(answers: Any) -> Any:
 def _problem(item: Predictions) -> str | None:
     """What is wrong with predictions, if anything."""
     for name in (item.system, item.dataset, item.language):
-        if not _NAME.fullmatch(name):
+        if not is_name(name):
             return f"{name!r} is no name; use letters, digits and _ . + -"
     if item.metric not in MEASURES:
         return f"metric {item.metric!r} is none of {', '.join(MEASURES)}"

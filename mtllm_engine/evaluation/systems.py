@@ -3,9 +3,8 @@
 import json
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +18,13 @@ from mtllm_engine.data.teacher_states import cost_of
 from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
 from mtllm_engine.evaluation.predictions import Predictions
 from mtllm_engine.evaluation.translate import Translator, find_model, translate_examples
-from mtllm_engine.languages import ENGLISH, Resolved, resolve_language
+from mtllm_engine.languages import (
+    ENGLISH,
+    Resolved,
+    is_well_formed,
+    nearest,
+    resolve_language,
+)
 from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.model.objective import Outputs
 from mtllm_engine.model.peft import read_lora
@@ -173,20 +178,29 @@ def _tests(config: Config, task: Task, tokens: Collection[str]) -> list[Test]:
             system can read, or is malformed, or has no labels.
     """
     asked, known = config.evaluate.languages, (tokens, config.languages.fallback)
-    # What there is, by test set.
+    # What there is, by test set: a benchmark's own code is ours by its own table, or the others'.
+    sources = {source: find_dataset(task, source) for source in config.task.test}
+    tables = [dataset.languages for dataset, _ in sources.values()]
     sets: dict[str, list[Test]] = {}
-    for source in config.task.test:
-        dataset, folder = find_dataset(task, source)
-        has = partial(dataset.has, folder, "test")
-        codes = list(filter(has, asked)) if asked else dataset.present(folder, "test")
+    missing = set(asked)
+    for source, (dataset, folder) in sources.items():
+        meant = {typed: _ours(typed, dataset.languages, tables) for typed in asked}
+        codes = [] if asked else dataset.present(folder, "test")
+        for typed, meanings in meant.items():
+            there = [code for code in meanings if dataset.has(folder, "test", code)]
+            codes += [code for code in there if code not in codes]
+            missing -= {typed} if there else set()
         about = {"dataset": dataset, "folder": folder}
         resolved = [(code, resolve_language(code, *known)) for code in codes]
         sets[source] = [Test(**about, language=code, resolved=each) for code, each in resolved]
     # Whether it is all that is asked for, and of use to some system.
     tests = [test for part in sets.values() for test in part]
-    if missing := set(asked) - {test.language for test in tests}:
+    if missing:
+        present = [each.present(folder, "test") for each, folder in sources.values()]
+        near = ", ".join(nearest(min(missing), sorted(set().union(*present))))
         where = f"which is in no test set of {', '.join(config.task.test)}"
-        fix = "leave it out or add one that has it"
+        fix = f"did you mean {near}? " if near else ""
+        fix += "Leave it out or add a set that has it" if near else "add a set that has it"
         raise ValueError(f"evaluate.languages has {min(missing)}, {where}; {fix}")
     for source, part in sets.items():
         if not part:
@@ -198,6 +212,18 @@ def _tests(config: Config, task: Task, tokens: Collection[str]) -> list[Test]:
     for test in tests:
         test.check(task)
     return tests
+
+
+def _ours(typed: str, table: Mapping[str, str], tables: Sequence[Mapping[str, str]]) -> list[str]:
+    """Our codes for one of `evaluate.languages`.
+
+    Args:
+        table: A set's own codes, and ours; `tables` are those of all sets.
+    """
+    if is_well_formed(typed):
+        return [typed]
+    meanings = [each[typed] for each in ([table] if typed in table else tables) if typed in each]
+    return sorted(set(meanings))
 
 
 def build_translator(config: Config, world: World) -> Translator:

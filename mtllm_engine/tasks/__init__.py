@@ -21,6 +21,7 @@ from mtllm_engine.data.annotations import ANNOTATIONS, Annotations, Range
 from mtllm_engine.data.rows import AbsentError, Row
 from mtllm_engine.data.shards import Manifest
 from mtllm_engine.files import write_text
+from mtllm_engine.languages import is_well_formed, nearest
 
 SPLITS = ("train", "validation", "test")
 SEPARATOR = "\n"  # between the parts of a text
@@ -61,8 +62,13 @@ class Dataset:
 
         Raises:
             AbsentError: The folder has no such split or language.
-            ValueError: A file is malformed; the message names file, row and column.
+            ValueError: The language is no code of ours; or a file is malformed: the message names
+                file, row and column.
         """
+        if not is_well_formed(language):
+            suggestion = self.languages.get(language) or nearest(language)[0]
+            lack = f"{language!r} is no code of ours for a language"
+            raise ValueError(f"{self.name}: {lack}; did you mean {suggestion}?")
         if split not in SPLITS:
             raise ValueError(
                 f"{self.name}: unknown split {split!r}; the splits are {', '.join(SPLITS)}"
