@@ -22,10 +22,21 @@ class Row(NamedTuple):
 
     def value(self, column: str) -> Any:
         """Raises ValueError: There is no such column."""
-        if column not in self.values:
+        name = self._name(column)
+        if name is None:
             columns = ", ".join(map(repr, self.values))
             raise ValueError(f"{self.where}: no column {column!r} among {columns}")
-        return self.values[column]
+        return self.values[name]
+
+    def has(self, column: str) -> bool:
+        return self._name(column) is not None
+
+    def _name(self, column: str) -> str | None:
+        """What the file calls a column: as it is asked for, or in the only other case there is."""
+        if column in self.values:
+            return column
+        alike = [name for name in self.values if _plain_name(name) == column.lower()]
+        return alike[0] if len(alike) == 1 else None
 
     def text(self, column: str, *, may_be_blank: bool = False) -> str:
         """What a column holds.
@@ -79,7 +90,7 @@ class Row(NamedTuple):
             raise self.wrong(column, f"one of {', '.join(names)}, or its number") from None
 
     def wrong(self, column: str, expected: str) -> ValueError:
-        shown = repr(self.values[column])
+        shown = repr(self.value(column))
         return ValueError(f"{self.where}: column {column!r} should be {expected}, not {shown[:80]}")
 
 
@@ -95,12 +106,15 @@ def find(folder: Path, *patterns: str) -> list[Path]:
     raise AbsentError(f"{folder} has no {' nor '.join(patterns)}")
 
 
-def read(path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
+def read(
+    path: Path, columns: Sequence[str] = (), needed: Sequence[str] | None = None
+) -> Iterator[Row]:
     """The rows of a `.tsv` (where a quote is a character), `.csv`, `.jsonl` or `.parquet` file.
 
     Args:
-        columns: Names of a file's columns that may come without a header; a first row of just these
-            names is one.
+        columns: Names of a file's columns, in their order, that may come without a header.
+        needed: Those of them that make a first row with their names a header, whatever else it
+            names, in any order and case; all of them, where nothing is said.
     """
     if path.suffix == ".parquet":
         return _parquet(path)
@@ -108,7 +122,7 @@ def read(path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
         return _json_lines(path)
     if path.suffix == ".csv":
         return quoted(path, ",")
-    return _plain(path, columns)
+    return _plain(path, columns, columns if needed is None else needed)
 
 
 def quoted(path: Path, delimiter: str) -> Iterator[Row]:
@@ -117,7 +131,7 @@ def quoted(path: Path, delimiter: str) -> Iterator[Row]:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         limit = csv.field_size_limit(LONGEST_FIELD)
         try:
-            yield from _table(path, ((reader.line_num, row) for row in reader), ())
+            yield from _table(path, ((reader.line_num, row) for row in reader))
         except csv.Error as error:
             raise ValueError(f"{path}:{reader.line_num}: {error}") from None
         except UnicodeDecodeError:
@@ -146,9 +160,9 @@ def _row(where: str, value: Any) -> Row:
     return Row(where, value)
 
 
-def _plain(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def _plain(path: Path, columns: Sequence[str], needed: Sequence[str]) -> Iterator[Row]:
     lines = ((number, line.split("\t")) for number, line in _numbered_lines(path))
-    return _table(path, lines, columns)
+    return _table(path, lines, columns, needed)
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -167,19 +181,44 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _table(
-    path: Path, lines: Iterable[tuple[int, list[str]]], columns: Sequence[str]
+    path: Path,
+    lines: Iterable[tuple[int, list[str]]],
+    columns: Sequence[str] = (),
+    needed: Sequence[str] = (),
 ) -> Iterator[Row]:
-    header = list(columns)
+    """Rows by the names of a header, or of `columns` where the first row does not name those that
+    are `needed`.
+
+    Columns behind the last one that has a name are blank: the ends of lines in some files.
+    """
+    names: list[str] = []
     for number, fields in lines:
-        if not header or (number == 1 and fields == header):
-            header = fields
-            continue
         if not any(fields):
             continue
-        if len(fields) != len(header):
-            expected = f"{len(header)}: {', '.join(header)}"
+        if not names:
+            has_header = not columns or set(needed) <= {_plain_name(field) for field in fields}
+            names = _names(path, number, fields, needed) if has_header else list(columns)
+            if has_header:
+                continue
+        if len(fields) < len(names) or "".join(fields[len(names) :]).strip():
+            expected = f"{len(names)}: {', '.join(names)}"
             raise ValueError(f"{path}:{number}: {len(fields)} columns, not {expected}")
-        yield Row(f"{path}:{number}", dict(zip(header, fields)))
+        yield Row(f"{path}:{number}", dict(zip(names, fields)))
+
+
+def _names(path: Path, number: int, fields: Sequence[str], needed: Sequence[str]) -> list[str]:
+    """A header's names, the needed ones as they are asked for."""
+    plain = [_plain_name(field) for field in fields]
+    names = [each if each in needed else field.strip() for each, field in zip(plain, fields)]
+    while not names[-1]:
+        names.pop()
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise ValueError(f"{path}:{number}: two columns are called {twice[0]!r}")
+    return names
+
+
+def _plain_name(field: str) -> str:
+    return field.strip().lower()
 
 
 def _json_lines(path: Path) -> Iterator[Row]:

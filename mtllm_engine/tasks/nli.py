@@ -12,6 +12,7 @@ from mtllm_engine.tasks import Dataset, Example, Task, pairs
 
 LABELS = ("entailment", "neutral", "contradiction")
 COLUMNS = ("language", "premise", "hypothesis", "label")
+AMERICAS_DATA = ("data/anli_final/", "")  # the folder in one of the two repositories
 DEV = {"validation": "dev"}  # what most of these sets call it
 # test_matched comes without labels.
 MATCHED = {"validation": "validation_matched", "test": "test_matched"}
@@ -40,11 +41,31 @@ def _read_xnli(folder: Path, split: str, code: str) -> Iterator[Example]:
 
 
 def _read_americasnli(folder: Path, split: str, code: str) -> Iterator[Example]:
-    """The repository's `test/{code}.tsv` (some have no header), its file of all, or the hub's."""
+    """A repository's `test/{code}.tsv` (some have no header), its file of all, or the hub's."""
     name = DEV.get(split, split)
-    paths = find(folder, f"{name}/{code}.tsv", f"{name}.tsv", f"{code}/{split}-*.parquet")
-    rows = (row for path in paths for row in read(path, COLUMNS))
-    return _inferences(row for row in rows if row.values.get("language", code) == code)
+    files = (f"{name}/{code}.tsv", f"{name}/anli.{name}.tsv", f"{name}.tsv")
+    layouts = (f"{parent}{file}" for file in files for parent in AMERICAS_DATA)
+    paths = find(folder, *layouts, f"{code}/{split}-*.parquet")
+    rows = (row for path in paths for row in read(path, COLUMNS, COLUMNS[1:]))
+    if paths[0].stem == code or paths[0].parent.name == code:
+        return _inferences(_own_rows(rows, code))
+    return _inferences(row for row in rows if row.value("language") == code)
+
+
+def _own_rows(rows: Iterable[Row], code: str) -> Iterator[Row]:
+    """The rows of one language's file, which need not say so.
+
+    Raises:
+        ValueError: All say that they are in another.
+    """
+    others, is_empty = None, True
+    for row in rows:
+        if not row.has("language") or row.value("language") == code:
+            is_empty = False
+            yield row
+        others = others or row
+    if is_empty and others:
+        raise others.wrong("language", repr(code))
 
 
 def _read_kardesnlu(folder: Path, split: str, code: str) -> Iterator[Example]:
