@@ -27,7 +27,9 @@ from mtllm_engine import config as configs
 from mtllm_engine.config import Config, dumps, from_dict
 from mtllm_engine.evaluation.systems import find_tests
 from mtllm_engine.files import expand
+from mtllm_engine.languages import ENGLISH
 from mtllm_engine.model.weights import checkpoint_tensors
+from mtllm_engine.tasks import has_changed, load_task
 from mtllm_engine.train import changes, check_files
 from mtllm_engine.training import checkpoint
 from mtllm_engine.training.launch import launcher
@@ -85,6 +87,8 @@ def run(recipe: Recipe) -> int:
         ValueError: As `check`.
     """
     pending = check(recipe)
+    for line in dict.fromkeys(_changes(recipe, pending)):
+        print(f"mtllm: warning: {line}", file=sys.stderr)
     for job in recipe.jobs:  # what was killed in its last save, or copied, is read by the next
         if job not in pending:
             checkpoint.repair(Path(job.config.run.dir) / "checkpoints")
@@ -131,6 +135,18 @@ def check(recipe: Recipe) -> list[Job]:
         except ValueError as error:
             raise ValueError(f"{job.name}: {error}") from error
     return pending
+
+
+def _changes(recipe: Recipe, pending: Sequence[Job]) -> Iterator[str]:
+    """A line for each job that is done and whose task's files say something else since."""
+    for job in (job for job in recipe.jobs if job not in pending):
+        task, run_dir = job.config.task, Path(job.config.run.dir)
+        sources = [(split, getattr(task, split)) for split in ("train", "validation")]
+        for split, source in sources:
+            corpus = run_dir / "corpus" / split
+            if source and has_changed(load_task(task.name), source, split, ENGLISH, corpus):
+                fix = f"remove {_marker(recipe, job)} and its folder to make it anew"
+                yield f"{job.name} is done, but task.{split} ({source}) has changed since; {fix}"
 
 
 def is_done(recipe: Recipe, job: Job) -> bool:

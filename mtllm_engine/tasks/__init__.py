@@ -7,10 +7,13 @@ teacher read the same characters, whatever special tokens their tokenizers would
 """
 
 import difflib
+import hashlib
 import importlib
 import itertools
+import json
 import pkgutil
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,8 @@ from mtllm_engine.languages import is_well_formed, nearest
 
 SPLITS = ("train", "validation", "test")
 SEPARATOR = "\n"  # between the parts of a text
+RECORD = "source.txt"
+"""Beside a packed split: what it was made of, and the digest of that."""
 CODE = re.compile(r"(?<![A-Za-z])[a-z]{3}_[A-Z][a-z]{3}(?![A-Za-z])")
 KEY = re.compile(r"[A-Za-z0-9_-]+")  # in WebDataset a dot ends a key, and a slash makes a folder
 
@@ -193,21 +198,68 @@ def pack(examples: Iterable[Example], out: Path | str, *, language: str, licence
 
 
 def pack_split(task: Task, source: str, split: str, language: str, out: Path) -> Path:
-    """Packs a split of `DATASET:FOLDER` in a language, unless a corpus of it is there; returns it.
+    """Packs a split of `DATASET:FOLDER` in a language, unless a corpus of its very content is
+    there; returns it.
+
+    One of what the files said before, or of what an earlier reader made of them, is packed anew.
+    What lies beside its shards (stored teacher states) stays, and fits again when the files do.
 
     Raises:
         ValueError: The data set is none of the task's, a file is missing or malformed, or `out`
             holds another one's.
     """
     dataset, folder = find_dataset(task, source)
-    record, origin = out / "source.txt", f"{task.name} {source} {split} {language}"
-    if not (out / "manifest.json").is_file():
-        pack(dataset.read(folder, split, language), out, language=language, licence=dataset.licence)
-        write_text(record, origin + "\n")
-    elif record.is_file() and (other := record.read_text("utf-8").strip()) != origin:
+    record, origin = out / RECORD, f"{task.name} {source} {split} {language}"
+    if not record.is_file() and (out / "manifest.json").is_file():
+        return out  # without a record: whoever laid it there has made it
+    other, *content = record.read_text("utf-8").split("\n") if record.is_file() else [origin]
+    if other != origin:
         fix = "remove it or choose another run.dir"
         raise ValueError(f"{out} was made of {other}, not of {origin}; {fix}")
+    digest = digest_of(dataset.read(folder, split, language))
+    if content[:1] != [digest]:
+        examples = dataset.read(folder, split, language)
+        about = {"language": language, "licence": dataset.licence}
+        _pack_over(out, record, (origin, digest), lambda draft: pack(examples, draft, **about))
     return out
+
+
+def _pack_over(
+    out: Path, record: Path, lines: tuple[str, str], pack_into: Callable[[Path], Manifest]
+) -> None:
+    """Packs into a folder that may hold an earlier corpus: killed at any moment, it is one or no
+    corpus, and what else lies there stays."""
+    if not record.is_file() and out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is already there and not empty; remove it or change run.dir")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as draft:
+        pack_into(Path(draft) / "corpus")
+        write_text(record, f"{lines[0]}\n")  # no digest: packed anew, if this ends here
+        for path in sorted(Path(draft, "corpus").iterdir()):
+            path.replace(out / path.name)
+    write_text(record, "\n".join(lines) + "\n")
+
+
+def has_changed(task: Task, source: str, split: str, language: str, out: Path) -> bool:
+    """Whether a split's files say something else now than the corpus that `pack_split` made of
+    them; False where either is gone."""
+    dataset, folder = find_dataset(task, source)
+    try:
+        packed = (out / RECORD).read_text("utf-8").split("\n")[1]
+        return bool(packed) and packed != digest_of(dataset.read(folder, split, language))
+    except (OSError, AbsentError):
+        return False
+    except ValueError:
+        return True  # malformed, which they were not
+
+
+def digest_of(examples: Iterable[Example]) -> str:
+    """A name for the content of examples, whatever files it stands in: all that is read of them."""
+    digest = hashlib.sha256()
+    for example in examples:
+        row = [getattr(example, name) for name in ("key", "text", *ANNOTATIONS)]
+        digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def find_dataset(task: Task, source: str) -> tuple[Dataset, Path]:
