@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from mtllm_engine.config import Config
-from mtllm_engine.evaluation.predictions import save
+from mtllm_engine.evaluation.predictions import Predictions, save
+from mtllm_engine.evaluation.provenance import makers
 from mtllm_engine.evaluation.systems import (
     Reader,
     build_translator,
@@ -22,20 +23,21 @@ from mtllm_engine.evaluation.systems import (
     predict,
     results_folder,
 )
-from mtllm_engine.evaluation.tables import write
+from mtllm_engine.evaluation.tables import translation_counts, write
 from mtllm_engine.training.launch import run_command
 from mtllm_engine.world import World
 
 
 def evaluate(config: Config, world: World) -> None:
     """Writes predictions and tables below `evaluate.results`; what is there of this seed is made
-    again.
+    again, and what another checkpoint or setting made, or other test files, is in no table.
 
     Raises:
         ValueError: A checkpoint, a test set or a model is missing or unfit.
     """
     folder = results_folder(config)
     task, tests = world.together(lambda: find_systems(config))
+    made = world.on_main(partial(makers, config))
     for kind, checkpoint in (("llm", config.model.teacher), ("stack", config.model.init_from)):
         systems = [
             each for each in config.evaluate.systems if (each == "stack") == (kind == "stack")
@@ -48,10 +50,24 @@ def evaluate(config: Config, world: World) -> None:
             translator = build_translator(config, world) if system == "translate_test" else None
             name = config.evaluate.stack_name if system == "stack" else system
             about = {"system": name, "gpu_hours": gpu_hours, "flops": flops}
+            settings = dict(made[kind]["settings"])
+            settings |= {"translator": translator.settings} if translator else {}
             for test in tests:
                 answers = predict(config, world, task, reader, translator, test)
-                world.on_main(partial(save, folder, replace(answers, **about)))
+                maker = made[kind] | {"settings": settings, "test": test.digest}
+                answers = replace(answers, **about, maker=maker)
+                world.on_main(partial(_save, folder, answers))
     world.on_main(lambda: print(write(folder, baseline=_baseline(folder)).read_text()))
+
+
+def _save(folder: Path, answers: Predictions) -> None:
+    """Into the results' folder; what went wrong in translating is said at once."""
+    if answers.cut or answers.unfinished:
+        counts = {"examples": len(answers.keys), "cut": answers.cut}
+        counts |= {"unfinished": answers.unfinished}
+        where = f"{answers.system} of {answers.dataset} in {answers.language}"
+        print(f"{where}: {translation_counts(counts)}", flush=True)
+    save(folder, answers)
 
 
 def _baseline(folder: Path) -> str | None:

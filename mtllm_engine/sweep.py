@@ -14,6 +14,7 @@ from mtllm_engine import config as configs
 from mtllm_engine.config import OptimConfig, dumps
 from mtllm_engine.evaluation import predictions
 from mtllm_engine.evaluation.bootstrap import AVERAGE, summarise
+from mtllm_engine.evaluation.provenance import sort_out
 from mtllm_engine.evaluation.tables import plot_compute
 from mtllm_engine.recipe import LENGTHS, TABLES, Job, Recipe, check, is_done, load, mark_done, run
 
@@ -133,7 +134,7 @@ def _share(recipe: Recipe, first: dict[str, Path]) -> None:
 
 def _points(recipe: Recipe) -> Iterator[dict[str, Any]]:
     """Each system's average over the foreign languages, and what it took to make."""
-    for table in summarise(predictions.load(recipe.results)):
+    for table in summarise(sort_out(predictions.load(recipe.results))[0]):
         for system, scores in table.scores.items():
             if score := scores.get(AVERAGE):
                 row = {"dataset": table.dataset, "measure": table.measure, "system": system}

@@ -61,6 +61,9 @@ class Table:
     """System -> COSTS, means over its files."""
     chance: float | None
     """Accuracy of guessing."""
+    translated: Mapping[str, Mapping[str, Mapping[str, int]]]
+    """System -> language -> examples that were translated, how many of them were `cut` at the
+    translator's positions, and of how many the translation is `unfinished`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +239,19 @@ def _table(
         scores=scores,
         costs=costs,
         chance=1 / num_classes if measure == "accuracy" else None,
+        translated=_translated(runs),
     )
+
+
+def _translated(runs: Sequence[Predictions]) -> dict[str, dict[str, dict[str, int]]]:
+    """Of seeds, which translate the same texts, the most."""
+    translated: dict[str, dict[str, dict[str, int]]] = {}
+    for run in runs:
+        if run.cut is not None and run.unfinished is not None:
+            counts = translated.setdefault(run.system, {}).setdefault(run.language, {})
+            new = {"examples": len(run.keys), "cut": run.cut, "unfinished": run.unfinished}
+            counts |= {name: max(count, counts.get(name, 0)) for name, count in new.items()}
+    return translated
 
 
 def _differences(

@@ -1,7 +1,8 @@
 """What systems answered, in files: a line for each example, whole or not at all."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,13 @@ class Predictions:
     gpu_hours: float | None = None
     """That the system took to make, like `flops`; the same in each of its files."""
     flops: float | None = None
+    cut: int | None = None
+    """Examples with a text that was longer than the translator's positions, so that its end was
+    not translated; None where none was translated."""
+    unfinished: int | None = None
+    """Examples with a translation that was stopped before its end, like a loop."""
+    maker: Mapping[str, Any] | None = None
+    """What made them (`provenance`); None: not known."""
 
     def __post_init__(self) -> None:
         problem = _problem(self)
@@ -74,7 +82,10 @@ def save(folder: Path | str, predictions: Predictions) -> Path:
     columns = [plain(getattr(predictions, name)) for name in COLUMNS]
     rows = [dict(zip(FIELDS, row)) for row in zip(*columns)]
     path.parent.mkdir(parents=True, exist_ok=True)
+    header["sha256"] = ""  # of the whole file, as it is with this left empty
     lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in (header, *rows)]
+    digest = _digest("".join(lines))
+    lines[0] = json.dumps(header | {"sha256": digest}, ensure_ascii=False) + "\n"
     write_text(path, "".join(lines))
     return path
 
@@ -103,6 +114,10 @@ def load(folder: Path | str) -> list[Predictions]:
 def plain(column: Any) -> list:
     """A column as JSON has it."""
     return column.tolist() if isinstance(column, np.ndarray) else list(map(_plain_answers, column))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _plain_answers(answers: Any) -> Any:
@@ -141,12 +156,16 @@ def _read(path: Path) -> Predictions:
     lines: list[str] = []
     rows: list[dict] = []
     try:
-        lines += path.read_text("utf-8").split("\n")[:-1]
+        text = path.read_bytes().decode()
+        lines += text.split("\n")[:-1]
         for line in lines:
             rows.append(json.loads(line))
         header, *rows_below = rows
         if header.pop("format") != FORMAT or header.pop("rows") != len(rows_below):
             raise ValueError(f"not a whole {FORMAT} file")
+        digest = header.pop("sha256", None)  # others' programs need not write it
+        if digest is not None and _digest(text.replace(digest, "", 1)) != digest:
+            raise ValueError("its content is not what was written")
         columns = {name: [row[name] for row in rows_below] for name in FIELDS}
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         # The line that is no JSON, or the last one.

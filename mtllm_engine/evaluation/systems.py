@@ -29,7 +29,7 @@ from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.model.objective import Outputs
 from mtllm_engine.model.peft import read_lora
 from mtllm_engine.model.weights import checkpoint_tensors, has_head, resolve
-from mtllm_engine.tasks import Dataset, Example, Task, find_dataset, load_task, pack
+from mtllm_engine.tasks import Dataset, Example, Task, digest_of, find_dataset, load_task, pack
 from mtllm_engine.training.checkpoint import check_origins
 from mtllm_engine.training.engine import build_engine, shard
 from mtllm_engine.world import AgreedError, World
@@ -43,19 +43,25 @@ class Test:
     folder: Path
     language: str
     resolved: Resolved
+    digest: str = ""
+    """Of its examples, once they are checked."""
 
     @property
     def examples(self) -> Iterator[Example]:
         return self.dataset.read(self.folder, "test", self.language)
 
-    def check(self, task: Task) -> None:
+    def checked(self, task: Task) -> "Test":
         """Raises: ValueError: A row is malformed, or an example has nothing to compare with."""
+        return replace(self, digest=digest_of(self._comparable(task)))
+
+    def _comparable(self, task: Task) -> Iterator[Example]:
         for example in self.examples:
             if not (example.answers if task.head == "span" else example.label >= 0):
                 wanted = "accepted answer" if task.head == "span" else "label"
                 where = f"{self.dataset.name}:{self.folder} in {self.language}"
                 lack = f"example {example.key} has no {wanted}"
                 raise ValueError(f"task.test: {where}: {lack}; leave this test set out")
+            yield example
 
 
 class Reader:
@@ -209,9 +215,7 @@ def _tests(config: Config, task: Task, tokens: Collection[str]) -> list[Test]:
         if "llm" not in config.evaluate.systems and not any(test.resolved.given for test in part):
             lack = f"the encoder has no token for any language of {source}"
             raise ValueError(f"task.test: {lack}; declare languages.fallback, or leave it out")
-    for test in tests:
-        test.check(task)
-    return tests
+    return [test.checked(task) for test in tests]
 
 
 def _ours(typed: str, table: Mapping[str, str], tables: Sequence[Mapping[str, str]]) -> list[str]:
@@ -260,7 +264,9 @@ def predict(
     examples, translation_s = test.examples, 0.0
     is_translated = translator is not None and test.language != ENGLISH
     if is_translated:
-        examples, translation_s = translate_examples(list(examples), translator, source=given)
+        translated = translate_examples(list(examples), translator, source=given)
+        examples, translation_s = translated.examples, translated.wall_s
+        about |= {"cut": translated.cut, "unfinished": translated.unfinished}
     start_s = time.perf_counter()
     corpus = results_folder(config) / "corpus"
     corpus /= "translated" if translator else reader.config.objective.reader
@@ -268,7 +274,7 @@ def predict(
     # The LLM alone has no use for the encoder's token: any will do for the side that nobody reads.
     language = given if reads_stack else ENGLISH
     options = {"language": language, "licence": test.dataset.licence}
-    world.on_main(lambda: _pack_anew(examples, corpus, **options))
+    world.on_main(lambda: _pack_anew(examples, corpus, results_folder(config), **options))
     # What is said, and how long that took. English, as it is, does not show what translating takes.
     keys, labels, answers = reader(corpus)
     wall_s = translation_s + time.perf_counter() - start_s
@@ -282,9 +288,19 @@ def predict(
     return Predictions(**about, keys=keys, **columns, latency_s=latency_s)
 
 
-def _pack_anew(examples: Iterable[Example], corpus: Path, *, language: str, licence: str) -> None:
-    """Nothing of an earlier evaluation is trusted: its texts may be other ones."""
-    shutil.rmtree(corpus, ignore_errors=True)
+def _pack_anew(
+    examples: Iterable[Example], corpus: Path, results: Path, *, language: str, licence: str
+) -> None:
+    """Nothing of an earlier evaluation is trusted: its texts may be other ones. Nothing else, in
+    the folder of results or outside, is removed.
+
+    Raises:
+        ValueError: The corpus would lie outside.
+    """
+    if not corpus.resolve().is_relative_to(results.resolve()):
+        raise ValueError(f"{corpus} is, or lies behind, a link out of {results}; remove that link")
+    if (corpus / "manifest.json").is_file():
+        shutil.rmtree(corpus)
     pack(examples, corpus, language=language, licence=licence)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from mtllm_engine.evaluation.bootstrap import Comparison, Score, Table, compare, summarise
 from mtllm_engine.evaluation.predictions import COSTS, load
+from mtllm_engine.evaluation.provenance import commits, sort_out
 from mtllm_engine.files import write_text
 
 MARKS = {"fallback": "*", "unknown": "†"}
@@ -36,16 +37,20 @@ def write(
         The path of results.md.
     """
     folder = Path(folder)
-    predictions = load(folder)
+    predictions, left_out = sort_out(load(folder))
     options = {"resamples": resamples, "seed": seed}
     tables = summarise(predictions, **options)
+    if baseline in {each.system for each in left_out} - {item.system for item in predictions}:
+        baseline = None
     others = sorted({item.system for item in predictions} - {baseline}) if baseline else []
     pairs = [compare(predictions, system, baseline, **options) for system in others]
     comparisons = list(itertools.chain(*pairs))
     content = {"tables": list(map(asdict, tables)), "comparisons": list(map(_as_dict, comparisons))}
+    content |= {"left_out": list(map(asdict, left_out)), "commits": commits(predictions)}
     write_text(folder / "results.json", json.dumps(content, indent=1) + "\n")
     write_text(folder / "results.csv", csv_text(tables))
-    write_text(folder / "results.md", markdown(tables, comparisons, resamples))
+    notes = [*map(str, left_out), *_commit_notes(commits(predictions))]
+    write_text(folder / "results.md", markdown(tables, comparisons, resamples, notes))
     for table in tables:
         plot(table, folder / f"results-{table.dataset}-{table.measure}.png")
     return folder / "results.md"
@@ -58,26 +63,41 @@ def csv_text(tables: Sequence[Table]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [system + kind for system in systems for kind in kinds]
+    flawed = [system for system in systems if any(system in table.translated for table in tables)]
+    names += [f"{system} {name}" for system in flawed for name in ("cut", "unfinished")]
     writer.writerow(["dataset", "measure", "language", "status", "given", "languages", *names])
     for table in tables:
         for row in [*table.languages, *table.averaged]:
             scores = [table.scores.get(system, {}).get(row) for system in systems]
             values = [getattr(score, name, None) for score in scores for name in kinds.values()]
             cells = ["" if value is None else f"{value:.6f}" for value in values]
+            counts = [table.translated.get(system, {}).get(row, {}) for system in flawed]
+            cells += [str(each.get(name, "")) for each in counts for name in ("cut", "unfinished")]
             count = len(table.averaged.get(row, [row]))
             encoded = (table.languages.get(row) or "", table.given.get(row, ""))
             writer.writerow([table.dataset, table.measure, row, *encoded, count, *cells])
     return text.getvalue()
 
 
-def markdown(tables: Sequence[Table], comparisons: Sequence[Comparison], resamples: int) -> str:
-    """All tables, values in percent."""
+def markdown(
+    tables: Sequence[Table],
+    comparisons: Sequence[Comparison],
+    resamples: int,
+    notes: Sequence[str] = (),
+) -> str:
+    """All tables, values in percent, after what is to be said of all."""
     interval = f"[95 % bootstrap interval, {resamples} resamples]"
     note = f"Values in percent, {interval}, ± standard deviation over seeds."
     marks = "A language marked * is given to an encoder by a fallback code; "
     marks += "† has an encoder without it."
     sections = [*map(_table_section, tables), *map(_comparison_section, comparisons)]
-    return "\n\n".join(["# Results", note, marks, *sections]) + "\n"
+    return "\n\n".join(["# Results", note, marks, *notes, *sections]) + "\n"
+
+
+def _commit_notes(makers: Mapping[str, Sequence[str]]) -> list[str]:
+    """That more than one version of our code made what is in the tables."""
+    parts = [f"{commit} ({'; '.join(systems)})" for commit, systems in makers.items()]
+    return [f"Evaluated with different commits: {', '.join(parts)}"] if len(parts) > 1 else []
 
 
 def plot(table: Table, path: Path) -> None:
@@ -268,6 +288,21 @@ def _notes(table: Table) -> Iterator[str]:
             yield f"* {language} was given to the encoder as {table.given[language]}"
         if status == "unknown":
             yield f"† {language} was not given to an encoder, which has no token for it"
+    for system, languages in table.translated.items():
+        flawed = {
+            name: each for name, each in languages.items() if each["cut"] + each["unfinished"]
+        }
+        for language, counts in flawed.items():
+            yield f"{system} in {language}: {translation_counts(counts)}"
+        if not flawed:
+            yield f"{system}: every text was translated whole, to an end"
+
+
+def translation_counts(counts: Mapping[str, int]) -> str:
+    """In words. Args: counts: As `Table.translated` has them."""
+    cut, unfinished = counts["cut"], counts["unfinished"]
+    positions = f"{cut} cut at the translator's positions"
+    return f"of {counts['examples']} examples {positions}, {unfinished} translated without an end"
 
 
 def _comparison_section(comparison: Comparison) -> str:

@@ -290,7 +290,7 @@ def environment(world: World) -> dict[str, Any]:
         "device": device,
         "cuda": torch.version.cuda,
         "world_size": world.size,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -301,7 +301,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checkout's commit, with a + when files differ from it; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent)]
     command += ["describe", "--always", "--abbrev=12", "--dirty=+"]

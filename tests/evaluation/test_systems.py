@@ -382,9 +382,9 @@ def test_latency_has_what_translating_took_when_it_was_done(
     spent_s = []
 
     def recorded(*args, **options):
-        examples, wall_s = translate_examples(*args, **options)
-        spent_s.append(wall_s)
-        return examples, wall_s
+        translated = translate_examples(*args, **options)
+        spent_s.append(translated.wall_s)
+        return translated
 
     monkeypatch.setattr(systems, "translate_examples", recorded)
     options = {"systems": ["translate_test"], "languages": ["eng_Latn", "swh_Latn"]}

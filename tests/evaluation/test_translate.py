@@ -410,7 +410,7 @@ def lines_said(text: str) -> str:
 
 
 def translated(*examples: Example) -> list[Example]:
-    examples, wall_s = translate_examples(examples, Shouting(), source="swh_Latn")
+    examples, wall_s, *_ = translate_examples(examples, Shouting(), source="swh_Latn")
     assert wall_s == 3.0
     return examples
 
@@ -481,7 +481,7 @@ def test_only_what_has_letters_is_translated():
     given = [
         Example(key=str(number), text=text, cut=cut) for number, (text, cut) in enumerate(pairs)
     ]
-    examples, _ = translate_examples(given, shouting, source="swh_Latn")
+    examples, *_ = translate_examples(given, shouting, source="swh_Latn")
     assert sorted(shouting.asked) == ["a b", "a b", "c", "d"]
     texts = ["<A B>!\n12.5", "  \n\n<C>!\r\n<D>!", "?!\n<A B>!"]
     assert [example.text for example in examples] == texts

@@ -1,0 +1,133 @@
+"""What made predictions, and which of a folder's belong into one table.
+
+A `maker` stands in every file of predictions:
+
+    checkpoint  a digest of what was trained, of each system and seed
+    settings    all else that answers depend on, of each system: models, lengths, the translator
+    test        a digest of the examples, of each data set and language
+    commit      of our code; another one is told, and mixes
+    evaluated   when, the same for all that one evaluation made
+"""
+
+import datetime
+import functools
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mtllm_engine.config import Config, flatten
+from mtllm_engine.evaluation.predictions import Predictions
+from mtllm_engine.files import sha256_of
+from mtllm_engine.model.weights import RUN_FILES, fingerprint, resolve
+from mtllm_engine.training.log import commit
+
+SETTINGS = ("model.causal", "model.dtype", "model.quantization")
+SETTINGS += ("data.max_length", "data.truncation")
+TOKENIZERS = ("tokenizer.json", "*.model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """Predictions that something else made than what was evaluated last, and so in no table."""
+
+    system: str
+    seed: int
+    dataset: str
+    languages: tuple[str, ...]
+    differs: str
+    """What was another one."""
+
+    def __str__(self) -> str:
+        where = f"{self.dataset} in {', '.join(self.languages)}"
+        reason = f"made with another {self.differs} than what was evaluated last"
+        return f"{self.system}, seed {self.seed}, {where}: left out, {reason}; evaluate it again"
+
+
+def makers(config: Config) -> dict[Literal["llm", "stack"], dict[str, Any]]:
+    """The maker of what each reader says, but for the test set; reads every byte of the models."""
+    flat, model = flatten(config), config.model
+    digest_of_model = functools.cache(lambda name: _model_digest(resolve(name)))
+    about = {
+        "commit": commit() or "unknown",
+        "evaluated": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
+    }
+    made: dict[Literal["llm", "stack"], dict[str, Any]] = {}
+    for system in config.evaluate.systems:
+        reads_stack = system == "stack"
+        names = {"model.decoder": model.decoder}
+        names |= {"model.encoder": model.encoder} if reads_stack else {}
+        models = {key: digest_of_model(name) for key, name in names.items()}
+        checkpoint = Path(model.init_from if reads_stack else model.teacher)
+        made["stack" if reads_stack else "llm"] = about | {
+            "checkpoint": _digest_of(checkpoint, (*RUN_FILES, "adapter_config.json")),
+            "settings": {key: flat[key] for key in SETTINGS} | models,
+        }
+    return made
+
+
+def sort_out(predictions: Sequence[Predictions]) -> tuple[list[Predictions], list[LeftOut]]:
+    """Those that belong together, in their order, and those that do not: the newest say what does.
+
+    A system has one checkpoint for each seed and the same settings for all, a data set's language
+    the same examples for all systems. What does not say what made it fits its like alone.
+    """
+    reference: dict[tuple, Any] = {}
+    kept, left = set(), defaultdict(list)
+    newest_first = sorted(
+        predictions, key=lambda item: (item.maker or {}).get("evaluated", ""), reverse=True
+    )
+    for item in newest_first:
+        marks = dict(_marks(item))
+        differs = [mark[0] for mark, value in marks.items() if reference.get(mark, value) != value]
+        if differs:
+            what = ", ".join(differs) if item.maker else "maker (they do not say which)"
+            left[item.system, item.seed, item.dataset, what].append(item.language)
+            continue
+        reference |= marks
+        kept.add(item.identity)
+    names = ("system", "seed", "dataset", "differs")
+    parts = [
+        LeftOut(**dict(zip(names, about)), languages=tuple(sorted(languages)))
+        for about, languages in sorted(left.items())
+    ]
+    return [item for item in predictions if item.identity in kept], parts
+
+
+def commits(predictions: Sequence[Predictions]) -> dict[str, list[str]]:
+    """The commits of our code that made predictions, and the systems and seeds of each."""
+    makers: dict[str, set[str]] = defaultdict(set)
+    for item in predictions:
+        if item.maker:
+            makers[str(item.maker["commit"])].add(f"{item.system}, seed {item.seed}")
+    return {each: sorted(systems) for each, systems in sorted(makers.items())}
+
+
+def _marks(item: Predictions) -> Iterator[tuple[tuple, Any]]:
+    """(what, of which) -> what it must be to belong with others of the same key."""
+    maker: Mapping[str, Any] = item.maker or {}
+    system, place = (item.system,), (item.dataset, item.language)
+    yield ("checkpoint", *system, item.seed), maker.get("checkpoint")
+    for key, value in sorted(maker.get("settings", {}).items()):
+        yield (key, *system), value
+    yield ("set of settings", *system), sorted(maker.get("settings", {}))
+    yield ("languages.fallback", *system, *place), item.language_given
+    if item.maker:
+        yield ("text of the test files", *place), maker["test"]
+
+
+def _model_digest(folder: Path) -> str:
+    """Of a model's configuration, weights and tokenizer."""
+    return hashlib.sha256(
+        f"{fingerprint(folder)} {_digest_of(folder, TOKENIZERS)}".encode()
+    ).hexdigest()
+
+
+def _digest_of(folder: Path, patterns: Sequence[str]) -> str:
+    """Of the files of a folder that match."""
+    paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    content = [(path.name, sha256_of(path)) for path in paths]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
