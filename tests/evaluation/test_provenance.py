@@ -1,5 +1,6 @@
 """No table mixes what different makers made, and what is left out of one is named."""
 
+import csv
 import itertools
 import json
 import random
@@ -18,7 +19,9 @@ from mtllm_engine.evaluate import evaluate
 from mtllm_engine.evaluation.predictions import Predictions, load, save
 from mtllm_engine.evaluation.provenance import sort_out
 from mtllm_engine.evaluation.tables import write
+from mtllm_engine.evaluation.translate import Translator
 from mtllm_engine.finetune import finetune
+from mtllm_engine.tasks.sib200 import SIB200
 from mtllm_engine.train import train
 from tests.support.predictions import build
 from tests.support.stages import (
@@ -30,6 +33,7 @@ from tests.support.stages import (
     write_topics,
 )
 from tests.support.stages import stage1_config as stage1
+from tests.support.tiny import build_encoder
 
 LANGUAGES = ("deu_Latn", "eng_Latn", "swh_Latn")
 
@@ -182,7 +186,10 @@ def other_attention(config: Config) -> Config:
 
 def other_text(config: Config) -> Config:
     path = Path(config.task.test[0].partition(":")[2]) / "swh_Latn" / "test.tsv"
-    path.write_text(path.read_text().rstrip("\n") + " or\n")
+    header, *rows = csv.reader(path.open(encoding="utf-8", newline=""), delimiter="\t")
+    rows[-1][2] += " or"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter="\t", lineterminator="\n").writerows([header, *rows])
     return config
 
 
@@ -229,6 +236,39 @@ def test_evaluating_the_same_again_leaves_nothing_out(config: Config):
     content = json.loads((Path(config.evaluate.results) / "results.json").read_text())
     assert content["left_out"] == [] and len(content["commits"]) == 1
     assert set(content["tables"][0]["scores"]["stack"]) >= set(LANGUAGES)
+
+
+def test_what_a_translator_cut_or_never_ended_is_told_everywhere(
+    config: Config, tmp_path: Path, capsys
+):
+    """A translator of twelve positions that has learned nothing cuts most texts and ends few."""
+    translator = build_encoder(tmp_path / "translator")
+    saved = json.loads((translator / "config.json").read_text())
+    (translator / "config.json").write_text(json.dumps(saved | {"max_position_embeddings": 12}))
+    options = {"systems": ("translate_test",), "translator": str(translator)}
+    evaluate(replace(config, evaluate=replace(config.evaluate, **options)), ALONE)
+    log, results = capsys.readouterr().out, Path(config.evaluate.results)
+    items = {item.language: item for item in load(results)}
+    assert (items["eng_Latn"].cut, items["eng_Latn"].unfinished) == (None, None)
+    rows = {row["language"]: row for row in csv.DictReader((results / "results.csv").open())}
+    (table,) = json.loads((results / "results.json").read_text())["tables"]
+    for language in ("deu_Latn", "swh_Latn"):
+        item, lines = items[language], SIB200.read(tmp_path / "topics", "test", language)
+        texts = [example.text for example in lines]
+        made = Translator(translator, cache=tmp_path / "cache", world=ALONE)
+        alone = [made([text], source=language) for text in texts]
+        counts = {
+            name: sum(getattr(each, name) for each in alone) for name in ("cut", "unfinished")
+        }
+        assert counts == {"cut": item.cut, "unfinished": item.unfinished} and item.cut > 0
+        assert table["translated"]["translate_test"][language] == {"examples": 5} | counts
+        written = {name: int(rows[language][f"translate_test {name}"]) for name in counts}
+        assert written == counts
+        told = f"translate_test in {language}: of 5 examples {item.cut} cut at the translator's "
+        told += f"positions, {item.unfinished} translated without an end\n"
+        assert told in (results / "results.md").read_text() and told in log
+        assert told.replace(" in ", " of sib200 in ", 1) in log
+    assert rows["eng_Latn"]["translate_test cut"] == ""
 
 
 def test_nothing_behind_a_link_and_nothing_of_others_is_removed(config: Config, tmp_path: Path):

@@ -1,0 +1,92 @@
+"""What a translator cut or never ended is counted by example; a text's control tokens are text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtllm_engine.evaluation.bootstrap import summarise
+from mtllm_engine.evaluation.tables import csv_text, markdown
+from mtllm_engine.evaluation.translate import Translations, Translator, translate_examples
+from mtllm_engine.tasks import Example
+from tests.support.predictions import build
+from tests.support.tiny import build_encoder, build_world
+
+LINES = st.text("ab12 ", max_size=4)
+
+
+class Echo:
+    """Stands for the translator: what has an `a` was cut, what has a `b` never ended."""
+
+    def __call__(self, texts: Sequence[str], *, source: str, target: str) -> Translations:
+        flawed = {
+            name: frozenset(text for text in texts if letter in text)
+            for name, letter in (("cut_texts", "a"), ("unfinished_texts", "b"))
+        }
+        counts = dict.fromkeys(("translated", "cached", "cut", "unfinished", "tokens"), 0)
+        return Translations(texts=tuple(texts), wall_s=1.0, **counts, **flawed)
+
+
+@given(st.lists(st.lists(LINES, min_size=1, max_size=3).map("\n".join), max_size=6))
+def test_examples_are_counted_whatever_number_of_their_pieces(texts: list[str]):
+    examples = [Example(key=str(number), text=text) for number, text in enumerate(texts)]
+    translated = translate_examples(examples, Echo(), source="swh_Latn")
+    assert translated.examples == examples and translated.wall_s == 1.0
+    assert translated.cut == sum("a" in text for text in texts)
+    assert translated.unfinished == sum("b" in text for text in texts)
+
+
+def test_a_table_has_the_counts_of_every_language_that_was_translated():
+    items = [
+        build("translate_test", "swh_Latn", 1, n=4, cut=2, unfinished=1),
+        build("translate_test", "swh_Latn", 2, n=4, cut=2, unfinished=1),
+        build("translate_test", "deu_Latn", 1, n=4, cut=0, unfinished=0),
+        build("translate_test", "eng_Latn", 1, n=4),
+        build("llm", "swh_Latn", 1, n=4),
+    ]
+    tables = summarise(items, resamples=2)
+    assert tables[0].translated == {
+        "translate_test": {
+            "swh_Latn": {"examples": 4, "cut": 2, "unfinished": 1},
+            "deu_Latn": {"examples": 4, "cut": 0, "unfinished": 0},
+        }
+    }
+    told = "translate_test in swh_Latn: of 4 examples 2 cut at the translator's positions, 1 "
+    text = markdown(tables, [], 2)
+    assert told in text and "in deu_Latn: of" not in text and "to an end" not in text
+    header, *rows = (line.split(",") for line in csv_text(tables).splitlines())
+    assert header[-2:] == ["translate_test cut", "translate_test unfinished"]
+    ends = {row[2]: row[-2:] for row in rows[:3]}
+    assert ends == {"swh_Latn": ["2", "1"], "deu_Latn": ["0", "0"], "eng_Latn": ["", ""]}
+    whole = markdown(summarise(items[2:], resamples=2), [], 2)
+    assert "translate_test: every text was translated whole, to an end" in whole
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory) -> Translator:
+    folder = build_encoder(tmp_path_factory.mktemp("translator"))
+    return Translator(folder, cache=folder / "cache", world=build_world())
+
+
+@given(data=st.data())
+def test_a_text_that_spells_control_tokens_is_characters(translator: Translator, data):
+    tokenizer = translator._tokenizer
+    special = tokenizer.all_special_tokens + ["swh_Latn", "eng_Latn"]
+    words = data.draw(st.lists(st.sampled_from([*special, "or", "and"]), min_size=1, max_size=5))
+    (ids,) = translator._encode([" ".join(words)], "swh_Latn")
+    control = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    control |= set(tokenizer.convert_tokens_to_ids(["swh_Latn", "eng_Latn"]))
+    assert ids[0] == tokenizer.convert_tokens_to_ids("swh_Latn")
+    assert ids[-1] == tokenizer.eos_token_id and not control & set(ids[1:-1])
+
+
+def test_what_is_read_from_the_cache_has_its_counts(translator: Translator, tmp_path: Path):
+    made = Translator(translator.folder, cache=tmp_path, world=build_world())
+    texts = ["or and", "and"]
+    first, second = (made(texts, source="swh_Latn") for _ in range(2))
+    assert (second.translated, second.cached) == (0, 2)
+    for name in ("cut_texts", "unfinished_texts"):
+        assert getattr(first, name) == getattr(second, name)
+    assert (len(first.cut_texts), len(first.unfinished_texts)) == (first.cut, first.unfinished)
