@@ -13,6 +13,7 @@ optim.steps = 0) stage 2. A step that sets steps or epochs of its own means neit
 ones.
 """
 
+import functools
 import hashlib
 import json
 import signal
@@ -25,11 +26,12 @@ from typing import Any
 
 from mtllm_engine import config as configs
 from mtllm_engine.config import Config, dumps, from_dict
+from mtllm_engine.evaluation import predictions
 from mtllm_engine.evaluation.systems import find_tests
 from mtllm_engine.files import expand
 from mtllm_engine.languages import ENGLISH
 from mtllm_engine.model.weights import checkpoint_tensors
-from mtllm_engine.tasks import has_changed, load_task
+from mtllm_engine.tasks import digest_now, digest_packed, load_task
 from mtllm_engine.train import changes, check_files
 from mtllm_engine.training import checkpoint
 from mtllm_engine.training.launch import launcher
@@ -139,14 +141,26 @@ def check(recipe: Recipe) -> list[Job]:
 
 def _changes(recipe: Recipe, pending: Sequence[Job]) -> Iterator[str]:
     """A line for each job that is done and whose task's files say something else since."""
+    now = functools.cache(lambda name, *of_split: digest_now(load_task(name), *of_split))
     for job in (job for job in recipe.jobs if job not in pending):
-        task, run_dir = job.config.task, Path(job.config.run.dir)
-        sources = [(split, getattr(task, split)) for split in ("train", "validation")]
-        for split, source in sources:
-            corpus = run_dir / "corpus" / split
-            if source and has_changed(load_task(task.name), source, split, ENGLISH, corpus):
+        for split, source, language, before in _read_by(job, recipe.results):
+            if now(job.config.task.name, source, split, language) not in (before, None):
+                what = f"task.{split} ({source}) has changed in {language} since"
                 fix = f"remove {_marker(recipe, job)} and its folder to make it anew"
-                yield f"{job.name} is done, but task.{split} ({source}) has changed since; {fix}"
+                yield f"{job.name} is done, but {what}; {fix}"
+
+
+def _read_by(job: Job, results: Path) -> Iterator[tuple[str, str, str, str]]:
+    """(split, test set or source, language, digest) of what a job that is done has read."""
+    task, corpora = job.config.task, Path(job.config.run.dir) / "corpus"
+    for split in ("train", "validation"):
+        if (source := getattr(task, split)) and (digest := digest_packed(corpora / split)):
+            yield split, source, ENGLISH, digest
+    tests = {source.partition(":")[0]: source for source in task.test}
+    is_there = tests and any(results.rglob("predictions-*.jsonl"))
+    for item in predictions.load(results) if is_there else ():
+        if item.maker and item.dataset in tests and item.seed == job.config.run.seed:
+            yield "test", tests[item.dataset], item.language, item.maker["test"]
 
 
 def is_done(recipe: Recipe, job: Job) -> bool:

@@ -240,17 +240,22 @@ def _pack_over(
     write_text(record, "\n".join(lines) + "\n")
 
 
-def has_changed(task: Task, source: str, split: str, language: str, out: Path) -> bool:
-    """Whether a split's files say something else now than the corpus that `pack_split` made of
-    them; False where either is gone."""
+def digest_packed(out: Path) -> str | None:
+    """The `digest_of` the examples that `pack_split` made a corpus of; None: not known."""
+    record = out / RECORD
+    lines = record.read_text("utf-8").split("\n") if record.is_file() else []
+    return lines[1] or None if len(lines) > 1 else None
+
+
+def digest_now(task: Task, source: str, split: str, language: str) -> str | None:
+    """The `digest_of` what a split's files say now, "" of malformed ones; None: they are gone."""
     dataset, folder = find_dataset(task, source)
     try:
-        packed = (out / RECORD).read_text("utf-8").split("\n")[1]
-        return bool(packed) and packed != digest_of(dataset.read(folder, split, language))
+        return digest_of(dataset.read(folder, split, language))
     except (OSError, AbsentError):
-        return False
+        return None
     except ValueError:
-        return True  # malformed, which they were not
+        return ""
 
 
 def digest_of(examples: Iterable[Example]) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from mtllm_engine import tasks
 from mtllm_engine.data.shards import Corpus, Manifest
-from mtllm_engine.tasks import RECORD, has_changed, load_task, pack_split
+from mtllm_engine.tasks import RECORD, digest_now, digest_packed, load_task, pack_split
 
 TASK = load_task("sib200")
 
@@ -25,6 +25,10 @@ def write(folder: Path, *texts: str) -> None:
     path.write_text("".join(["index_id\tcategory\ttext\n", *rows]))
 
 
+def is_outdated(source: str, corpus: Path) -> bool:
+    return digest_packed(corpus) != digest_now(TASK, source, "train", "eng_Latn")
+
+
 def packed(source: str, folder: Path) -> list[str]:
     corpus = Corpus(pack_split(TASK, source, "train", "eng_Latn", folder / "corpus"))
     count = corpus.manifest.samples
@@ -39,11 +43,11 @@ def test_files_that_changed_are_packed_anew_and_what_lies_beside_stays(source: s
     before = Manifest.load(corpus).fingerprint
     (corpus / "teacher_states-x").mkdir()
     (corpus / "teacher_states-x" / "000000.tar.npy").write_bytes(b"states")
-    assert not has_changed(TASK, source, "train", "eng_Latn", corpus)
+    assert not is_outdated(source, corpus)
     write(tmp_path, "other", "second")
-    assert has_changed(TASK, source, "train", "eng_Latn", corpus)
+    assert is_outdated(source, corpus)
     assert packed(source, tmp_path) == ["other", "second"]
-    assert not has_changed(TASK, source, "train", "eng_Latn", corpus)
+    assert not is_outdated(source, corpus)
     write(tmp_path, "first")
     assert packed(source, tmp_path) == ["first"]
     assert Manifest.load(corpus).fingerprint == before
@@ -63,6 +67,7 @@ def test_what_an_earlier_version_packed_is_packed_anew(source: str, tmp_path: Pa
     packed(source, tmp_path)
     record = tmp_path / "corpus" / RECORD
     record.write_text(record.read_text().split("\n")[0] + "\n")
+    assert digest_packed(tmp_path / "corpus") is None
     write(tmp_path, "second")
     assert packed(source, tmp_path) == ["second"]
 
@@ -96,6 +101,6 @@ def test_a_label_that_does_not_exist_is_named_however_often_one_was_packed(
     path.write_text(path.read_text().replace("travel", "nonsense"))
     with pytest.raises(ValueError, match=r"train.tsv:2: column 'category' should be one of"):
         packed(source, tmp_path)
-    assert has_changed(TASK, source, "train", "eng_Latn", tmp_path / "corpus")
+    assert is_outdated(source, tmp_path / "corpus")
     shutil.rmtree(tmp_path / "topics")
-    assert not has_changed(TASK, source, "train", "eng_Latn", tmp_path / "corpus")
+    assert digest_now(TASK, source, "train", "eng_Latn") is None
