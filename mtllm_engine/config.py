@@ -6,7 +6,6 @@ import difflib
 import itertools
 import json
 import math
-import re
 import tomllib
 import types
 import typing
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from mtllm_engine.files import check_name, expand
+from mtllm_engine.files import expand, is_name
 from mtllm_engine.languages import check_language, is_well_formed
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -23,8 +22,6 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 PathText = Annotated[str, expand]
 """A path, a hub id or DATASET:FOLDER; `~` is the user's home."""
 
-_NAME = re.compile(r"\w[\w.+-]*")
-LONGEST_NAME = 200  # bytes; what is made of it is longer, and a file's name ends at 255
 TAKEN = ("llm", "translate_test", "dataset", "measure", "language", "languages", "status", "given")
 """Of the other systems and of the columns of results.csv."""
 
@@ -292,11 +289,6 @@ class Config:
     """Merged over the derived DeepSpeed configuration."""
 
 
-def is_name(text: str) -> bool:
-    """Whether a text can name one file or folder, wherever it comes from: never a path."""
-    return bool(_NAME.fullmatch(text)) and len(text.encode()) <= LONGEST_NAME
-
-
 def load(path: str | Path, overrides: Sequence[str] = (), *, finetunes: bool = False) -> Config:
     """Reads a TOML file and applies `section.key=value` overrides.
 
@@ -499,8 +491,6 @@ def _check(config: Config) -> None:
         if name not in LORA_TARGETS:
             known = ", ".join(LORA_TARGETS)
             raise ValueError(f"lora.target_modules: {name!r} is none of {known}")
-    if config.data.teacher_states:
-        check_name(config.data.teacher_states, "data.teacher_states")
     _check_fallback(config.languages.fallback)
     _check_sizes(config)
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+LONGEST_NAME = 200  # bytes; what is made of it is longer, and a file's name ends at 255
 _IMPORTED_S = time.time()
 _KEPT_S = 30 * 24 * 3600  # how long it is remembered when something was checked
 _HASH_BYTES = hashlib.sha256().digest_size
@@ -40,9 +41,14 @@ def expanded_path(path: str) -> Path:
     return Path(expand(path))
 
 
+def is_name(text: str) -> bool:
+    """Whether a text that a user chose can name a file or folder: letters, digits and `_.+-`."""
+    return bool(re.fullmatch(r"\w[\w.+-]*", text)) and len(text.encode()) <= LONGEST_NAME
+
+
 def check_name(name: str, what: str) -> str:
-    """A name from a file or a key, if it is one component of a path: only then may it be joined to
-    a folder that it must not lead out of.
+    """A name that a file gives, whatever its letters, if it is one component of a path: only then
+    may it be joined to a folder that it must not lead out of.
 
     Args:
         what: What is so named, for the error.

@@ -58,7 +58,7 @@ def status_of(main, arguments):
         (
             "train run.toml data.teacher_states=../x",
             1,
-            "data.teacher_states must be the name of one file or folder",
+            "data.teacher_states: '../x' is no name; use letters, digits and _ . + -",
         ),
         ("train run.toml --gpus 0", 1, "--gpus must be at least 1, not 0"),
         ("train run.toml --gpus two", 2, "argument --gpus: invalid int value: 'two'"),

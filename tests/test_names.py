@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtllm_engine.config import TAKEN, from_dict, is_name
+from mtllm_engine.config import TAKEN, from_dict
+from mtllm_engine.files import is_name
 
 SMALLEST = {
     "run": {"dir": "runs/a"},

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mtllm_engine.config import is_name
 from mtllm_engine.evaluation.metrics import MEASURES
-from mtllm_engine.files import write_text
+from mtllm_engine.files import is_name, write_text
 
 FORMAT = "mtllm-predictions/1"
 STATUSES = ("known", "fallback", "unknown")
