@@ -173,7 +173,7 @@ def other_checkpoint(config: Config) -> Config:
     tensors = load_file(path)
     tensors["weight" if "weight" in tensors else next(iter(tensors))].view(-1)[0] += 1e-3
     save_file(tensors, path)
-    return config
+    return unrecorded(config)
 
 
 def other_length(config: Config) -> Config:
@@ -181,7 +181,14 @@ def other_length(config: Config) -> Config:
 
 
 def other_attention(config: Config) -> Config:
+    config = unrecorded(config)
     return replace(config, model=replace(config.model, causal=True))
+
+
+def unrecorded(config: Config) -> Config:
+    """Without the record of its training a checkpoint is taken as it is."""
+    (Path(config.model.init_from) / "state.json").unlink()
+    return config
 
 
 def other_text(config: Config) -> Config:
