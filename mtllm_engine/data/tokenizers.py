@@ -356,7 +356,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         ValueError: There is none, it has no Rust backend, or it needs code of its own.
     """
     try:
-        # The second says so too, to transformers, which sets the backend's at each call.
+        # "Split": control tokens in a text are not looked for.
         options = {"trust_remote_code": False, "split_special_tokens": True}
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
     except (OSError, ValueError) as error:
@@ -371,7 +371,6 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         raise ValueError(f"the tokenizer in {folder} has no fast (tokenizers) version")
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
-    tokenizer.backend_tokenizer.encode_special_tokens = True
     return tokenizer
 
 
