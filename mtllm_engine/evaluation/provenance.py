@@ -27,7 +27,6 @@ from mtllm_engine.training.log import commit
 
 SETTINGS = ("model.causal", "model.dtype", "model.quantization")
 SETTINGS += ("data.max_length", "data.truncation")
-TOKENIZERS = ("tokenizer.json", "*.model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class LeftOut:
 def makers(config: Config) -> dict[Literal["llm", "stack"], dict[str, Any]]:
     """The maker of what each reader says, but for the test set; reads every byte of the models."""
     flat, model = flatten(config), config.model
-    digest_of_model = functools.cache(lambda name: _model_digest(resolve(name)))
+    digest_of_model = functools.cache(lambda name: fingerprint(resolve(name)))
     about = {
         "commit": commit() or "unknown",
         "evaluated": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
@@ -117,13 +116,6 @@ def _marks(item: Predictions) -> Iterator[tuple[tuple, Any]]:
     yield ("languages.fallback", *system, *place), item.language_given
     if item.maker:
         yield ("text of the test files", *place), maker["test"]
-
-
-def _model_digest(folder: Path) -> str:
-    """Of a model's configuration, weights and tokenizer."""
-    return hashlib.sha256(
-        f"{fingerprint(folder)} {_digest_of(folder, TOKENIZERS)}".encode()
-    ).hexdigest()
 
 
 def _digest_of(folder: Path, patterns: Sequence[str]) -> str:

@@ -35,7 +35,6 @@ GROWTH, SLACK = 2, 32
 """At most 2 tokens for each of the source's and 32 more: a decoder caught in a loop ends there."""
 ROUND = 4
 """Batches that each rank translates between two writes."""
-TOKENIZER_FILES = ("tokenizer.json", "sentencepiece.bpe.model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,12 +160,9 @@ class Translator:
 
     def _settings(self) -> dict[str, Any]:
         """All that a translation depends on but its text and languages."""
-        files = [self.folder / name for name in TOKENIZER_FILES]
-        content = b"".join(path.read_bytes() for path in files if path.is_file())
         return {
             "format": FORMAT,
             "model": fingerprint(self.folder),
-            "tokenizer": hashlib.sha256(content).hexdigest(),
             "num_beams": self.num_beams,
             "dtype": str(self.dtype).removeprefix("torch."),
             "limit": [GROWTH, SLACK],
@@ -174,10 +170,7 @@ class Translator:
 
     @functools.cached_property
     def _tokenizer(self):
-        tokenizer = load_tokenizer(self.folder)
-        # A text that spells `</s>` or a language's token says these characters, and ends nowhere.
-        tokenizer.backend_tokenizer.encode_special_tokens = True
-        return tokenizer
+        return load_tokenizer(self.folder)
 
     @functools.cached_property
     def _model(self) -> M2M100ForConditionalGeneration:

@@ -21,6 +21,7 @@ from mtllm_engine.model.lora import initial_adapter
 from mtllm_engine.model.stack import Stack
 
 FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "*.model")
+TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.model")
 RUN_FILES = ("adapter_model.safetensors", "projection.safetensors", "head.safetensors")
 ADAPTERS, PROJECTION_FILE, HEAD_FILE = RUN_FILES
 FLOATS = {"F64", "F32", "BF16", "F16"}  # by safetensors' names
@@ -273,15 +274,20 @@ def resolve(name: str) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """A name for a checkpoint's content, its configuration and all its weights: reads every byte,
-    on several cores.
+    """A name for a checkpoint's content, that is its configuration, tokenizer and weights: reads
+    every byte, on several cores.
     """
     config = json.loads((folder / "config.json").read_text())
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     with ThreadPoolExecutor() as pool:
-        for sha256 in pool.map(sha256_of, _weight_files(folder)):
+        for sha256 in pool.map(sha256_of, [*_weight_files(folder), *tokenizer_files(folder)]):
             digest.update(sha256.encode())
     return digest.hexdigest()
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """What a checkpoint's tokenizer is read from."""
+    return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)})
 
 
 def saved_name(name: str) -> str:

@@ -5,6 +5,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -31,6 +32,7 @@ from mtllm_engine.model.weights import (
     fingerprint,
     resolve,
     saved_name,
+    tokenizer_files,
 )
 from mtllm_engine.training.engine import MOMENTS, PlainEngine, TrainedState, ZeroEngine
 from mtllm_engine.world import World
@@ -247,17 +249,12 @@ def teacher_identity(config: Config) -> dict[str, Any]:
     keys = ("model.causal", "model.dtype", "model.quantization")
     keys += ("data.max_length", "data.truncation")
     flat, model = flatten(config), config.model
-    tokenizers = [*_tokenizer_files(model.encoder), *_tokenizer_files(model.decoder)]
+    tokenizers = [*map(tokenizer_files, map(resolve, (model.encoder, model.decoder)))]
     return {key: flat[key] for key in keys} | {
         "model.decoder": _fingerprint(model.decoder),
         "model.teacher": _run_fingerprint(model.teacher),
-        "tokenizers": " ".join(map(sha256_of, tokenizers)),
+        "tokenizers": " ".join(map(sha256_of, itertools.chain(*tokenizers))),
     }
-
-
-def _tokenizer_files(model: str) -> list[Path]:
-    folder, patterns = resolve(model), ("tokenizer.json", "*.model")
-    return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
 @functools.cache

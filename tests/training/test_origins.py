@@ -61,6 +61,13 @@ def standing_on(folder: Path, role: str, origin: Path, **model) -> Config:
     return stage2_config(folder, "sib200", model={role: str(origin), **model})
 
 
+def flip(path: Path, data: st.DataObject) -> None:
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+
+
 def test_what_is_whole_is_taken(folder: Path):
     checkpoint.check_origins(stage2_config(folder, "sib200"))
 
@@ -71,13 +78,19 @@ def test_a_flipped_bit_is_noticed(folder: Path, role: str, data: st.DataObject):
     origin = copied(folder, role, folder / "flipped")
     names = [name for name in READ if (origin / name).exists()]
     path = origin / data.draw(st.sampled_from(names))
-    content = bytearray(path.read_bytes())
-    place = data.draw(st.integers(0, len(content) - 1))
-    content[place] ^= 1 << data.draw(st.integers(0, 7))
-    path.write_bytes(content)
+    flip(path, data)
     with pytest.raises(ValueError, match=f"^{path} is damaged; copy it again") as error:
         checkpoint.check_origins(standing_on(folder, role, origin))
     assert "\n" not in str(error.value)
+
+
+@settings(max_examples=20)
+@given(side=st.sampled_from(["encoder", "decoder"]), data=st.data())
+def test_a_flipped_bit_of_a_tokenizer_is_noticed(tmp_path_factory, folder, side, data):
+    model = shutil.copytree(folder / side, tmp_path_factory.mktemp("flipped") / side)
+    flip(model / "tokenizer.json", data)
+    with pytest.raises(ValueError, match=f"was trained with another model.{side} than {model};"):
+        checkpoint.check_origins(stage2_config(folder, "sib200", model={side: str(model)}))
 
 
 @pytest.mark.parametrize("role", ORIGINS)
