@@ -140,7 +140,7 @@ def test_the_unpadded_baseline_agrees_where_its_kernels_are_stood_in_for(
     )
     built = models.build_models(config, "", world)
     engine = build_engine(config, built.stack, world)
-    engine.load_trained_state(built.trained, step=0)
+    engine.load_trained_state(built.trained, updates=0)
     vocabularies = (built.encoder.vocab_size, built.decoder.vocab_size)
     drawn = documents.Drawn(
         lengths=documents.parse_lengths("20", 64), tokens=512, vocabularies=vocabularies

@@ -131,12 +131,12 @@ def full_disk(folder: Path, world: World) -> dict:
     save = training.checkpoint.save
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    def limited(config, world, engine, stream, step, score):
+    def limited(config, world, engine, stream, step, *rest):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if step == 4:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
         try:
-            return save(config, world, engine, stream, step, score)
+            return save(config, world, engine, stream, step, *rest)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
