@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -449,6 +450,22 @@ def test_a_changed_tensor_in_the_middle_of_a_large_file_is_another_model(run, mo
     save_file(tensors, file)
     checkpoint._fingerprint.cache_clear()
     assert 'model.decoder was "' in error_of(run.restore)
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_a_tokenizer_without_its_last_piece_is_another_model(run, models, tmp_path, side):
+    path = shutil.copytree(models / side, tmp_path / side) / "tokenizer.json"
+    run = run.with_options(model={side: str(path.parent)})
+    run.train_to(1)
+    run.save(1)
+    checkpoint._fingerprint.cache_clear()
+    assert run.restore() == 1
+    table = json.loads(path.read_text())
+    pieces = table["model"].get("merges") or table["model"]["vocab"]
+    pieces.pop() if isinstance(pieces, list) else pieces.popitem()
+    path.write_text(json.dumps(table))
+    checkpoint._fingerprint.cache_clear()
+    assert f'model.{side} was "' in error_of(run.restore)
 
 
 def in_folder(models: Path, value):
