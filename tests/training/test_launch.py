@@ -84,7 +84,7 @@ def test_ranks_leave_with_a_killed_launcher_and_the_same_command_goes_on(models:
     saved = sorted(run.glob("checkpoints/step-*"))
     assert saved[: len(before)] == before and len(saved) <= len(before) + 1  # one was under way
     last = int(saved[-1].name[5:])
-    assert (run / NAME).is_file() and last < STEPS
+    assert last < STEPS  # LOCK may be there still, or gone with a rank that missed the other first
     sections["optim"] |= {"steps": last + 2, "warmup_ratio": 0.0}
     plain = build_config(models, run={"dir": str(run)}, zero={"stage": 0}, **sections)
     train(plain, build_world())
