@@ -15,9 +15,9 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 LONGEST_NAME = 200  # bytes; what is made of it is longer, and a file's name ends at 255
 _IMPORTED_S = time.time()
@@ -244,7 +244,7 @@ def once_a_run(what: str, check: Callable[[], None], *, anew: bool = False) -> N
             check()
             earliest = time.time() - _KEPT_S
             recent = {boot: at for boot, at in _checked_at(record).items() if at > earliest}
-            write_sealed(record, json.dumps(recent | {_boot(): time.time()}).encode())
+            write_sealed(record, json.dumps(recent | {boot(): time.time()}).encode())
 
 
 def last_checked(what: str) -> float | None:
@@ -253,7 +253,7 @@ def last_checked(what: str) -> float | None:
 
 
 def _holds(record: Path) -> bool:
-    return _run_start() <= _checked_at(record).get(_boot(), 0.0) <= time.time()
+    return _run_start() <= _checked_at(record).get(boot(), 0.0) <= time.time()
 
 
 def _checked_at(record: Path) -> dict[str, float]:
@@ -270,7 +270,8 @@ def _seal(cached: Path, content: bytes) -> bytes:
 
 
 @functools.cache
-def _boot() -> str:
+def boot() -> str:
+    """What tells a machine's run from its next."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return platform.node()
@@ -280,13 +281,43 @@ def _boot() -> str:
 def _run_start() -> float:
     """When this run began: of ranks, whose launcher is one for a node, when that did."""
     process = os.getppid() if "RANK" in os.environ else os.getpid()
-    try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:  # hidden from us: then each rank checks by itself
+    stat = process_stat(process)
+    if not stat:  # hidden from us: then each rank checks by itself
         return _IMPORTED_S
-    since_boot_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    since_boot_s = int(stat[19]) / os.sysconf("SC_CLK_TCK")
     started_s = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot_s
     return min(started_s, _IMPORTED_S)
+
+
+def process_stat(process: int) -> list[str]:
+    """What /proc says of a process behind its name (proc(5)): its state, parent, ..., as item 19
+    its start in ticks since boot; empty for none.
+    """
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def sealed(record: Mapping[str, Any]) -> bytes:
+    """A record as JSON that holds its own hash."""
+    sha256 = hashlib.sha256(json.dumps(record).encode()).hexdigest()
+    return json.dumps({**record, "sha256": sha256}, indent=1).encode()
+
+
+def unsealed(content: bytes) -> dict[str, Any]:
+    """The record of `sealed`.
+
+    Raises:
+        ValueError: These are not the bytes that `sealed` returned; the message is a predicate.
+    """
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError):
+        raise ValueError("is not JSON") from None
+    if not isinstance(record, dict) or not record.pop("sha256", "") or sealed(record) != content:
+        raise ValueError("is not what was written")
+    return record
 
 
 def _draft_of(path: Path) -> Path:

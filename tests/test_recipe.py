@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from mtllm_engine import config as configs
-from mtllm_engine import recipe
+from mtllm_engine import files, recipe
 from mtllm_engine.sweep import sweep
-from mtllm_engine.training import checkpoint
 from tests.support.recipes import (
     TEXT,
     error_of,
@@ -325,7 +324,7 @@ def test_best_of_a_job_that_is_done_is_repaired_before_the_next_reads_it(
     write_run(run, jobs(path)["finetune-3"], step=2)
     folder = run / "checkpoints"
     for step, score in ((1, 0.2), (2, 0.7)):
-        record = checkpoint._encode({"step": step, "score": score})
+        record = files.sealed({"step": step, "score": score})
         (folder / f"step-{step:08d}").mkdir(exist_ok=True)
         (folder / f"step-{step:08d}" / "state.json").write_bytes(record)
     (run / "config.toml").unlink()

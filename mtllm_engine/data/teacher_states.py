@@ -6,7 +6,6 @@ text, each file's sha256, and what they took to make. Who changes any of that is
 """
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,15 @@ from typing import Any
 import numpy as np
 
 from mtllm_engine.data.shards import BadDocumentError, Manifest
-from mtllm_engine.files import atomic_folder, check_name, once_a_run, sha256_of, write_text
+from mtllm_engine.files import (
+    atomic_file,
+    atomic_folder,
+    check_name,
+    once_a_run,
+    sealed,
+    sha256_of,
+    unsealed,
+)
 
 FORMAT = "mtllm-targets/2"
 
@@ -116,18 +123,9 @@ def _load_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / "manifest.json"
     try:
-        saved = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path} is not JSON; {_again(folder)}") from None
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path} is not a table; {_again(folder)}")
-    if saved.get("format") == FORMAT and saved.pop("sha256", None) != _sha256_of_record(saved):
-        raise ValueError(f"{path} does not match its own sha256; {_again(folder)}")
-    return saved
-
-
-def _sha256_of_record(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+        return unsealed(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} {error}; {_again(folder)}") from None
 
 
 class TeacherStatesWriter:
@@ -180,8 +178,8 @@ class TeacherStatesWriter:
         self._shards.clear()
         sha256s = {name: sha256_of(_file_of(self._draft, name)) for name in self._names}
         record = self._record | {"files": sha256s, "gpu_hours": gpu_hours, "flops": flops}
-        record["sha256"] = _sha256_of_record(record)
-        write_text(self._draft / "manifest.json", json.dumps(record, indent=1))
+        with atomic_file(self._draft / "manifest.json") as file:
+            file.write(sealed(record))
         self._ending.close()
         return self.folder
 

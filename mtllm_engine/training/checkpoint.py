@@ -318,7 +318,7 @@ def _write(config: Config, state: TrainedState, record: dict[str, Any]) -> Path:
             contents = _contents(config, state)
             hashes = {name: _write_file(draft / name, each) for name, each in contents.items()}
             about = {"identity": identity(config), "files": hashes}
-            _write_file(draft / "state.json", _encode(record | about))
+            _write_file(draft / "state.json", files.sealed(record | about))
         files.link(folder / "latest", final.name)
         top = best(folder)
         if top:
@@ -361,27 +361,10 @@ def _write_file(path: Path, content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _encode(record: dict[str, Any]) -> bytes:
-    """A record as JSON that holds its own hash."""
-    sha256 = hashlib.sha256(json.dumps(record).encode()).hexdigest()
-    return json.dumps(record | {"sha256": sha256}, indent=1).encode()
-
-
-def _decode(content: bytes) -> dict[str, Any]:
-    """Raises: ValueError: These are not the bytes that `_encode` returned."""
-    record = json.loads(content)
-    if not isinstance(record, dict) or "sha256" not in record:
-        raise ValueError
-    del record["sha256"]
-    if _encode(record) != content:
-        raise ValueError
-    return record
-
-
 def _record(folder: Path) -> dict[str, Any] | None:
     """A checkpoint's record, if it is the one that was written."""
     try:
-        return _decode((folder / "state.json").read_bytes())
+        return files.unsealed((folder / "state.json").read_bytes())
     except (OSError, ValueError):
         return None
 
@@ -401,7 +384,7 @@ def _read(folder: Path, fix: str = "", names: Collection[str] = ()) -> dict[str,
     """
     fix = fix or f"remove {folder} to continue from the checkpoint before it"
     try:
-        state = _decode((folder / "state.json").read_bytes())
+        state = files.unsealed((folder / "state.json").read_bytes())
         hashes = {
             name: sha256 for name, sha256 in state["files"].items() if name in names or not names
         }

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mtllm_engine import config as configs
 from mtllm_engine.config import Config
+from mtllm_engine.files import process_stat
 from mtllm_engine.training.lock import started
 from mtllm_engine.world import AgreedError, World, connect
 
@@ -113,11 +114,8 @@ def launchers(process: int) -> dict[int, str]:
 
 def _parent(process: int) -> int:
     """0 if it is gone."""
-    try:
-        stat = Path(f"/proc/{process}/stat").read_text()
-    except OSError:
-        return 0
-    return int(stat.rpartition(")")[2].split()[1])
+    stat = process_stat(process)
+    return int(stat[1]) if stat else 0
 
 
 def _is_launcher(process: int) -> bool:

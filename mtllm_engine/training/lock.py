@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mtllm_engine.files import boot, process_stat
 from mtllm_engine.world import World
 
 NAME = "LOCK"
@@ -40,12 +41,8 @@ def sole_owner(folder: Path, world: World) -> Iterator[None]:
 
 def started(process: int) -> str:
     """What tells a process from an earlier one of the same number; "" for none."""
-    try:
-        stat = Path(f"/proc/{process}/stat").read_text()
-    except OSError:
-        return ""
-    state, *fields = stat.rpartition(")")[2].split()
-    return "" if state in "ZX" else fields[18]
+    stat = process_stat(process)
+    return stat[19] if stat and stat[0] not in "ZX" else ""
 
 
 class _Lock:
@@ -158,10 +155,9 @@ def _flock(file: BinaryIO) -> bool:
 
 def _this_process() -> dict[str, Any]:
     process = os.getpid()
-    boot = Path("/proc/sys/kernel/random/boot_id")
     return {
         "host": socket.gethostname(),
-        "boot": boot.read_text().strip() if boot.is_file() else "",
+        "boot": boot(),
         "process": process,
         "start": started(process),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),

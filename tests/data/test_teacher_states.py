@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtllm_engine import files
-from mtllm_engine.data import teacher_states
 from mtllm_engine.data.shards import BadDocumentError
 from mtllm_engine.data.teacher_states import TeacherStates, TeacherStatesWriter, cost_of
 from tests.support.tiny import pack_lines
@@ -147,8 +146,7 @@ def test_changed_states_are_one_line(corpus, kind, is_hashed):
         record = json.loads((folder / "manifest.json").read_text())
         record["files"][path.name.removesuffix(".npy")] = files.sha256_of(path)
         del record["sha256"]
-        record["sha256"] = teacher_states._sha256_of_record(record)
-        (folder / "manifest.json").write_text(json.dumps(record))
+        (folder / "manifest.json").write_bytes(files.sealed(record))
     states = TeacherStates(corpus, "b", MAKER)
     assert states.zeros().shape == (1, 3)
     with pytest.raises(ValueError, match=f"^{path} .*; remove {folder} and run `mtllm t") as error:

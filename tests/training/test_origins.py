@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from mtllm_engine import files
 from mtllm_engine.config import Config
 from mtllm_engine.evaluate import evaluate
 from mtllm_engine.finetune import finetune
@@ -198,7 +199,7 @@ def test_a_checkpoint_from_before_rslora_is_continued(folder: Path, tmp_path: Pa
     path = checkpoint.latest(tmp_path / "run" / "checkpoints") / "state.json"
     record = json.loads(path.read_text())
     del record["sha256"], record["identity"]["lora.rslora"]
-    path.write_bytes(checkpoint._encode(record))
+    path.write_bytes(files.sealed(record))
     longer = {"lanes": 4}, {"steps": 4, "lr": 0.01, "warmup_ratio": 0.0}
     config = stage1_config(
         folder, run={"dir": str(tmp_path / "run")}, data=longer[0], optim=longer[1]

@@ -194,7 +194,7 @@ def test_best_is_the_highest_score_of_the_sound_records(tmp_path_factory, scores
     flipped = data.draw(st.sets(st.integers(1, len(scores)), max_size=len(scores) - 1))
     for step, score in enumerate(scores, start=1):
         (folder / f"step-{step:08d}").mkdir()
-        content = bytearray(checkpoint._encode({"step": step, "score": score}))
+        content = bytearray(files.sealed({"step": step, "score": score}))
         if step in flipped:
             content[data.draw(st.integers(0, len(content) - 1))] ^= 1
         (folder / f"step-{step:08d}" / "state.json").write_bytes(content)
