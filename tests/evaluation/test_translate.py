@@ -108,6 +108,7 @@ def test_translations_are_those_of_one_by_one(checkpoint, alone, tmp_path, num_b
     assert first.texts[:5] == tuple(LEARNED.values())[:5]
     assert LEARNED[SHORT[5]].startswith(first.texts[5])
     assert (first.translated, first.cached, first.cut, first.unfinished) == (6, 0, 1, 1)
+    assert first.cut_texts == first.unfinished_texts == {SHORT[5]}  # the longest
     assert first.wall_s > 0
     second = translator(SHORT, source=SOURCE, target=UNLEARNED)
     assert list(second.texts) == alone(UNLEARNED, num_beams)
@@ -162,6 +163,7 @@ def test_what_is_cached_is_read_and_the_model_is_not_even_loaded(checkpoint, tmp
     assert (more.translated, more.cached, more.cut, more.unfinished) == (2, 4, 1, 1)
     cached = run(checkpoint, tmp_path, SHORT)
     assert (cached.translated, cached.cached, cached.cut, cached.unfinished) == (0, 6, 1, 1)
+    assert cached.cut_texts == cached.unfinished_texts == {SHORT[5]}
 
 
 def test_seconds_are_those_of_translating_whoever_did_it(checkpoint, tmp_path, monkeypatch):
