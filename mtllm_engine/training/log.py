@@ -104,6 +104,8 @@ class RunLog:
             self.board.close()
             self.file.close()
             self.skipped.close()
+            if not (path := Path(self.skipped.name)).stat().st_size:
+                path.unlink()  # a file is there where something was skipped
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[Record]:
@@ -312,7 +314,7 @@ def commit() -> str | None:
 
 
 def _open_after(path: Path, step: int) -> TextIO:
-    """metrics.jsonl, without the lines that a killed run wrote beyond the checkpoint that is
+    """A file of lines by step, without those that a killed run wrote beyond the checkpoint that is
     continued."""
     lines = path.read_text().splitlines(keepends=True) if step and path.is_file() else []
     whole = [line for line in lines if line.endswith("\n")]

@@ -71,6 +71,12 @@ def test_a_step_without_a_finite_gradient_makes_no_update(
     assert [row["lr"] for row in training] == [LR * (STEPS - n) / STEPS for n in range(STEPS)]
 
 
+def test_a_run_that_skipped_nothing_has_no_file_of_it(folder: Path):
+    config = configure(folder, "sound", 0, optim={"steps": 2})
+    assert learn_on(0, config, {}) == "" and len(training_rows(config)) == 2
+    assert not (Path(config.run.dir) / "skipped.jsonl").exists()
+
+
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_the_documents_of_a_bad_step_are_named(folder: Path, world_size: int):
     config = configure(folder, "named", world_size)
