@@ -670,6 +670,5 @@ def _toml_value(value: Any) -> str:
         return "[" + ", ".join(map(_toml_value, value)) + "]"
     if isinstance(value, float):
         return repr(value)  # inf and nan too, which JSON spells otherwise
-    return json.dumps(value, ensure_ascii=False).replace(
-        "\x7f", "\\u007f"
-    )  # but for DEL, TOML's strings are JSON's
+    # But for DEL, TOML's strings are JSON's.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -787,9 +787,6 @@ def test_stream_tells_which_tokens_are_partners(folder: Path, tokenizer: PairTok
     documents = [document for pack in stream.next_step() for document in pack.documents]
     stream.close()
     for document in documents:
-        assert (document.aligned_S >= 0).any() and (
-            document.aligned_S < len(document.teacher_ids_T)
-        ).all()
-        assert (
-            document.aligned_S[0] == document.aligned_S[-1] == -1
-        )  # the language token and `</s>`
+        aligned_S, num_teacher = document.aligned_S, len(document.teacher_ids_T)
+        assert (aligned_S >= 0).any() and (aligned_S < num_teacher).all()
+        assert aligned_S[0] == aligned_S[-1] == -1  # the language token and `</s>`

@@ -126,9 +126,8 @@ class Lane:
             if documents and len(documents) == config.pack_documents:
                 yield Pack(documents=tuple(documents), state=state)
                 documents = []
-        yield Pack(
-            documents=tuple(documents), state=state
-        )  # a finite lane's last: perhaps none, but its skips count
+        # A finite lane's last: perhaps none, but its skips count.
+        yield Pack(documents=tuple(documents), state=state)
 
     def documents(self, state: dict[str, Any]) -> Iterator[tuple[Document | None, dict[str, Any]]]:
         """The documents from `state` on, None for a skipped one, each with the state after it."""

@@ -119,9 +119,8 @@ class Objective(nn.Module):
         """The mean of the finally normed states over each span, fp32 (P, D)."""
         normed_SD, _ = rms_norm(hidden_SD, self.norm, self.eps)
         mean_PS = is_inside(spans) / spans.bounds_P2.diff(dim=1)
-        return (
-            mean_PS @ normed_SD.float()
-        )  # a product: the same twice, and nothing is asked of the device
+        # A product: the same twice, and nothing is asked of the device.
+        return mean_PS @ normed_SD.float()
 
     def _scored(self, scores_NY: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         """fp64 (2,): labelled documents, and those whose highest score is their label's."""

@@ -75,9 +75,8 @@ EXPERT += ("disable_python_gc", "log_level", "compile", "aio", "zero_optimizatio
 EXPERT += ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
 """Keys of DeepSpeed's that may be set."""
 
-TrainedState = dict[
-    str, dict[str, torch.Tensor]
-]  # parameter name -> {"value", "exp_avg", "exp_avg_sq"}, fp32, CPU
+TrainedState = dict[str, dict[str, torch.Tensor]]
+"""Parameter name -> {"value", "exp_avg", "exp_avg_sq"}, fp32, CPU."""
 
 
 def import_deepspeed():

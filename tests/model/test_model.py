@@ -73,10 +73,8 @@ DECODERS = {
 }
 # What the builders have no option for: keys of the encoder's and the decoder's config.json
 EDITS = {
-    "llama3": (
-        {},
-        {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": LLAMA3},
-    ),  # as Llama 3 is published
+    # As Llama 3 is published.
+    "llama3": ({}, {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": LLAMA3}),
     "linear": ({"activation_function": "gelu", "scale_embedding": False}, {}),
     "tied": ({"max_position_embeddings": LONGEST}, {"max_position_embeddings": LONGEST}),
 }
@@ -273,9 +271,8 @@ def test_later_tokens_are_seen_unless_causal(pair: Pair):
 @given(sizes=SIZES)
 @example(sizes=EXTREMES)
 def test_distillation_loss_and_gradients(pair: Pair, sizes: list[tuple[int, int]]):
-    documents = documents_of(
-        [*sizes, (11, 17)], pair.stack
-    )  # of one-token documents alone, q and k get no gradient
+    # Of one-token documents alone, q and k get no gradient.
+    documents = documents_of([*sizes, (11, 17)], pair.stack)
     ours = pair.stack(pack(documents), totals(documents))
     loss, student_PD, teacher_PD = distil_padded(pair, documents)
     assert_close(ours.loss.detach(), loss.detach())

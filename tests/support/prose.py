@@ -228,9 +228,8 @@ def _masked_token_loss(
     model: M2M100ForConditionalGeneration, mask_id: int
 ) -> Callable[..., torch.Tensor]:
     def loss(ids_BL: torch.Tensor, real_BL: torch.Tensor) -> torch.Tensor:
-        inner_BL = real_BL & real_BL.roll(
-            -1, 1
-        )  # neither language token nor </s>: those are no puzzle
+        # Neither language token nor </s>: those are no puzzle.
+        inner_BL = real_BL & real_BL.roll(-1, 1)
         inner_BL[:, 0] = False
         masked_BL = inner_BL & (torch.rand(ids_BL.shape) < MASKED)
         hidden_BLE = model.model.encoder(

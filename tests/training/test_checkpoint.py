@@ -436,9 +436,8 @@ def test_checkpoint_of_another_run_is_refused_with_the_reason(
 
 def test_a_changed_tensor_in_the_middle_of_a_large_file_is_another_model(run, models, tmp_path):
     file = shutil.copytree(models / "decoder", tmp_path / "decoder") / "model.safetensors"
-    around = {
-        name: torch.zeros(1 << 19) for name in ("a", "z")
-    }  # 2 MiB before and behind, which no model reads
+    # 2 MiB before and behind, which no model reads.
+    around = {name: torch.zeros(1 << 19) for name in ("a", "z")}
     tensors = around | load_file(file)
     save_file(tensors, file)
     run = run.with_options(model={"decoder": str(file.parent)})

@@ -38,8 +38,8 @@ FILES = {
     "eng_Latn.dev": 0,
     "swh_Latn.dev": 1,
     "dev.quy_Latn": 2,
-    "arb_Latn.dev": 3,
-}  # the last has no token
+    "arb_Latn.dev": 3,  # which has no token
+}
 
 
 @pytest.fixture(scope="module")
