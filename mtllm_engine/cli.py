@@ -39,6 +39,7 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_launched(commands)
     _add_recipes(commands)
+    _add_sum(commands)
     _add_shards(commands)
     _add_languages(commands)
     _add_babel(commands)
@@ -102,6 +103,30 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from mtllm_engine import sweep
 
     return sweep.sweep(arguments.recipe, arguments.overrides)
+
+
+def _add_sum(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "sum", help="add up stage 1's adapters and a fine-tuned LLM's: a stack that knows the task"
+    )
+    parser.add_argument(
+        "parts",
+        nargs="+",
+        type=expand,
+        metavar="CHECKPOINT",
+        help="of a run, or a folder of PEFT's, over one LLM",
+    )
+    parser.add_argument("--out", required=True, type=expanded_path, metavar="DIR")
+    parser.set_defaults(run=_sum)
+
+
+def _sum(arguments: argparse.Namespace) -> int:
+    from mtllm_engine.training.checkpoint import add_up
+
+    lora = add_up(arguments.parts, arguments.out)
+    adapters = f"adapters of rank {lora.rank} on {', '.join(lora.target_modules)}"
+    print(f"{arguments.out}: {adapters}")
+    return 0
 
 
 def _add_shards(commands: argparse._SubParsersAction) -> None:

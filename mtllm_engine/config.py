@@ -19,10 +19,23 @@ from mtllm_engine.languages import check_language, is_well_formed
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+FOLLOWING = {"rank": 0, "alpha": 0.0, "target_modules": ()}
+"""[lora] as the adapters that are added up have it."""
+
 PathText = Annotated[str, expand]
 """A path, a hub id or DATASET:FOLDER; `~` is the user's home."""
 
-TAKEN = ("llm", "translate_test", "dataset", "measure", "language", "languages", "status", "given")
+TAKEN = (
+    "llm",
+    "translate_test",
+    "sum",
+    "dataset",
+    "measure",
+    "language",
+    "languages",
+    "status",
+    "given",
+)
 """Of the other systems and of the columns of results.csv."""
 
 RENAMED = {
@@ -62,8 +75,9 @@ class ModelConfig:
     aligned tokens."""
     attention: Literal["auto", "torch", "flash_attn", "reference"] = "auto"
     """Which implementation attends; the run header names the one that runs."""
-    init_from: PathText = ""
-    """A checkpoint that projection and adapters start from, as stage 2 starts from stage 1's."""
+    init_from: tuple[PathText, ...] = ()
+    """Checkpoints or PEFT's adapters that training starts from: one, or several, whose adapters are
+    added up; projection and head are those of the one that has them."""
     teacher: PathText = ""
     """A checkpoint of the fine-tuned LLM: its adapters make the teacher, its head is copied."""
 
@@ -100,15 +114,17 @@ class LoraConfig:
     """The adapters, on all layers."""
 
     rank: int = 16
-    """Of every adapter."""
+    """Of every adapter; 0, or left out where `model.init_from` names several: the sum of theirs."""
     alpha: float = 32.0
-    """What an adapter adds is multiplied by alpha / rank."""
+    """What an adapter adds is multiplied by alpha / rank; 0, or left out there: as the first's."""
     rslora: bool = False
     """True: by alpha / sqrt(rank), as PEFT's `use_rslora` has it."""
     dropout: float = 0.05
     """Share of an adapter's input that is dropped in training."""
     target_modules: tuple[str, ...] = LORA_TARGETS
-    """The linears that have one, by PEFT's names."""
+    """The linears that have one, by PEFT's names; empty, or left out there: those of any."""
+    train: Literal["all", "first"] = "all"
+    """What learns of a sum: all of it, or the first of `model.init_from`, the others frozen."""
 
     @property
     def scale(self) -> float:
@@ -229,15 +245,17 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """`mtllm evaluate`: the LLM of model.teacher, alone or after translation, and the stack of
-    model.init_from."""
+    """`mtllm evaluate`: the LLM of model.teacher, alone or after translation, the stack of
+    model.init_from, and the sum of stage 1's adapters and model.teacher's."""
 
-    systems: tuple[Literal["llm", "translate_test", "stack"], ...] = (
+    systems: tuple[Literal["llm", "translate_test", "sum", "stack"], ...] = (
         "llm",
         "translate_test",
         "stack",
     )
     """What is evaluated."""
+    stage1: tuple[PathText, ...] = ()
+    """Stage 1's checkpoint, for the sum."""
     stack_name: str = "stack"
     """What tables and folders call the stack; letters, digits and `_.+-`."""
     languages: tuple[str, ...] = ()
@@ -330,9 +348,19 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: As `load`.
     """
-    config = _build(Config, tree, "")
+    config = _build(Config, _with_sum(tree), "")
     _check(config)
     return config
+
+
+def _with_sum(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With what [lora] leaves out of a sum left to its adapters."""
+    model, lora = tree.get("model"), tree.get("lora", {})
+    if not (isinstance(model, Mapping) and isinstance(lora, Mapping)):
+        return tree
+    origins = model.get("init_from")
+    is_sum = isinstance(origins, list | tuple) and len(origins) > 1
+    return {**tree, "lora": {**FOLLOWING, **lora}} if is_sum else tree
 
 
 def dumps(config: Config) -> str:
@@ -433,7 +461,7 @@ def _dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
 
 def _convert(value: Any, hint: Any, dotted: str) -> Any:
     """Checks a TOML value against a type hint; a whole number is also a float, one string also a
-    tuple of one."""
+    tuple of one, and "" an empty one."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:  # a PathText
         return hint.__metadata__[0](_convert(value, arguments[0], dotted))
@@ -458,7 +486,7 @@ def _convert(value: Any, hint: Any, dotted: str) -> Any:
 
 
 def _convert_tuple(value: Any, arguments: tuple, dotted: str) -> tuple:
-    items = [value] if isinstance(value, str) else value
+    items = ([value] if value else []) if isinstance(value, str) else value
     if not isinstance(items, list | tuple):
         raise ValueError(f"{dotted} must be a list, not {value!r}")
     item_hints = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else list(arguments)
@@ -568,7 +596,7 @@ def _data_rules(config: Config) -> Rules:
 
 
 def _optim_rules(config: Config) -> Rules:
-    optim, lora = config.optim, config.lora
+    optim = config.optim
     lengths = (optim.steps, optim.epochs)
     return [
         (min(lengths) >= 0, "optim.steps and optim.epochs must be 0 or above"),
@@ -589,8 +617,20 @@ def _optim_rules(config: Config) -> Rules:
         (optim.eps > 0, "optim.eps must be above 0"),
         (optim.weight_decay >= 0, "optim.weight_decay must be 0 or above"),
         (optim.clip >= 0, "optim.clip must be 0 (off) or above"),
-        (lora.rank >= 1, "lora.rank must be at least 1"),
-        (lora.alpha > 0, "lora.alpha must be above 0"),
+        *_lora_rules(config),
+    ]
+
+
+def _lora_rules(config: Config) -> Rules:
+    lora, is_sum = config.lora, len(config.model.init_from) > 1
+    unless = "or 0 where model.init_from names several"
+    return [
+        (lora.rank >= 1 - is_sum, f"lora.rank must be at least 1, {unless}"),
+        (lora.alpha > 0 or (is_sum and not lora.alpha), f"lora.alpha must be above 0, {unless}"),
+        (
+            lora.train == "all" or is_sum,
+            'lora.train = "first" is for a sum: model.init_from names several then',
+        ),
         (0 <= lora.dropout < 1, "lora.dropout must be in [0, 1)"),
     ]
 

@@ -4,7 +4,8 @@
 
 The LLM of `model.teacher` reads the foreign text ("llm"), or its English translation
 ("translate_test"); the stack of `model.init_from` reads the foreign text through the MT encoder
-("stack"). Nobody has seen a label but English ones.
+("stack"), as does, without stage 2, the sum of stage 1's adapters and the LLM's ("sum"). Nobody has
+seen a label but English ones.
 """
 
 import sys
@@ -21,6 +22,7 @@ from mtllm_engine.evaluation.systems import (
     cost,
     find_systems,
     predict,
+    readers,
     results_folder,
 )
 from mtllm_engine.evaluation.tables import translation_counts, write
@@ -37,24 +39,20 @@ def evaluate(config: Config, world: World) -> None:
     """
     folder = results_folder(config)
     task, tests = world.together(lambda: find_systems(config))
-    made = world.on_main(partial(makers, config))
-    for kind, checkpoint in (("llm", config.model.teacher), ("stack", config.model.init_from)):
-        systems = [
-            each for each in config.evaluate.systems if (each == "stack") == (kind == "stack")
-        ]
-        if not systems:
-            continue
-        gpu_hours, flops = world.on_main(partial(cost, Path(checkpoint)))
-        reader = Reader(config, world, task, kind, checkpoint)
-        for system in systems:
+    read_by = readers(config)
+    made = world.on_main(partial(makers, config, read_by))
+    for kind, checkpoints in dict.fromkeys(read_by.values()):
+        gpu_hours, flops = world.on_main(partial(cost, checkpoints))
+        reader = Reader(config, world, task, kind, checkpoints)
+        for system in (each for each in read_by if read_by[each] == (kind, checkpoints)):
             translator = build_translator(config, world) if system == "translate_test" else None
             name = config.evaluate.stack_name if system == "stack" else system
             about = {"system": name, "gpu_hours": gpu_hours, "flops": flops}
-            settings = dict(made[kind]["settings"])
+            settings = dict(made[system]["settings"])
             settings |= {"translator": translator.settings} if translator else {}
             for test in tests:
                 answers = predict(config, world, task, reader, translator, test)
-                maker = made[kind] | {"settings": settings, "test": test.digest}
+                maker = made[system] | {"settings": settings, "test": test.digest}
                 answers = replace(answers, **about, maker=maker)
                 world.on_main(partial(_save, folder, answers))
     world.on_main(lambda: print(write(folder, baseline=_baseline(folder)).read_text()))

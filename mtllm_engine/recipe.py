@@ -11,6 +11,10 @@ Stage 1 runs once; fine-tuning, stage 2 and evaluation run for each seed. A step
 run again. The stack's first step starts from an `init_from` in [model]: stage 1, or without it (its
 optim.steps = 0) stage 2. A step that sets steps or epochs of its own means neither of the shared
 ones.
+
+`stage2.from` says what stage 2 starts from: "stage1", or the "sum" of stage 1's adapters and the
+fine-tuned LLM's, whose rank is that of both. The sum itself, which is not trained, is evaluated
+beside the stack.
 """
 
 import functools
@@ -25,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from mtllm_engine import config as configs
-from mtllm_engine.config import Config, dumps, from_dict
+from mtllm_engine.config import FOLLOWING, Config, EvaluateConfig, dumps, from_dict
 from mtllm_engine.evaluation import predictions
 from mtllm_engine.evaluation.systems import find_tests
 from mtllm_engine.files import expand
@@ -37,7 +41,9 @@ from mtllm_engine.training import checkpoint
 from mtllm_engine.training.launch import launcher
 
 TABLES = ("stage1", "finetune", "stage2")
+STARTS = ("stage1", "sum")  # of stage 2; the first is the default
 LENGTHS = {"steps", "epochs"}  # of [optim]: one of them is above 0
+SYSTEMS = EvaluateConfig().systems
 KEYS = {"dir": str, "gpus": int, "seeds": list}
 
 
@@ -72,12 +78,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = configs.read(path, overrides)
     own = _own_keys(tree.pop("recipe", {}), path)
     steps = {name: tree.pop(name, {}) for name in TABLES}
+    origin = _origin(steps["stage2"])
     _check_sections(tree, "")
     for name, sections in steps.items():
         _check_sections({name: sections}, "")
         _check_sections(sections, f"{name}.")
     folder = Path(expand(own["dir"]))
-    jobs = [_job(*each) for each in _trees(tree, steps, folder, own["seeds"])]
+    jobs = [_job(*each) for each in _trees(tree, steps, folder, own["seeds"], origin)]
     return Recipe(folder=folder, gpus=own["gpus"], jobs=tuple(jobs))
 
 
@@ -126,8 +133,9 @@ def check(recipe: Recipe) -> list[Job]:
         data = job.config.data
         try:
             _check_finished(recipe, job)
-            other = checkpoint.follow(job.config).model
-            for path in _given(recipe, other.init_from, other.teacher):
+            other = checkpoint.follow(job.config)
+            origins = (*other.model.init_from, *other.evaluate.stage1, other.model.teacher)
+            for path in _given(recipe, *origins):
                 checkpoint_tensors(path)
             if job.module.endswith("evaluate"):
                 find_tests(job.config)
@@ -218,18 +226,32 @@ def _own_keys(given: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     return own
 
 
+def _origin(stage2: Any) -> str:
+    """What stage 2 starts from, removed from its table."""
+    origin = stage2.pop("from", STARTS[0]) if isinstance(stage2, dict) else STARTS[0]
+    if origin not in STARTS:
+        raise ValueError(f"stage2.from must be one of {', '.join(STARTS)}, not {origin!r}")
+    return origin
+
+
 def _trees(
-    shared: Mapping[str, Any], steps: Mapping[str, Any], folder: Path, seeds: Sequence[int]
+    shared: Mapping[str, Any],
+    steps: Mapping[str, Any],
+    folder: Path,
+    seeds: Sequence[int],
+    origin: str,
 ) -> Iterator[tuple[str, str, dict]]:
-    """(name, module, configuration as a tree) of each job."""
-    start = shared.get("model", {}).get("init_from", "")
+    """(name, module, configuration as a tree) of each job. Args: origin: one of STARTS."""
+    start = shared.get("model", {}).get("init_from", [])
     task = shared.get("task", {})
     untasked = {name: table for name, table in shared.items() if name not in ("task", "evaluate")}
     # Stage 1, which knows no task: once, and what every seed's stage 2 then starts from.
     if _has_stage1(untasked.get("optim", {}), steps["stage1"].get("optim", {})):
         own = {"run": {"dir": str(folder / "stage1")}}
         yield "stage1", "train", _merged(untasked, steps["stage1"], own)
-        start = str(folder / "stage1" / "checkpoints" / "latest")
+        start = [str(folder / "stage1" / "checkpoints" / "latest")]
+    start = steps["stage2"].get("model", {}).get("init_from", start)
+    start = [start] if isinstance(start, str) and start else start or []
     english = {key: value for key, value in task.items() if key != "test"}
     tested = {key: value for key, value in task.items() if key in ("name", "test")}
     pick = "best" if task.get("validation") else "latest"
@@ -240,13 +262,16 @@ def _trees(
         best = {step: str(folder / name / "checkpoints" / pick) for step, name in names.items()}
         # The LLM learns the task; a stack's adapters, where stage 1 starts from some, are not its.
         fixed = {"objective": {"kind": "finetune", "reader": "llm"}, "task": english}
-        fixed |= {"model": {"init_from": ""}}
+        fixed |= {"model": {"init_from": []}}
         finetune = _merged(untasked, fixed, steps["finetune"], own["finetune"])
         yield names["finetune"], "finetune", finetune
         # The stack learns from it. Stored states get a name of their own for each seed and teacher:
         # the corpora that they lie beside may be other recipes' too.
-        fixed = {"model": {"init_from": start, "teacher": best["finetune"]}, "task": english}
-        stage2 = _merged(untasked, fixed, steps["stage2"], own["stage2"])
+        is_sum = origin == "sum" and bool(start)
+        begun = {"model": {"init_from": [*start, best["finetune"]] if is_sum else start}}
+        fixed = {"model": {"teacher": best["finetune"]}, "task": english}
+        fixed |= {"lora": FOLLOWING} if is_sum else {}
+        stage2 = _merged(untasked, fixed, steps["stage2"], own["stage2"], begun)
         states = stage2.get("data", {}).get("teacher_states")
         if isinstance(states, str) and states:
             digest = _teacher_digest(finetune, stage2, steps["stage2"])
@@ -254,7 +279,9 @@ def _trees(
             yield f"targets-{seed}", "targets", stage2
         yield names["stage2"], "train", stage2
         # Both, and the LLM after translation, read every test set as stage 2 reads its texts.
-        read = {"data": steps["stage2"].get("data", {}), "evaluate": shared.get("evaluate", {})}
+        evaluated = {"systems": [*SYSTEMS, "sum"] if start else SYSTEMS, "stage1": start}
+        evaluated |= shared.get("evaluate", {})
+        read = {"data": steps["stage2"].get("data", {}), "evaluate": evaluated}
         fixed = {"model": {"init_from": best["stage2"], "teacher": best["finetune"]}}
         fixed |= {"task": tested, "evaluate": {"results": str(folder / "results")}}
         yield names["evaluate"], "evaluate", _merged(untasked, read, fixed, own["evaluate"])

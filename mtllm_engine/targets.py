@@ -75,7 +75,7 @@ def _build_teacher(config: Config, world: World) -> Teacher:
     folder = config.model.teacher
     task = find_task(config) if folder else None
     lora = read_lora(Path(folder)) if folder else replace(config.lora, target_modules=())
-    model = replace(config.model, init_from=folder, teacher="")
+    model = replace(config.model, init_from=(folder,) if folder else (), teacher="")
     objective = replace(config.objective, kind="finetune", reader="llm")
     alone = replace(config, model=model, objective=objective, lora=lora)
     head = task.head_size if task else None

@@ -20,6 +20,7 @@ from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.languages import ENGLISH
 from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.model.stack import Stack
+from mtllm_engine.model.sums import settle
 from mtllm_engine.model.weights import Weights
 from mtllm_engine.training import checkpoint, step
 from mtllm_engine.training.closed_form import Fit, fit_projection
@@ -130,11 +131,11 @@ def _run(config: Config, world: World) -> None:
 
 def prepare(config: Config) -> Config:
     """The configuration with nothing left open: a task's files packed into the run's folder, epochs
-    counted in steps.
+    counted in steps, a sum's adapters as they are.
 
     Raises:
         ValueError: A file of the task is missing or malformed; `[deepspeed]` has a key that does
-            nothing or breaks the run.
+            nothing or breaks the run; a sum has no adapters, or others than [lora] asks for.
     """
     check_deepspeed(config.deepspeed)
     data, optim = config.data, config.optim
@@ -153,7 +154,7 @@ def prepare(config: Config) -> Config:
         optim = replace(optim, steps=steps, epochs=0.0)
     if not optim.steps:
         raise ValueError("optim.epochs or optim.steps must be above 0")
-    return replace(config, optim=optim)
+    return settle(replace(config, optim=optim))
 
 
 def check_files(config: Config) -> None:

@@ -73,6 +73,8 @@ FILE_NAME = st.from_regex(r"\w[\w.+-]{0,40}", fullmatch=True)
 BY_TYPE = {bool: st.booleans(), str: TEXT, int: st.integers(1, 1 << 40), float: POSITIVE}
 BY_KEY = {  # where the type alone allows more
     "run.dir": NAME,
+    "model.init_from": st.lists(NAME, max_size=3),
+    "lora.train": st.just("all"),  # "first" is of a sum
     "run.seed": st.integers(0, 2**63 - 1),
     "lora.dropout": SHARE,
     "lora.target_modules": st.lists(st.sampled_from(LORA_TARGETS), unique=True),
@@ -88,7 +90,10 @@ BY_KEY = {  # where the type alone allows more
     "task.train": st.just(""),
     "task.validation": st.just(""),
     "task.test": st.just([]),
-    "evaluate.systems": st.lists(st.sampled_from(["llm", "translate_test", "stack"]), min_size=1),
+    "evaluate.systems": st.lists(
+        st.sampled_from(["llm", "translate_test", "sum", "stack"]), min_size=1
+    ),
+    "evaluate.stage1": st.lists(NAME),
     "evaluate.languages": st.lists(FILE_NAME),
     "evaluate.stack_name": FILE_NAME,
     "probe.split": FILE_NAME,

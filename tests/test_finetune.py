@@ -430,7 +430,7 @@ def opened(distilling: tuple[Config, Stack]) -> tuple[Padded, Padded]:
     config, _ = distilling
     start, teacher = (
         peft.PeftModel.from_pretrained(load_llm(config), folder, is_trainable=True)
-        for folder in (config.model.init_from, config.model.teacher)
+        for folder in (*config.model.init_from, config.model.teacher)
     )
     return Padded(config, start, saved_projection(config)), Padded(config, teacher)
 
@@ -490,7 +490,7 @@ def test_stage_2_reads_more_text_than_the_tasks(finetuned: Path, task: str, tmp_
 
 
 def saved_projection(config: Config) -> nn.Linear:
-    saved = load_file(f"{config.model.init_from}/projection.safetensors")
+    saved = load_file(f"{config.model.init_from[0]}/projection.safetensors")
     width, encoder_width = saved["weight"].shape
     linear = nn.Linear(encoder_width, width)
     linear.load_state_dict(saved)
@@ -590,8 +590,8 @@ def test_what_stored_targets_took_counts_as_cost(stored: tuple[Path, Config]):
     steps = [row for row in rows(Path(config.run.dir)) if "loss" in row]
     taken = [(sum(row["step_s"] for row in steps) / 3600, sum(row["flops"] for row in steps))]
     taken += [(each["gpu_hours"], each["flops"]) for each in manifests]
-    taken += [cost(Path(each)) for each in (config.model.init_from, config.model.teacher)]
-    assert cost(Path(config.run.dir) / "checkpoints" / "latest") == pytest.approx(
+    taken += [cost([each]) for each in (*config.model.init_from, config.model.teacher)]
+    assert cost([Path(config.run.dir) / "checkpoints" / "latest"]) == pytest.approx(
         tuple(map(sum, zip(*taken)))
     )
 

@@ -52,14 +52,15 @@ def test_jobs_in_the_order_of_the_method(path: Path):
 def test_each_step_reads_what_the_one_before_it_wrote(path: Path):
     """One start for all seeds; stage 2's teacher and what is evaluated are the best of the same."""
     by_name, out = jobs(path), str(path.parent / "out")
-    assert by_name["stage1"].model.init_from == by_name["stage1"].model.teacher == ""
+    stage1 = by_name["stage1"].model
+    assert (stage1.init_from, stage1.teacher) == ((), "")
     for seed in (3, 4):
         steps = [by_name[f"{step}-{seed}"] for step in ("finetune", "stage2", "evaluate")]
         finetune, stage2, evaluate = (each.model for each in steps)
-        assert (finetune.init_from, finetune.teacher) == ("", "")
-        assert stage2.init_from == f"{out}/stage1/checkpoints/latest"
+        assert (finetune.init_from, finetune.teacher) == ((), "")
+        assert stage2.init_from == (f"{out}/stage1/checkpoints/latest",)
         assert stage2.teacher == evaluate.teacher == f"{out}/finetune-{seed}/checkpoints/best"
-        assert evaluate.init_from == f"{out}/stage2-{seed}/checkpoints/best"
+        assert evaluate.init_from == (f"{out}/stage2-{seed}/checkpoints/best",)
         assert steps[2].evaluate.results == f"{out}/results"
         assert {each.run.seed for each in steps} == {seed}
     assert all(config.run.dir == f"{out}/{name}" for name, config in by_name.items())
@@ -102,7 +103,7 @@ def test_a_steps_own_tables_are_laid_over_the_shared_ones(path: Path):
 def test_without_stage_1_the_stack_starts_anew(path: Path):
     by_name = jobs(path, "stage1.optim.steps=0", "recipe.seeds=[7]")
     assert list(by_name) == ["finetune-7", "stage2-7", "evaluate-7"]
-    assert by_name["stage2-7"].model.init_from == ""
+    assert by_name["stage2-7"].model.init_from == ()
 
 
 def test_a_shared_number_of_steps_leaves_those_alone_that_set_epochs(path: Path):
@@ -134,16 +135,11 @@ def test_the_stacks_first_step_starts_from_a_shared_start(
 ):
     """The LLM that learns the task does not: these are a stack's adapters."""
     by_name = jobs(path, "model.init_from=mine", f"stage1.optim.steps={steps}", "recipe.seeds=[7]")
-    origins = [
-        config.model.init_from.replace(f"{path.parent}/out", "OUT") for config in by_name.values()
-    ]
+    starts_of = ["".join(config.model.init_from) for config in by_name.values()]
+    origins = [each.replace(f"{path.parent}/out", "OUT") for each in starts_of]
     assert origins == [*starts, "OUT/stage2-7/checkpoints/best"]
-    assert (
-        jobs(path, "model.init_from=mine", "finetune.model.init_from=own")[
-            "finetune-3"
-        ].model.init_from
-        == "own"
-    )
+    by_name = jobs(path, "model.init_from=mine", "finetune.model.init_from=own")
+    assert by_name["finetune-3"].model.init_from == ("own",)
 
 
 def test_stored_targets_are_a_job_before_stage_2(path: Path):
@@ -196,7 +192,7 @@ def test_without_a_validation_set_the_last_checkpoints_are_taken(path: Path):
     by_name = jobs(path)
     assert (
         Path(by_name["stage2-3"].model.teacher).name
-        == Path(by_name["evaluate-3"].model.init_from).name
+        == Path(*by_name["evaluate-3"].model.init_from).name
         == "latest"
     )
 

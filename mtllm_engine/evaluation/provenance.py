@@ -46,23 +46,29 @@ class LeftOut:
         return f"{self.system}, seed {self.seed}, {where}: left out, {reason}; evaluate it again"
 
 
-def makers(config: Config) -> dict[Literal["llm", "stack"], dict[str, Any]]:
-    """The maker of what each reader says, but for the test set; reads every byte of the models."""
+def makers(
+    config: Config, readers: Mapping[str, tuple[Literal["llm", "stack"], Sequence[str]]]
+) -> dict[str, dict[str, Any]]:
+    """The maker of what each system says, but for the test set; reads every byte of the models.
+
+    Args:
+        readers: Of each system who reads, and the checkpoints that made it.
+    """
     flat, model = flatten(config), config.model
     digest_of_model = functools.cache(lambda name: fingerprint(resolve(name)))
     about = {
         "commit": commit() or "unknown",
         "evaluated": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
     }
-    made: dict[Literal["llm", "stack"], dict[str, Any]] = {}
-    for system in config.evaluate.systems:
-        reads_stack = system == "stack"
+    made: dict[str, dict[str, Any]] = {}
+    for system, (kind, checkpoints) in readers.items():
+        reads_stack = kind == "stack"
         names = {"model.decoder": model.decoder}
         names |= {"model.encoder": model.encoder} if reads_stack else {}
         models = {key: digest_of_model(name) for key, name in names.items()}
-        checkpoint = Path(model.init_from if reads_stack else model.teacher)
-        made["stack" if reads_stack else "llm"] = about | {
-            "checkpoint": _digest_of(checkpoint, (*RUN_FILES, "adapter_config.json")),
+        files = (*RUN_FILES, "adapter_config.json")
+        made[system] = about | {
+            "checkpoint": " + ".join(_digest_of(Path(each), files) for each in checkpoints),
             "settings": {key: flat[key] for key in SETTINGS} | models,
         }
     return made

@@ -1,4 +1,5 @@
-"""Who answers which test sets: the LLM, alone or after translation, the stack; and their cost."""
+"""Who answers which test sets: the LLM, alone or after translation, the stack after stage 2 or as a
+sum of adapters; and their cost."""
 
 import json
 import shutil
@@ -14,7 +15,7 @@ from mtllm_engine import config as configs
 from mtllm_engine.config import Config
 from mtllm_engine.data.batch import Document
 from mtllm_engine.data.stream import build_stream, each_step
-from mtllm_engine.data.teacher_states import cost_of
+from mtllm_engine.data.teacher_states import cost_of, folder_of
 from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
 from mtllm_engine.evaluation.predictions import Predictions
 from mtllm_engine.evaluation.translate import Translator, find_model, translate_examples
@@ -28,9 +29,10 @@ from mtllm_engine.languages import (
 from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.model.objective import Outputs
 from mtllm_engine.model.peft import read_lora
+from mtllm_engine.model.sums import sum_of
 from mtllm_engine.model.weights import checkpoint_tensors, has_head, resolve
 from mtllm_engine.tasks import Dataset, Example, Task, digest_of, find_dataset, load_task, pack
-from mtllm_engine.training.checkpoint import check_origins
+from mtllm_engine.training.checkpoint import check_origins, summed_in
 from mtllm_engine.training.engine import build_engine, shard
 from mtllm_engine.world import AgreedError, World
 
@@ -69,7 +71,7 @@ class Reader:
 
     Args:
         kind: `objective.reader`.
-        checkpoint: A run's, with a head.
+        checkpoints: A run's, with a head; or several, whose adapters are added up.
     """
 
     def __init__(
@@ -78,10 +80,10 @@ class Reader:
         world: World,
         task: Task,
         kind: Literal["llm", "stack"],
-        checkpoint: str,
+        checkpoints: Sequence[str],
     ) -> None:
-        lora = world.together(lambda: read_lora(Path(checkpoint)))
-        model = replace(config.model, init_from=checkpoint, teacher="")
+        lora = world.together(lambda: sum_of([read_lora(Path(each)) for each in checkpoints]))
+        model = replace(config.model, init_from=tuple(checkpoints), teacher="")
         objective = replace(config.objective, kind="finetune", reader=kind)
         self.config = replace(config, model=model, objective=objective, lora=lora)
         self.world, head = world, task.head_size
@@ -141,14 +143,30 @@ def find_systems(config: Config) -> tuple[Task, list[Test]]:
     Raises:
         ValueError: As `find_tests`, or a checkpoint is missing or has no head.
     """
-    needed = {"llm": "teacher", "translate_test": "teacher", "stack": "init_from"}
-    for system in config.evaluate.systems:
-        checkpoint = getattr(config.model, needed[system])
-        if not checkpoint or not has_head(checkpoint_tensors(checkpoint)):
-            needs = f"needs model.{needed[system]}, a checkpoint with a head"
-            lack = f"{checkpoint} has none" if checkpoint else "it is empty"
+    if "sum" in config.evaluate.systems and not config.evaluate.stage1:
+        lack = "needs evaluate.stage1, a checkpoint of stage 1; it is empty"
+        raise ValueError(f"evaluate.systems has 'sum', which {lack}")
+    for system, (_, checkpoints) in readers(config).items():
+        given = [each for each in checkpoints if each]
+        if not any(has_head(checkpoint_tensors(each)) for each in given):
+            key = "init_from" if system == "stack" else "teacher"
+            lack = f"{' and '.join(given)} has none" if given else "it is empty"
+            needs = f"needs model.{key}, a checkpoint with a head"
             raise ValueError(f"evaluate.systems has {system!r}, which {needs}; {lack}")
     return find_tests(config)
+
+
+def readers(config: Config) -> dict[str, tuple[Literal["llm", "stack"], tuple[str, ...]]]:
+    """Of each system who reads, by `objective.reader`, and the checkpoints that made it."""
+    model = config.model
+    llm: tuple[Literal["llm"], tuple[str]] = ("llm", (model.teacher,))
+    every: dict[str, tuple[Literal["llm", "stack"], tuple[str, ...]]] = {
+        "llm": llm,
+        "translate_test": llm,
+        "sum": ("stack", (*config.evaluate.stage1, model.teacher)),
+        "stack": ("stack", model.init_from),
+    }
+    return {system: every[system] for system in config.evaluate.systems}
 
 
 def find_tests(config: Config) -> tuple[Task, list[Test]]:
@@ -312,24 +330,37 @@ def _texts(test: Test, keys: Sequence[str], answers_N2: np.ndarray) -> dict[str,
     return {"labels": labels, "predictions": given}
 
 
-def cost(checkpoint: Path) -> tuple[float | None, float | None]:
-    """GPU-hours and FLOPs that a checkpoint took, with the runs and stored states that it stands
-    on; None: not known."""
-    # The run's own steps, and what it read.
-    run = checkpoint.resolve().parent.parent
+def cost(checkpoints: Sequence[str]) -> tuple[float | None, float | None]:
+    """GPU-hours and FLOPs that checkpoints took, with the runs and stored states that they stand
+    on, each once; None: not known."""
+    costs: dict[Path, tuple[float, float]] = {}
     try:
-        config = configs.load(run / "config.toml")
-        ranks = json.loads((run / "environment.json").read_text())["world_size"]
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        steps = [(row["step_s"], row["flops"]) for row in rows if "loss" in row]
-        states = config.data.teacher_states
-        corpora = {path for path in (*config.data.train, config.validation.corpus) if path}
-        below = [cost_of(Path(corpus), states) for corpus in corpora if states]
+        for checkpoint in checkpoints:
+            _add_costs(Path(checkpoint), costs)
     except (OSError, ValueError, KeyError):
         return None, None
+    hours, flops = zip(*costs.values())
+    return sum(hours), sum(flops)
+
+
+def _add_costs(checkpoint: Path, costs: dict[Path, tuple[float, float]]) -> None:
+    """Of a run's own steps, of stored states that it read, and of what it stands on, by folder."""
+    if parts := summed_in(checkpoint):
+        for part in parts:
+            _add_costs(part, costs)
+        return
+    run = checkpoint.resolve().parent.parent
+    if run in costs:
+        return
+    config = configs.load(run / "config.toml")
+    ranks = json.loads((run / "environment.json").read_text())["world_size"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    hours = sum(row["step_s"] for row in steps) * ranks / 3600
+    costs[run] = (hours, sum(row["flops"] for row in steps))
+    if states := config.data.teacher_states:
+        for corpus in filter(None, (*config.data.train, config.validation.corpus)):
+            costs[folder_of(Path(corpus), states)] = cost_of(Path(corpus), states)
     # What it started from and learned from.
-    below += [cost(Path(path)) for path in (config.model.init_from, config.model.teacher) if path]
-    if any(None in each for each in below):
-        return None, None
-    hours, flops = sum(each[0] for each in steps) * ranks / 3600, sum(each[1] for each in steps)
-    return hours + sum(each[0] for each in below), flops + sum(each[1] for each in below)
+    for path in filter(None, (*config.model.init_from, config.model.teacher)):
+        _add_costs(Path(path), costs)

@@ -11,6 +11,7 @@ from mtllm_engine.model.encoder import ACTIVATIONS
 from mtllm_engine.model.objective import HeadSize
 from mtllm_engine.model.peft import read_lora
 from mtllm_engine.model.stack import Stack
+from mtllm_engine.model.sums import open_start, settle
 from mtllm_engine.model.weights import (
     ADAPTERS,
     TensorFiles,
@@ -34,14 +35,15 @@ def build_stack(
         ValueError: A checkpoint is missing, of another architecture, or does not fit its
             configuration.
     """
+    config = settle(config)
     model, distils = config.model, config.objective.kind == "distil"
     encoder_folder, decoder_folder = resolve(model.encoder), resolve(model.decoder)
     encoder = load_config(encoder_folder, M2M100Config, "model.encoder")
     decoder = load_config(decoder_folder, LlamaConfig, "model.decoder")
     _check_configs(config, encoder, decoder)
-    start = checkpoint_tensors(model.init_from) if model.init_from else None
+    start, frozen = open_start(config, learns=learns)
     teacher = checkpoint_tensors(model.teacher) if model.teacher else None
-    if start:
+    if isinstance(start, TensorFiles):
         _check_adapters(config, start)
     # A head is copied from the teacher by what distils, and read by what only reads.
     if distils and teacher is None:
@@ -52,7 +54,15 @@ def build_stack(
         raise ValueError(f"{giver.folder} has no head.safetensors; {fix}")
     teacher_lora = read_lora(teacher.folder) if teacher else None
     with torch.device("meta"):
-        stack = Stack(config, encoder, decoder, head=head, teacher=teacher_lora, learns=learns)
+        stack = Stack(
+            config,
+            encoder,
+            decoder,
+            head=head,
+            frozen_rank=frozen.rank if frozen else 0,
+            teacher=teacher_lora,
+            learns=learns,
+        )
     weights = Weights(
         stack,
         TensorFiles(encoder_folder),
@@ -60,6 +70,7 @@ def build_stack(
         seed=config.run.seed,
         projection_init=model.projection_init,
         start=start,
+        frozen=frozen,
         teacher=teacher,
     )
     return stack, weights

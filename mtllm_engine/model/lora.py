@@ -38,6 +38,21 @@ class Adapter(nn.Module):
         super().__init__()
         self.lora_A = nn.Parameter(torch.empty(rank, in_width))
         self.lora_B = nn.Parameter(torch.empty(out_width, rank))
+        self.frozen_A = self.frozen_B = None
+
+    def split(self, rank: int) -> None:
+        """From now on the last `rank` of R are parameters of their own, which do not learn."""
+        (learning, in_width), out_width = self.lora_A.shape, len(self.lora_B)
+        sizes = (learning - rank, rank)
+        self.lora_A, self.frozen_A = (nn.Parameter(torch.empty(R, in_width)) for R in sizes)
+        self.lora_B, self.frozen_B = (nn.Parameter(torch.empty(out_width, R)) for R in sizes)
+
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """lora_A (R, D) and lora_B (f, R) with what does not learn."""
+        if self.frozen_A is None:
+            return self.lora_A, self.lora_B
+        lora_A_RD = torch.cat([self.lora_A, self.frozen_A])
+        return lora_A_RD, torch.cat([self.lora_B, self.frozen_B], dim=1)
 
 
 class AdapterSet(nn.ModuleDict):
@@ -52,11 +67,10 @@ class AdapterSet(nn.ModuleDict):
         )
         self.scale, self.dropout = lora.scale, lora.dropout
 
-    def matrices(self) -> tuple[tuple[int, nn.Parameter, nn.Parameter], ...]:
+    def matrices(self) -> tuple[tuple[int, torch.Tensor, torch.Tensor], ...]:
         """(start, lora_A, lora_B) of each adapter."""
         return tuple(
-            (start, one.lora_A, one.lora_B)
-            for start, one in zip(self.starts, self.values(), strict=True)
+            (start, *one.matrices()) for start, one in zip(self.starts, self.values(), strict=True)
         )
 
     def drop(self, seeds_S: torch.Tensor) -> Dropout | None:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mtllm_engine.config import LORA_TARGETS, Config, LoraConfig
+from mtllm_engine.config import LORA_TARGETS, LoraConfig
 
 FILE = "adapter_config.json"
 APPLIED = ("r", "lora_alpha", "use_rslora", "target_modules")
@@ -66,17 +66,22 @@ def read_lora(folder: Path) -> LoraConfig:
     return LoraConfig(rank=rank, alpha=float(alpha), rslora=is_stabilised, target_modules=targets)
 
 
-def peft_config(config: Config) -> dict[str, Any]:
-    """What `PeftModel.from_pretrained` needs to know of a run's adapters."""
+def read_base(folder: Path) -> str:
+    """The LLM that adapters say they stand on; "" where they do not."""
+    return json.loads((folder / FILE).read_bytes()).get("base_model_name_or_path") or ""
+
+
+def peft_config(lora: LoraConfig, base: str) -> dict[str, Any]:
+    """What `PeftModel.from_pretrained` needs to know of adapters. Args: base: the LLM's name."""
     return {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",
-        "base_model_name_or_path": config.model.decoder,
-        "r": config.lora.rank,
-        "lora_alpha": config.lora.alpha,
-        "use_rslora": config.lora.rslora,
-        "lora_dropout": config.lora.dropout,
-        "target_modules": list(config.lora.target_modules),
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "use_rslora": lora.rslora,
+        "lora_dropout": lora.dropout,
+        "target_modules": list(lora.target_modules),
         "bias": "none",
         "inference_mode": True,
     }

@@ -52,6 +52,7 @@ class Stack(nn.Module):
 
     Args:
         head: Of the task.
+        frozen_rank: Of the student's adapters, what does not learn.
         teacher: The fine-tuned LLM's adapters; None: the teacher is the bare LLM.
         learns: Or nothing is trained.
     """
@@ -63,6 +64,7 @@ class Stack(nn.Module):
         decoder: LlamaConfig,
         *,
         head: HeadSize | None = None,
+        frozen_rank: int = 0,
         teacher: LoraConfig | None = None,
         learns: bool = True,
     ) -> None:
@@ -83,6 +85,8 @@ class Stack(nn.Module):
         self.teacher = "teacher" if teacher else None
         options = {"causal": config.model.causal, "recompute": config.memory.recompute}
         self.decoder = Decoder(decoder, adapters, dtype, self.attention, **options)
+        if frozen_rank:
+            self._split_adapters(frozen_rank)
         # What the states are for.
         parts = (width, decoder.rms_norm_eps, dtype, build_head(width, head))
         if config.objective.kind == "distil":
@@ -157,6 +161,12 @@ class Stack(nn.Module):
         hidden_TD = self.decoder.embedding(batch.teacher.ids_S)
         return hidden_TD, self.decoder.stream(batch.teacher, adapters=adapters, grad=grad)
 
+    def _split_adapters(self, rank: int) -> None:
+        for linear in self.decoder.modules():
+            if isinstance(linear, LoraLinear):
+                for adapter in linear.student.values():
+                    adapter.split(rank)
+
     def _freeze(self) -> None:
         """All but the fp32 parameters that we made ourselves: the projection's Linear, the
         adapters, a task's head.
@@ -166,4 +176,5 @@ class Stack(nn.Module):
         trained = ["projection.weight", "projection.bias"]
         trained += ["objective.head.weight"] if not isinstance(self.objective, Distillation) else []
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(self.learns and (name in trained or ".student." in name))
+            is_adapter = ".student." in name and ".frozen_" not in name
+            parameter.requires_grad_(self.learns and (name in trained or is_adapter))

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -36,6 +37,21 @@ LINEARS = {  # our fused linears and what they hold, by Llama's names
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
+
+
+class Tensors(Protocol):
+    """Named tensors, read slice by slice: a folder's (`TensorFiles`), or a sum of several's."""
+
+    folder: Path | str
+    names: list[str]
+
+    def path(self, name: str) -> Path: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor: ...
+
+    def adapts(self, linear: str) -> bool: ...
 
 
 class TensorFiles:
@@ -65,6 +81,10 @@ class TensorFiles:
     def path(self, name: str) -> Path:
         """The file that a tensor is in."""
         return self._files[name]
+
+    def adapts(self, linear: str) -> bool:
+        """Whether linears of a name get their adapters from here: of one checkpoint, all do."""
+        return True
 
     def check(self, name: str) -> None:
         """Raises: ValueError: There is no such tensor, or none of plain floats."""
@@ -107,7 +127,7 @@ class TensorFiles:
 class Source:
     """A parameter's origin: tensors of one checkpoint, stacked along the first dimension."""
 
-    files: TensorFiles
+    files: Tensors
     names: tuple[str, ...]
 
     def check(self, parameter_name: str, shape: Sequence[int]) -> None:
@@ -147,6 +167,7 @@ class Weights:
     Args:
         start, teacher: Checkpoints of runs: for what is trained, and for the teacher's adapters and
             the copied head.
+        frozen: The sum of adapters beside what is trained.
     """
 
     def __init__(
@@ -157,7 +178,8 @@ class Weights:
         *,
         seed: int,
         projection_init: str,
-        start: TensorFiles | None = None,
+        start: Tensors | None = None,
+        frozen: Tensors | None = None,
         teacher: TensorFiles | None = None,
     ) -> None:
         self.seed, self.projection_init = seed, projection_init
@@ -168,10 +190,14 @@ class Weights:
             self.sources |= _encoder_sources(encoder, len(stack.encoder.layers))
         if start:
             rest = [name for name in self.shapes if name not in self.sources]
-            trained = [name for name in rest if ".teacher." not in name]
-            begun = [name for name in trained if name != HEAD or has_head(start)]
+            trained = [name for name in rest if ".teacher." not in name and ".frozen_" not in name]
+            begun = [name for name in trained if _is_begun(name, start)]
             _check_all_read(start, begun, left_out=() if stack.reads_stack else PROJECTION)
             self.sources |= _run_sources(start, begun)
+        if frozen:
+            kept = [name for name in self.shapes if ".frozen_" in name and _is_begun(name, frozen)]
+            _check_all_read(frozen, kept, left_out=PROJECTION)
+            self.sources |= _run_sources(frozen, kept)
         if teacher:
             copied = [name for name in self.shapes if name == HEAD or ".teacher." in name]
             _check_all_read(teacher, copied, left_out=PROJECTION)
@@ -192,9 +218,9 @@ class Weights:
         """
         if name in self.starts:
             return self.starts[name]
-        digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        shape = self.shapes[name]
+        generator, shape = generator_of(self.seed, name), self.shapes[name]
+        if ".frozen_" in name:  # beside the first of a sum: no other has adapters of this linear
+            return torch.zeros(shape)
         if ".student." in name:
             return initial_adapter(name, shape, generator)
         if name == HEAD:
@@ -220,6 +246,12 @@ class Weights:
         normed_rms = math.hypot(*map(_rms, norm))
         # A uniform variable's bound is sqrt(3) times its root mean square.
         return math.sqrt(3) * embedding_rms / normed_rms
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """What a parameter's start is drawn from: the same on any number of ranks."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def check_finite(values: torch.Tensor, folder: Path, name: str) -> torch.Tensor:
@@ -249,7 +281,7 @@ def checkpoint_tensors(folder: str | Path) -> TensorFiles:
     return TensorFiles(folder, files)
 
 
-def has_head(files: TensorFiles) -> bool:
+def has_head(files: Tensors) -> bool:
     return saved_name(HEAD) in files.names
 
 
@@ -298,6 +330,7 @@ def saved_name(name: str) -> str:
         return name.removeprefix("projection.").removeprefix("objective.")
     _, _, layer, fused, _, linear, matrix = name.split(".")
     original = next(item for item in LINEARS[fused] if item.endswith(linear))
+    matrix = matrix.replace("frozen_", "lora_")  # which is of another checkpoint
     return f"base_model.model.layers.{layer}.{original}.{matrix}.weight"
 
 
@@ -308,7 +341,14 @@ def file_of(saved: str) -> str:
     return HEAD_FILE if saved.startswith("head.") else PROJECTION_FILE
 
 
-def _check_all_read(files: TensorFiles, names: Sequence[str], left_out: Sequence[str]) -> None:
+def _is_begun(name: str, start: Tensors) -> bool:
+    """Whether a parameter of the student's or the head comes from a checkpoint, or is drawn."""
+    if name == HEAD:
+        return has_head(start)
+    return ".student." not in name or start.adapts(name.split(".")[-2])
+
+
+def _check_all_read(files: Tensors, names: Sequence[str], left_out: Sequence[str]) -> None:
     """Args: left_out: parameters that may be there too, besides a head, because who reads has no
     such part.
 
@@ -324,7 +364,7 @@ def _check_all_read(files: TensorFiles, names: Sequence[str], left_out: Sequence
             raise ValueError(f"{path}: nothing reads its tensor {name}; {fix}")
 
 
-def _run_sources(files: TensorFiles, names: Sequence[str]) -> dict[str, Source]:
+def _run_sources(files: Tensors, names: Sequence[str]) -> dict[str, Source]:
     return _sources(files, {name: [saved_name(name)] for name in names})
 
 

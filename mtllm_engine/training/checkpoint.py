@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,16 +18,18 @@ import safetensors.torch
 import torch
 
 from mtllm_engine import files
-from mtllm_engine.config import Config, flatten
+from mtllm_engine.config import Config, LoraConfig, flatten
 from mtllm_engine.data.shards import Manifest
 from mtllm_engine.data.stream import Stream
 from mtllm_engine.files import sha256_of
 from mtllm_engine.model import peft
+from mtllm_engine.model.sums import AdapterSum, lora_of, open_start, sum_of
 from mtllm_engine.model.weights import (
     ADAPTERS,
     HEAD_FILE,
     PROJECTION_FILE,
     RUN_FILES,
+    checkpoint_tensors,
     file_of,
     fingerprint,
     resolve,
@@ -37,6 +39,8 @@ from mtllm_engine.model.weights import (
 from mtllm_engine.training.engine import MOMENTS, PlainEngine, TrainedState, ZeroEngine
 from mtllm_engine.world import World
 
+FORMAT = {"format": "pt"}  # as transformers and PEFT mark their files
+COPY = "copy it again, or name another checkpoint"
 OPTIMIZER = "optimizer.safetensors"
 NAMES = ("latest", "best")
 MODEL = ("causal", "dtype", "quantization", "projection_bias")
@@ -48,7 +52,7 @@ IDENTITY = (
     *("lora.", "objective.", "run.seed", "task.name"),
 )
 """Beginnings of the keys that a run must keep to be continued."""
-EARLIER = {"lora.rslora": False}
+EARLIER = {"lora.rslora": False, "lora.train": "all"}
 """Keys that older checkpoints lack, and what they were then."""
 
 
@@ -112,23 +116,22 @@ def check_origins(config: Config) -> None:
     Raises:
         ValueError: One is damaged, or was trained with others.
     """
-    for key in ("init_from", "teacher"):
-        folder = Path(getattr(config.model, key))
-        if getattr(config.model, key) and (folder / "state.json").exists():
-            reads_stack = key == "init_from" and config.objective.reader == "stack"
-            _check_origin(config, folder, reads_stack=reads_stack)
+    starts = [(folder, config.objective.reader == "stack") for folder in config.model.init_from]
+    teachers = [(folder, False) for folder in (config.model.teacher,) if folder]
+    for folder, reads_stack in (*starts, *teachers):
+        if (Path(folder) / "state.json").exists():
+            _check_origin(config, Path(folder), reads_stack=reads_stack)
 
 
 def _check_origin(config: Config, folder: Path, *, reads_stack: bool) -> None:
-    fix = "copy it again, or name another checkpoint"
-    state = _read(folder, fix, names=(*RUN_FILES, peft.FILE))
+    state = _read(folder, COPY, names=(*RUN_FILES, peft.FILE))
     model, saved = config.model, state["identity"]
     current = {"causal": model.causal, "decoder": _fingerprint(model.decoder)}
     # A projection is of one encoder; who reads the LLM's own tokens has none.
     if reads_stack and PROJECTION_FILE in state["files"]:
         current["encoder"] = _fingerprint(model.encoder)
     for key, value in current.items():
-        if saved.get(f"model.{key}") != value:
+        if saved.get(f"model.{key}", value) != value:  # a sum may not know it of its parts
             change = f"another model.{key} than {getattr(model, key)}; set it to that one"
             raise ValueError(f"{folder} was trained with {change}")
 
@@ -146,6 +149,11 @@ def steps_done(config: Config) -> int:
     state = _read(folder)
     _check_identity(folder, state["identity"], identity(config))
     return state["step"]
+
+
+def summed_in(folder: Path) -> list[Path]:
+    """The checkpoints whose adapters `add_up` added up in a folder; none in others."""
+    return list(map(Path, (_record(folder) or {}).get("sum_of", [])))
 
 
 def latest(folder: Path) -> Path | None:
@@ -191,20 +199,78 @@ def repair(folder: Path) -> None:
 def follow(config: Config) -> Config:
     """With `latest` and `best` of other runs replaced by what they mean, where that is not what
     lies at their place, as in a copy or after a kill."""
-    found = {
-        key: str(_meant(Path(path)))
-        for key in ("init_from", "teacher")
-        if (path := getattr(config.model, key))
-    }
-    return replace(config, model=replace(config.model, **found))
+    model, stage1 = config.model, tuple(map(_meant, config.evaluate.stage1))
+    starts, teacher = tuple(map(_meant, model.init_from)), _meant(model.teacher)
+    model = replace(model, init_from=starts, teacher=teacher)
+    return replace(config, model=model, evaluate=replace(config.evaluate, stage1=stage1))
 
 
-def _meant(path: Path) -> Path:
+def _meant(name: str) -> str:
+    return str(_target(Path(name))) if name else ""
+
+
+def _target(path: Path) -> Path:
     if path.name not in NAMES:
         return path
     target = latest(path.parent) if path.name == "latest" else best(path.parent)
     is_there = target is None or (path.is_dir() and path.samefile(target))
     return path if is_there else target
+
+
+def add_up(folders: Sequence[str], out: Path) -> LoraConfig:
+    """Writes the sum of several checkpoints as one: PEFT's adapters of the summed rank, and the
+    projection and the head of those that have them.
+
+    Returns:
+        The sum's adapters.
+
+    Raises:
+        ValueError: There is something at `out`, or a checkpoint is damaged, does not fit another,
+            or was trained with another LLM or attention.
+    """
+    if out.exists():
+        raise ValueError(f"{out} is there already; name a new folder")
+    if len(folders) < 2:
+        raise ValueError("a sum is of at least two checkpoints")
+    parts = [Path(folder) for folder in folders]
+    lora = sum_of([lora_of(part) for part in parts])
+    tensors = AdapterSum(list(map(checkpoint_tensors, parts)), scale=lora.scale, seed=0)
+    record = _origins(parts)
+    contents: dict[str, dict[str, torch.Tensor]] = {}
+    for name in tensors.names:
+        shape = tensors.shape(name)
+        value = tensors.read(name, 0, math.prod(shape)).view(shape)
+        contents.setdefault(file_of(name), {})[name] = value
+    with files.atomic_folder(out) as draft:
+        saved = {name: safetensors.torch.save(each, FORMAT) for name, each in contents.items()}
+        config = peft.peft_config(lora, peft.read_base(parts[0]))
+        saved[peft.FILE] = json.dumps(config, indent=1).encode()
+        hashes = {name: _write_file(draft / name, content) for name, content in saved.items()}
+        _write_file(draft / "state.json", files.sealed(record | {"files": hashes}))
+    return lora
+
+
+def _origins(parts: Sequence[Path]) -> dict[str, Any]:
+    """What a sum's record says of its parts: the models that they were trained with, by those that
+    say so.
+
+    Raises:
+        ValueError: One is damaged, or two were trained with different models.
+    """
+    identity: dict[str, Any] = {}
+    said_by: dict[str, Path] = {}
+    for part in parts:
+        if not (part / "state.json").exists():
+            continue
+        state = _read(part, COPY, names=(*RUN_FILES, peft.FILE))
+        keys = ["model.causal", "model.decoder"]
+        keys += ["model.encoder"] if PROJECTION_FILE in state["files"] else []
+        for key in keys:
+            value = state["identity"].get(key)
+            if identity.setdefault(key, value) != value:
+                raise ValueError(f"{said_by[key]} and {part} were trained with another {key} each")
+            said_by.setdefault(key, part)
+    return {"identity": identity, "sum_of": [str(part.resolve()) for part in parts]}
 
 
 def is_best(config: Config, world: World, score: float | None) -> bool:
@@ -224,7 +290,10 @@ def load_tensors(folder: Path) -> TrainedState:
     state: TrainedState = {}
     for path, tensor in safetensors.torch.load_file(folder / OPTIMIZER).items():
         name, _, moment = path.rpartition("/")
-        state.setdefault(name, {"value": values[saved_name(name)]})[moment] = tensor
+        value = values[saved_name(name)]
+        if value.shape != tensor.shape:  # what does not learn stands behind what does
+            value = value[tuple(map(slice, tensor.shape))].contiguous()
+        state.setdefault(name, {"value": value})[moment] = tensor
     return state
 
 
@@ -236,7 +305,7 @@ def identity(config: Config) -> dict[str, Any]:
     models = {
         "model.encoder": _fingerprint(model.encoder),
         "model.decoder": _fingerprint(model.decoder),
-        "model.init_from": _run_fingerprint(model.init_from),
+        "model.init_from": " + ".join(map(_run_fingerprint, model.init_from)),
         "model.teacher": _run_fingerprint(model.teacher),
     }
     corpora = [Manifest.load(path).fingerprint for path in config.data.train]
@@ -339,15 +408,19 @@ def _contents(config: Config, state: TrainedState) -> dict[str, bytes]:
     comes along."""
     values: dict[str, dict[str, torch.Tensor]] = {}
     moments: dict[str, torch.Tensor] = {}
+    _, frozen = open_start(config, learns=True)
     for name, tensors in state.items():
-        saved = saved_name(name)
-        values.setdefault(file_of(saved), {})[saved] = tensors["value"].contiguous()
+        saved, value = saved_name(name), tensors["value"].contiguous()
+        if frozen and file_of(saved) == ADAPTERS:
+            value = frozen.beside(value, saved)
+        values.setdefault(file_of(saved), {})[saved] = value
         moments |= {f"{name}/{key}": tensors[key].contiguous() for key in MOMENTS}
-    form = {"format": "pt"}
-    contents = {name: safetensors.torch.save(part, form) for name, part in values.items()}
+    contents = {name: safetensors.torch.save(part, FORMAT) for name, part in values.items()}
     contents[OPTIMIZER] = safetensors.torch.save(moments)
     if ADAPTERS in contents:
-        contents[peft.FILE] = json.dumps(peft.peft_config(config), indent=1).encode()
+        contents[peft.FILE] = json.dumps(
+            peft.peft_config(config.lora, config.model.decoder), indent=1
+        ).encode()
     copied = Path(config.model.teacher) / HEAD_FILE
     if config.model.teacher and copied.is_file():
         contents[HEAD_FILE] = copied.read_bytes()

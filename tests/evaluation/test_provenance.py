@@ -161,15 +161,16 @@ def config(folder: Path, tmp_path: Path) -> Config:
     """Evaluates copies of the folder's checkpoints and test sets."""
     shutil.copytree(folder / "topics", tmp_path / "topics")
     config = evaluation_config(folder, "sib200", f"sib200:{tmp_path}/topics")
-    for key, name in (("init_from", "stack"), ("teacher", "llm")):
-        shutil.copytree(Path(getattr(config.model, key)).resolve(), tmp_path / name)
-    model = replace(config.model, init_from=str(tmp_path / "stack"), teacher=str(tmp_path / "llm"))
+    for path, name in ((*config.model.init_from, "stack"), (config.model.teacher, "llm")):
+        shutil.copytree(Path(path).resolve(), tmp_path / name)
+    starts, teacher = (str(tmp_path / "stack"),), str(tmp_path / "llm")
+    model = replace(config.model, init_from=starts, teacher=teacher)
     options = replace(config.evaluate, systems=("llm", "stack"), results=str(tmp_path / "results"))
     return replace(config, model=model, evaluate=options)
 
 
 def other_checkpoint(config: Config) -> Config:
-    path = Path(config.model.init_from) / "projection.safetensors"
+    path = Path(*config.model.init_from) / "projection.safetensors"
     tensors = load_file(path)
     tensors["weight" if "weight" in tensors else next(iter(tensors))].view(-1)[0] += 1e-3
     save_file(tensors, path)
@@ -187,7 +188,7 @@ def other_attention(config: Config) -> Config:
 
 def unrecorded(config: Config) -> Config:
     """Without the record of its training a checkpoint is taken as it is."""
-    (Path(config.model.init_from) / "state.json").unlink()
+    (Path(*config.model.init_from) / "state.json").unlink()
     return config
 
 

@@ -139,7 +139,7 @@ def test_scores_of_the_stack_are_those_of_transformers(
     texts = short_texts(folder, language, config)
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     ids = [np.array([prefix, *of_text, tokenizer.eos_token_id]) for of_text in tokens]
-    llm = opened_llm(config, config.model.init_from)
+    llm = opened_llm(config, *config.model.init_from)
     padded = Padded(config, llm, linear(config, "projection"), linear(config, "head"))
     assert_scores(evaluated[1][f"stack/sib200/{language}"], padded, ids, "student")
 
@@ -172,7 +172,7 @@ def opened_llm(config: Config, adapters: str) -> peft.PeftModel:
 
 def linear(config: Config, name: str) -> nn.Linear:
     """The projection, or the head, of the stack's checkpoint; the head is the LLM's."""
-    saved = load_file(f"{config.model.init_from}/{name}.safetensors")
+    saved = load_file(f"{config.model.init_from[0]}/{name}.safetensors")
     tensors = {key.removeprefix(f"{name}."): value for key, value in saved.items()}
     layer = nn.Linear(*tensors["weight"].T.shape, bias="bias" in tensors)
     layer.load_state_dict(tensors)
@@ -260,13 +260,13 @@ def test_cost_is_that_of_all_runs_below(folder: Path, evaluated: tuple[Path, dic
     for system, expected in (("stack", sum(taken.values())), ("llm", taken["finetune-sib200"])):
         item = predictions[system, "swh_Latn"]
         assert (item.gpu_hours, item.flops) == pytest.approx(tuple(expected)) and item.flops > 0
-    assert cost(checkpoint(folder, "stage2-sib200")) == pytest.approx(tuple(sum(taken.values())))
+    assert cost([checkpoint(folder, "stage2-sib200")]) == pytest.approx(tuple(sum(taken.values())))
 
 
 def test_what_a_copied_checkpoint_took_is_not_known(folder: Path, tmp_path: Path):
     target = tmp_path / "run" / "checkpoints" / "step-00000003"
     target.mkdir(parents=True)
-    assert cost(target) == (None, None)
+    assert cost([target]) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_what_a_copied_checkpoint_took_is_not_known(folder: Path, tmp_path: Path
         ),
         (
             "model",
-            {"init_from": ""},
+            {"init_from": ()},
             "'stack', which needs model.init_from, a checkpoint with a head; it is empty",
         ),
         (
@@ -319,7 +319,7 @@ def test_what_is_missing_is_named_before_any_model_runs(
     folder: Path, tmp_path: Path, section: str, values: dict, message: str
 ):
     if values.get("init_from"):
-        values = {"init_from": str(folder / values["init_from"])}
+        values = {"init_from": (str(folder / values["init_from"]),)}
     config = topics_config(folder, evaluate={"results": str(tmp_path / "results")})
     config = replace(config, **{section: replace(getattr(config, section), **values)})
     with pytest.raises(ValueError) as error:

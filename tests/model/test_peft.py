@@ -70,7 +70,8 @@ def our_states(models: Config, adapters: Path, role: str) -> torch.Tensor:
     """Of the LLM with these adapters, as `teacher` or as what training or evaluation starts from
     ("init_from"); normed by nobody.
     """
-    model = replace(models.model, **{role: str(adapters)})
+    given = {"teacher": str(adapters), "init_from": (str(adapters),)}
+    model = replace(models.model, **{role: given[role]})
     config = replace(models, model=model)
     if role == "init_from":  # as evaluation reads the fine-tuned LLM
         objective = replace(models.objective, kind="finetune", reader="llm")
@@ -218,7 +219,7 @@ def test_adapters_without_their_configuration_are_no_start(
 ):
     make(llm, tmp_path, **PLAIN)
     (tmp_path / FILE).unlink()
-    model = replace(models.model, init_from=str(tmp_path))
+    model = replace(models.model, init_from=(str(tmp_path),))
     with pytest.raises(ValueError, match=f"{FILE} cannot be read"):
         build_stack(replace(models, model=model))
 
@@ -233,7 +234,7 @@ def test_a_projection_is_read_whole_or_not_at_all(
     tensors = {"weight": torch.ones(32, 16), "bias": torch.ones(32)}
     tensors |= {extra: torch.ones(3)} if extra else {}
     save_file(tensors, tmp_path / "projection.safetensors")
-    model = replace(models.model, init_from=str(tmp_path), projection_bias=bias)
+    model = replace(models.model, init_from=(str(tmp_path),), projection_bias=bias)
     config = replace(models, model=model, lora=read_lora(tmp_path))
     unread = "" if bias else "bias"
     if extra:

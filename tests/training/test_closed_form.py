@@ -191,6 +191,6 @@ def test_training_starts_from_the_fit_and_solves_neither_on_resume_nor_from_a_st
     torch.testing.assert_close(weight_DE, fit(config).weight_DE, rtol=0, atol=1e-7)
     assert start(config) is None
     another = replace(config, run=replace(config.run, dir=str(folder / "started")))
-    assert start(replace(another, model=replace(config.model, init_from=str(saved)))) is None
+    assert start(replace(another, model=replace(config.model, init_from=(str(saved),)))) is None
     assert start(replace(another, model=replace(config.model, projection_init="embedding"))) is None
     assert start(another) is not None

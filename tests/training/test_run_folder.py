@@ -178,12 +178,11 @@ def test_best_is_repaired_by_the_next_start_also_where_nothing_is_left_to_do(mod
     (folder / "best").symlink_to("step-00000002")
     model = {"init_from": str(folder / "best"), "teacher": str(folder / "latest")}
     followed = checkpoint.follow(configure(models, run, model=model)).model
-    assert followed.init_from == str(expected) and followed.teacher == model["teacher"]
+    assert followed.init_from == (str(expected),) and followed.teacher == model["teacher"]
     learn(models, run)
     assert (folder / "best").resolve() == expected.resolve()
-    assert (
-        checkpoint.follow(configure(models, run, model=model)).model.init_from
-        == (model["init_from"])
+    assert checkpoint.follow(configure(models, run, model=model)).model.init_from == (
+        model["init_from"],
     )
 
 
