@@ -46,7 +46,7 @@ def sweep(path: str | Path, settings: Sequence[str]) -> int:
         check(recipe)
     for name, recipe in recipes.items():
         print(f"\n{name}", flush=True)
-        _share(recipe, first)
+        share(recipe, first)
         if status := run(recipe):
             return status
         points += [{"setting": name, **point} for point in _points(recipe)]
@@ -113,7 +113,7 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
     return {key: next((end for end in ends[key] if end not in others[key]), key) for key in keys}
 
 
-def _share(recipe: Recipe, first: dict[str, Path]) -> None:
+def share(recipe: Recipe, first: dict[str, Path]) -> None:
     """Links what an earlier setting made of the same configuration, of jobs that stand on no other
     job.
 
