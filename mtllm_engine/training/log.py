@@ -219,6 +219,7 @@ def write_header(
     rows = {
         "run": f"{folder}{continued}",
         "learns": _learns(config),
+        "starts from": _starts(config),
         "encoder": f"{model.encoder} (frozen)" if stack.reads_stack else "none",
         "decoder": f"{model.decoder} ({'causal' if model.causal else 'bidirectional'})",
         "texts": tokenizer.around,
@@ -240,6 +241,15 @@ def _learns(config: Config) -> str:
     teacher = f"the LLM of {config.model.teacher}" if config.model.teacher else "the bare LLM"
     states = config.data.teacher_states
     return f"{learner} from {teacher}" + (f", its states stored as {states}" if states else "")
+
+
+def _starts(config: Config) -> str:
+    """What the adapters begin as, in words; "" for new ones."""
+    origins, lora = config.model.init_from, config.lora
+    if len(origins) < 2:
+        return "".join(origins)
+    learns = f", of which {origins[0]} learns" if lora.train == "first" else ""
+    return f"{' + '.join(origins)}: adapters of rank {lora.rank}{learns}"
 
 
 def _parameters(config: Config, stack: Stack) -> str:

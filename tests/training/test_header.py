@@ -1,5 +1,7 @@
 """What a run says of itself before it begins."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,23 @@ def test_the_header_shows_what_is_put_around_a_text(tmp_path: Path, capsys, lost
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("texts ")]
     teacher = "nothing put around them" if lost else "<|begin_of_text|> ..."
     assert row.split(maxsplit=1)[1] == f"encoder: LANGUAGE ... </s>; LLM: {teacher}"
+
+
+def test_the_header_says_what_is_added_up(tmp_path: Path, capsys):
+    build_models(tmp_path)
+    config = stage1_config(tmp_path, optim={"steps": 1})
+    train(config, ALONE)
+    first = next((tmp_path / "stage1" / "checkpoints").glob("step-*"))
+    second = tmp_path / "second"
+    shutil.copytree(first, second)
+    (second / "projection.safetensors").unlink()
+    (second / "state.json").unlink()
+    capsys.readouterr()
+    model = {"init_from": [str(first), str(second)]}
+    lora = {"rank": 0, "alpha": 0, "train": "first"}
+    added = stage1_config(tmp_path, model=model, lora=lora, run={"dir": str(tmp_path / "sum")})
+    train(replace(added, optim=config.optim), ALONE)
+    printed = capsys.readouterr().out.splitlines()
+    (row,) = [line for line in printed if line.startswith("starts from ")]
+    said = f"{first} + {second}: adapters of rank 8, of which {first} learns"
+    assert row.split(maxsplit=2)[2] == said
