@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,18 +60,25 @@ class TensorFiles:
     Args:
         files: By default those of a Hugging Face model: `model.safetensors`, its sharded form, or
             `pytorch_model.bin`.
+        rename: Our name of a tensor, by the file's.
     """
 
-    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[Path] | None = None,
+        rename: Callable[[str], str] = str,
+    ) -> None:
         self.folder = folder
         self.paths = list(_weight_files(folder) if files is None else files)
-        self._files: dict[str, Path] = {}
+        self._files: dict[str, tuple[Path, str]] = {}
         for path in self.paths:
-            names = _tensor_names(path)
-            if files and (twice := self._files.keys() & names):
-                name = min(twice)
-                raise ValueError(f"{path} has the tensor {name}, and so has {self._files[name]}")
-            self._files.update(dict.fromkeys(names, path))
+            for theirs in _tensor_names(path):
+                name = rename(theirs)
+                if files and name in self._files:
+                    earlier = self._files[name][0]
+                    raise ValueError(f"{path} has the tensor {name}, and so has {earlier}")
+                self._files[name] = (path, theirs)
         self._open: dict[Path, Mapping] = {}
 
     @property
@@ -80,7 +87,7 @@ class TensorFiles:
 
     def path(self, name: str) -> Path:
         """The file that a tensor is in."""
-        return self._files[name]
+        return self._files[name][0]
 
     def adapts(self, linear: str) -> bool:
         """Whether linears of a name get their adapters from here: of one checkpoint, all do."""
@@ -110,11 +117,11 @@ class TensorFiles:
     def _tensor(self, name: str):
         if name not in self._files:
             raise ValueError(f"{self.folder} has no tensor {name}")
-        path = self._files[name]
+        path, theirs = self._files[name]
         if path not in self._open:
             self._open[path] = _open(path)
         opened = self._open[path]
-        tensor = opened[name] if isinstance(opened, dict) else opened.get_slice(name)
+        tensor = opened[theirs] if isinstance(opened, dict) else opened.get_slice(theirs)
         # What is packed or scaled by another tensor would be taken for the numbers themselves.
         dtype = tensor.get_dtype() if hasattr(tensor, "get_dtype") else tensor.dtype
         if dtype not in FLOATS:
@@ -278,7 +285,14 @@ def checkpoint_tensors(folder: str | Path) -> TensorFiles:
     if not files:
         names = ", ".join(RUN_FILES)
         raise ValueError(f"{folder} is no checkpoint of a run: it has none of {names}")
-    return TensorFiles(folder, files)
+    return TensorFiles(folder, files, _adapter_name)
+
+
+def _adapter_name(name: str) -> str:
+    """PEFT's name on the LLM itself of a tensor that was saved on a model around it, such as
+    LlamaForCausalLM."""
+    around = "base_model.model.model."
+    return f"base_model.model.{name.removeprefix(around)}" if name.startswith(around) else name
 
 
 def has_head(files: Tensors) -> bool:

@@ -5,6 +5,7 @@ named.
 import copy
 import dataclasses
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import LlamaModel
+from transformers import LlamaForCausalLM, LlamaModel
 
 from mtllm_engine.config import LORA_TARGETS, Config
 from mtllm_engine.data.batch import Document, collate
@@ -306,3 +307,26 @@ def test_states_are_pefts_or_the_key_is_named(
         assert "\n" not in str(error) and str(folder) in str(error)
     else:
         assert_same_states(models, llm, folder, ours_TD)
+
+
+@pytest.mark.parametrize("role", ["teacher", "init_from"])
+def test_adapters_of_a_causal_lm_are_those_of_its_llm(
+    models: Config, llm: LlamaModel, tmp_path: Path, role: str
+):
+    """What most people have: names that begin one module further out."""
+    make(llm, tmp_path / "inner", **PLAIN)
+    causal = LlamaForCausalLM.from_pretrained(models.model.decoder)
+    make(causal, tmp_path / "outer", **PLAIN)
+    tensors = load_file(tmp_path / "outer" / TENSORS)
+    assert all(name.startswith("base_model.model.model.layers.") for name in tensors)
+    inner, outer = (our_states(models, tmp_path / each, role) for each in ("inner", "outer"))
+    assert torch.equal(inner, outer)
+    assert_same_states(models, causal.model, tmp_path / "inner", outer)
+    # Both names of one tensor.
+    one = "base_model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file(
+        tensors | {one: tensors[one.replace("layers", "model.layers", 1)].clone()},
+        tmp_path / "outer" / TENSORS,
+    )
+    with pytest.raises(ValueError, match=f"has the tensor {re.escape(one)}, and so has"):
+        our_states(models, tmp_path / "outer", role)
