@@ -36,7 +36,8 @@ class AdapterSum:
             nothing learns.
 
     Raises:
-        ValueError: A part has no adapters, or two have a projection or a head.
+        ValueError: A part has no adapters, or others than it says, or two have a projection or a
+            head.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class AdapterSum:
                     both = f"{earlier.folder} and {files.folder} have a {what} each"
                     raise ValueError(f"{both}; a sum has one: remove that file from one of them")
                 self._others[name] = files
-        adapters = [name for files in parts for name in files.names if _is_adapter(name)]
+        adapters = [name for each in self._parts for name in _adapters_of(*each)]
         self.names = [*self._others, *dict.fromkeys(adapters)]
 
     @property
@@ -71,7 +72,8 @@ class AdapterSum:
 
     def path(self, name: str) -> Path:
         """A file that a tensor is in."""
-        return self._owner(name).path(name)
+        every = [*self._others.values(), *(files for files, _ in self._parts)]
+        return next(files for files in every if name in files.names).path(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises: ValueError: No part has such a tensor, or theirs do not fit one another."""
@@ -163,7 +165,9 @@ def open_start(
     options = {"scale": config.lora.scale, "seed": config.run.seed if learns else None}
     count = 1 if config.lora.train == "first" else len(parts)
     start = AdapterSum(parts[:count], parts[count:], **options)
-    return start, AdapterSum(parts[count:], **options) if parts[count:] else None
+    if count == len(parts):
+        return start, None
+    return start, AdapterSum(parts[count:], scale=config.lora.scale, seed=None)
 
 
 def settle(config: Config) -> Config:
@@ -200,10 +204,23 @@ def sum_of(loras: Sequence[LoraConfig]) -> LoraConfig:
 
 
 def lora_of(folder: Path) -> LoraConfig:
-    """Raises: ValueError: The folder has no adapters, or as `read_lora`."""
+    """Raises: ValueError: The folder has no adapters, or they add nothing, or as `read_lora`."""
     if not (folder / ADAPTERS).is_file():
         raise ValueError(f"{folder} has no {ADAPTERS}: there is nothing to add up")
-    return read_lora(folder)
+    lora = read_lora(folder)
+    if not lora.alpha:
+        raise ValueError(f"{folder}: lora_alpha=0: there is nothing to add up; leave it out")
+    return lora
+
+
+def _adapters_of(files: TensorFiles, lora: LoraConfig) -> list[str]:
+    """Raises: ValueError: One is of a linear that has none by the part's own configuration."""
+    names = [name for name in files.names if _is_adapter(name)]
+    for name in names:
+        if _linear_of(name) not in lora.target_modules:
+            lack = f"its target_modules lack {_linear_of(name)}"
+            raise ValueError(f"{files.path(name)}: nothing reads its tensor {name}; {lack}")
+    return names
 
 
 def _is_adapter(name: str) -> bool:
