@@ -147,10 +147,10 @@ def find_systems(config: Config) -> tuple[Task, list[Test]]:
         lack = "needs evaluate.stage1, a checkpoint of stage 1; it is empty"
         raise ValueError(f"evaluate.systems has 'sum', which {lack}")
     for system, (_, checkpoints) in readers(config).items():
-        given = [each for each in checkpoints if each]
-        if not any(has_head(checkpoint_tensors(each)) for each in given):
+        is_given = checkpoints and all(checkpoints)
+        if not (is_given and any(has_head(checkpoint_tensors(each)) for each in checkpoints)):
             key = "init_from" if system == "stack" else "teacher"
-            lack = f"{' and '.join(given)} has none" if given else "it is empty"
+            lack = f"{' and '.join(checkpoints)} has none" if is_given else "it is empty"
             needs = f"needs model.{key}, a checkpoint with a head"
             raise ValueError(f"evaluate.systems has {system!r}, which {needs}; {lack}")
     return find_tests(config)
