@@ -237,6 +237,36 @@ def test_a_table_never_mixes(
     assert len(load(results)) == 6  # nothing is lost
 
 
+def test_a_sum_of_another_stage_1_is_another_system(
+    folder: Path, config: Config, tmp_path: Path, capsys
+):
+    """The LLM, which is the other part of it, is the same."""
+    latest = folder / "stage1" / "checkpoints" / "latest"
+    part = shutil.copytree(latest.resolve(), tmp_path / "stage1")
+    options = replace(config.evaluate, systems=("llm", "sum"), stage1=(str(part),))
+    config = replace(config, evaluate=options)
+    evaluate(config, ALONE)
+    first = {item.identity: item.maker for item in load(Path(options.results))}
+    evaluate(config, ALONE)
+    assert "left out" not in capsys.readouterr().out
+    again = {item.identity: item.maker for item in load(Path(options.results))}
+    digests = [{key: each["checkpoint"] for key, each in made.items()} for made in (first, again)]
+    assert digests[0] == digests[1] and len(set(digests[0].values())) == 2
+    tensors = load_file(part / "projection.safetensors")
+    tensors["weight"][0, 0] += 1e-3
+    save_file(tensors, part / "projection.safetensors")
+    (part / "state.json").unlink()
+    evaluate(replace(config, evaluate=replace(options, languages=("swh_Latn",))), ALONE)
+    content = json.loads((Path(options.results) / "results.json").read_text())
+    (left,) = content["left_out"]
+    assert (left["system"], left["languages"]) == ("sum", ["deu_Latn", "eng_Latn"])
+    assert left["differs"] == "checkpoint"
+    (table,) = content["tables"]
+    assert set(table["scores"]["sum"]) & set(LANGUAGES) == {"swh_Latn"}
+    assert set(table["scores"]["llm"]) & set(LANGUAGES) == set(LANGUAGES)
+    assert "sum, seed 0, sib200 in deu_Latn, eng_Latn: left out, " in capsys.readouterr().out
+
+
 def test_evaluating_the_same_again_leaves_nothing_out(config: Config):
     evaluate(config, ALONE)
     options = replace(config.evaluate, systems=("stack",), languages=("swh_Latn",))

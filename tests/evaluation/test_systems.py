@@ -2,6 +2,7 @@
 lacks a language."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mtllm_engine import evaluate as command
-from mtllm_engine.config import Config
+from mtllm_engine.config import FOLLOWING, Config
 from mtllm_engine.data.batch import Document
 from mtllm_engine.data.tokenizers import load_tokenizer
 from mtllm_engine.evaluate import evaluate
@@ -23,6 +24,8 @@ from mtllm_engine.evaluation.predictions import Predictions, load
 from mtllm_engine.evaluation.systems import cost
 from mtllm_engine.evaluation.translate import translate_examples
 from mtllm_engine.tasks.sib200 import SIB200
+from mtllm_engine.train import train
+from mtllm_engine.training.checkpoint import add_up
 from tests.support.padded import Padded, assert_close, load_llm, mean_pool
 from tests.support.stages import (
     ALONE,
@@ -33,6 +36,7 @@ from tests.support.stages import (
     recorded_scores,
     rows,
     run_stages,
+    stage2_config,
     write_belebele,
     write_questions,
     write_topics,
@@ -267,6 +271,104 @@ def test_what_a_copied_checkpoint_took_is_not_known(folder: Path, tmp_path: Path
     target = tmp_path / "run" / "checkpoints" / "step-00000003"
     target.mkdir(parents=True)
     assert cost([target]) == (None, None)
+
+
+def started(folder: Path, run: str) -> str:
+    name = "latest" if run == "stage1" else "best"
+    return str(checkpoint(folder, run, name))
+
+
+@pytest.fixture(scope="module")
+def summed(folder: Path) -> tuple[Path, dict[str, dict], Path]:
+    """Results and scores of stage 1 and the fine-tuned LLM added up, and the folder of that."""
+    stage1, task = (started(folder, run) for run in ("stage1", "finetune-sib200"))
+    options = {"systems": ["sum", "llm"], "stage1": stage1, "results": str(folder / "summed")}
+    with recorded_scores() as scores:
+        evaluate(topics_config(folder, evaluate=options), ALONE)
+    add_up([stage1, task], folder / "sum")
+    return folder / "summed", scores, folder / "sum"
+
+
+def test_the_sum_is_the_stack_of_its_folder(
+    folder: Path, evaluated: tuple[Path, dict], summed: tuple[Path, dict, Path]
+):
+    """On the same examples exactly; beside a stack it leaves that as it is."""
+    options = {"systems": ["stack", "sum"], "results": str(folder / "both")}
+    options |= {"stage1": started(folder, "stage1")}
+    evaluate(topics_config(folder, evaluate=options), ALONE)
+    options = {"systems": ["stack"], "results": str(folder / "of-folder")}
+    of_folder = topics_config(folder, evaluate=options, model={"init_from": str(summed[2])})
+    with recorded_scores() as scores:
+        evaluate(of_folder, ALONE)
+    assert {name for name in summed[1] if name.startswith("stack/")} == scores.keys()
+    assert all(summed[1][name] == of_corpus for name, of_corpus in scores.items())
+    first, both, whole, before = map(
+        saved, (summed[0], folder / "both", folder / "of-folder", evaluated[0])
+    )
+    differ = 0
+    for language, given in GIVEN.items():
+        item, same = first["sum", language], whole["stack", language]
+        assert (item.language_status, item.language_given) == given
+        assert item.keys == same.keys and np.array_equal(item.labels, same.labels)
+        for other in (both["sum", language], same):
+            assert np.array_equal(item.predictions, other.predictions)
+        stacks = [each["stack", language].predictions for each in (both, before)]
+        assert np.array_equal(*stacks)
+        differ += not np.array_equal(stacks[0], item.predictions)
+    assert differ
+    assert "| llm | sum |" in (summed[0] / "results.md").read_text()
+
+
+def taken(folder: Path, *runs: str) -> np.ndarray:
+    """GPU-hours and FLOPs of the steps of runs, of one rank each."""
+    steps = [row for run in runs for row in rows(folder / run) if "loss" in row]
+    return np.array(
+        [sum(row["step_s"] for row in steps) / 3600, sum(row["flops"] for row in steps)]
+    )
+
+
+def test_a_sum_costs_what_its_parts_did_and_stage_2_adds_its_own(
+    folder: Path, summed: tuple[Path, dict, Path], tmp_path: Path
+):
+    """Each run counts once, also where the sum's second part is the teacher too."""
+    stage1, task = (started(folder, run) for run in ("stage1", "finetune-sib200"))
+    item = saved(summed[0])["sum", "swh_Latn"]
+    parts = taken(folder, "stage1", "finetune-sib200")
+    assert (item.gpu_hours, item.flops) == pytest.approx(tuple(parts)) and item.flops > 0
+    assert cost([str(summed[2])]) == pytest.approx(tuple(parts))
+    assert cost([str(summed[2]), task]) == pytest.approx(tuple(parts))
+    for name, starts in (("of-parts", [stage1, task]), ("of-folder", [str(summed[2])])):
+        run = {"dir": str(folder / name)}
+        lora = {"train": "first", **FOLLOWING} if starts[1:] else {"rank": 8, "alpha": 16.0}
+        model = {"init_from": starts}
+        train(stage2_config(folder, "sib200", run=run, lora=lora, model=model), ALONE)
+        expected = parts + taken(folder, name)
+        assert cost([started(folder, name)]) == pytest.approx(tuple(expected))
+    copied = tmp_path / "run" / "checkpoints" / "step-00000003"
+    shutil.copytree(task, copied)
+    assert cost([stage1, str(copied)]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("stage1", "teacher", "message"),
+    [
+        ("", "finetune-sib200", "'sum', which needs evaluate.stage1, a checkpoint of stage 1;"),
+        ("stage1", "", "'sum', which needs model.teacher, a checkpoint with a head; it is empty"),
+        ("stage2-sib200", "", "'sum', which needs model.teacher, a checkpoint with a head; it is"),
+        ("stage1", "stage1", "'sum', which needs model.teacher, a checkpoint with a head; /"),
+        ("stage2-sib200", "finetune-sib200", " have a head each; a sum has one"),
+    ],
+)
+def test_what_a_sum_lacks_or_has_twice_is_named(
+    folder: Path, tmp_path: Path, stage1: str, teacher: str, message: str
+):
+    options = {"systems": ["sum"], "results": str(tmp_path / "results")}
+    options |= {"stage1": started(folder, stage1) if stage1 else ""}
+    model = {"teacher": started(folder, teacher) if teacher else "", "init_from": ""}
+    with pytest.raises(ValueError) as error:
+        evaluate(topics_config(folder, evaluate=options, model=model), ALONE)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(
