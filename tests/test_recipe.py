@@ -4,12 +4,14 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mtllm_engine import config as configs
 from mtllm_engine import files, recipe
+from mtllm_engine.config import FOLLOWING
 from mtllm_engine.sweep import sweep
 from tests.support.recipes import (
     TEXT,
@@ -142,6 +144,103 @@ def test_the_stacks_first_step_starts_from_a_shared_start(
     assert by_name["finetune-3"].model.init_from == ("own",)
 
 
+SYSTEMS = ("llm", "translate_test", "stack")
+
+
+def evaluating_all(path: Path) -> None:
+    """The recipe does not say which systems are evaluated."""
+    path.write_text(path.read_text().replace('systems = ["stack"]', ""))
+
+
+@pytest.mark.parametrize("start", ["stage1", "sum"])
+def test_the_sum_is_evaluated_where_there_is_something_to_add(path: Path, start: str):
+    """Stage 1, or a start that the recipe has; whatever stage 2 starts from."""
+    evaluating_all(path)
+    out, begin = f"{path.parent}/out", f"stage2.from={start}"
+    latest = f"{out}/stage1/checkpoints/latest"
+    given = ["stage1.optim.steps=0", "model.init_from=['mine', 'ours']"]
+    for overrides, stage1 in (
+        ([], (latest,)),
+        (["model.init_from=mine"], (latest,)),
+        (given, ("mine", "ours")),
+        (["stage2.model.init_from=mine"], ("mine",)),
+    ):
+        by_name = jobs(path, begin, *overrides)
+        for seed in (3, 4):
+            evaluated = by_name[f"evaluate-{seed}"]
+            assert set(evaluated.evaluate.systems) == {*SYSTEMS, "sum"}
+            assert evaluated.evaluate.stage1 == stage1
+            assert evaluated.model.teacher == f"{out}/finetune-{seed}/checkpoints/best"
+    own = jobs(path, begin, "evaluate.systems=['sum']", "evaluate.stage1=own")[
+        "evaluate-3"
+    ].evaluate
+    assert (own.systems, own.stage1) == (("sum",), ("own",))
+
+
+def test_without_stage_1_there_is_no_sum(path: Path):
+    evaluating_all(path)
+    evaluated = jobs(path, "stage1.optim.steps=0")["evaluate-3"].evaluate
+    assert (evaluated.systems, evaluated.stage1) == (SYSTEMS, ())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "starts"),
+    [
+        ([], ("OUT/stage1/checkpoints/latest",)),
+        (["model.init_from=mine"], ("OUT/stage1/checkpoints/latest",)),
+        (["stage2.model.init_from=mine"], ("mine",)),
+        (["stage2.model.init_from=['mine', 'ours']"], ("mine", "ours")),
+        (["stage1.optim.steps=0", "stage2.model.init_from=mine"], ("mine",)),
+        (["stage1.optim.steps=0", "model.init_from=['mine', 'ours']"], ("mine", "ours")),
+    ],
+)
+def test_stage_2_starts_from_stage_1_or_from_its_sum_with_the_task(
+    path: Path, overrides: list[str], starts: tuple[str, ...]
+):
+    """Of its own seed; nothing else differs but the adapters' shape."""
+    out = f"{path.parent}/out"
+    starts = tuple(each.replace("OUT", out) for each in starts)
+    from_stage1, from_sum, unsaid = (
+        jobs(path, *begin, *overrides)
+        for begin in (["stage2.from=stage1"], ["stage2.from=sum"], [])
+    )
+    assert unsaid in (from_stage1, from_sum)
+    for seed in (3, 4):
+        task = f"{out}/finetune-{seed}/checkpoints/best"
+        before, after = (each[f"stage2-{seed}"] for each in (from_stage1, from_sum))
+        assert before.model.init_from == starts
+        assert after.model.init_from == (*starts, task) and after.model.teacher == task
+        assert (after.lora.rank, after.lora.alpha, after.lora.target_modules) == (0, 0.0, ())
+        assert before.lora.rank == 8
+        lora = replace(after.lora, **{key: getattr(before.lora, key) for key in FOLLOWING})
+        model = replace(after.model, init_from=before.model.init_from)
+        assert replace(after, lora=lora, model=model) == before
+    rest = [name for name in from_sum if not name.startswith("stage2")]
+    assert all(from_sum[name] == from_stage1[name] for name in rest)
+
+
+def test_stage_2s_own_adapters_are_laid_over_the_sums(path: Path):
+    own = ["stage2.lora.train=first", "stage2.lora.alpha=3.0", "lora.dropout=0.2"]
+    by_name = jobs(path, "stage2.from=sum", *own)
+    lora = by_name["stage2-3"].lora
+    assert (lora.rank, lora.alpha, lora.train, lora.dropout) == (0, 3.0, "first", 0.2)
+    assert by_name["stage1"].lora.rank == by_name["finetune-3"].lora.rank == 8
+    assert by_name["stage1"].lora.train == by_name["finetune-3"].lora.train == "all"
+    lora = jobs(path, "stage2.from=sum", "stage2.lora.rank=16")["stage2-3"].lora
+    assert lora.rank == 16
+
+
+def test_stored_targets_of_a_sum_are_of_its_teacher(path: Path):
+    """The same states serve both starts: what teaches is the fine-tuned LLM."""
+    names = set()
+    for start in ("stage1", "sum"):
+        stored = [f"stage2.from={start}", "stage2.data.teacher_states=t"]
+        by_name = jobs(path, *stored)
+        assert by_name["targets-3"] == by_name["stage2-3"]
+        names.add(by_name["targets-3"].data.teacher_states)
+    assert len(names) == 1
+
+
 def test_stored_targets_are_a_job_before_stage_2(path: Path):
     """Of stage 2's own configuration, so that what is written is what is read."""
     loaded = recipe.load(path, ["stage2.data.teacher_states=teacher", "recipe.seeds=[7]"]).jobs
@@ -206,6 +305,10 @@ def test_without_a_validation_set_the_last_checkpoints_are_taken(path: Path):
         ("evaluate.systems=[]", "evaluate-3: evaluate.systems is empty"),
         ("stage2.optim=1", "stage2.optim must be a section, not 1"),
         ("stage2=1", "stage2 must be a section, not 1"),
+        ("stage2.from=stage2", "stage2.from must be one of stage1, sum, not 'stage2'"),
+        ("stage2.from=['sum']", "stage2.from must be one of stage1, sum, not ['sum']"),
+        ("stage1.from=sum", "stage1.from must be a section, not 'sum'"),
+        ("stage2.lora.train=first", 'stage2-3: lora.train = "first" is for a sum'),
         ("model.encoderr=a", "stage1: unknown key: model.encoderr; did you mean model.encoder?"),
         ("optim=1", "optim must be a section, not 1"),
         ("recipe=1", "recipe must be a section, not 1"),
@@ -394,6 +497,11 @@ def topics(tmp_path_factory) -> Path:
         ("stage2.data.train=/nope", "stage2-3: no manifest.json in /nope"),
         ("stage1.model.init_from=/nope", "stage1: /nope is no checkpoint of a run"),
         (
+            "stage2.from=sum stage2.model.init_from=/nope",
+            "stage2-3: /nope is no checkpoint of a run",
+        ),
+        ("evaluate.stage1=/nope", "evaluate-3: /nope is no checkpoint of a run"),
+        (
             "task.name=xquad task.train=squad:HERE/squad task.test=xquad:HERE/squad",
             "stage2-3: task xquad asks for a piece of the text, which no pooled state holds",
         ),
@@ -410,7 +518,9 @@ def test_what_no_job_makes_must_be_there_before_the_first_runs(
         assert error_of(lambda: sweep(topics, settings)).startswith(message)
 
 
-def test_what_jobs_make_need_not_be_there_yet(topics: Path):
+@pytest.mark.parametrize("start", ["stage1", "sum"])
+def test_what_jobs_make_need_not_be_there_yet(topics: Path, start: str):
     corpus = topics.parent / "out" / "finetune-3" / "corpus" / "train"
-    pending = recipe.check(recipe.load(topics, [f"stage2.data.train={corpus}", "recipe.seeds=[3]"]))
+    overrides = [f"stage2.data.train={corpus}", f"stage2.from={start}", "recipe.seeds=[3]"]
+    pending = recipe.check(recipe.load(topics, overrides))
     assert [job.name for job in pending] == ["stage1", "finetune-3", "stage2-3", "evaluate-3"]

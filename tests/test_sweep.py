@@ -183,6 +183,24 @@ def test_what_settings_have_in_common_is_made_once(evaluated: Path, launches):
     assert sweep(evaluated, settings) == 0 and launches() == []
 
 
+def test_both_starts_of_stage_2_share_stage_1_and_the_task(evaluated: Path, launches):
+    out = evaluated.parent / "out" / "sweep"
+    for start in ("stage1", "sum"):
+        write_predictions(out / f"from={start}" / "results")
+    assert sweep(evaluated, ["stage2.from=stage1,sum", "recipe.seeds=[3]"]) == 0
+    assert [Path(started).relative_to(out).with_suffix("") for _, started in launches()] == [
+        *(
+            Path("from=stage1") / name
+            for name in ("stage1", "finetune-3", "stage2-3", "evaluate-3")
+        ),
+        *(Path("from=sum") / name for name in ("stage2-3", "evaluate-3")),
+    ]
+    stage2 = configs.load(out / "from=sum" / "stage2-3.toml").model
+    assert [Path(each).parts[-3] for each in stage2.init_from] == ["stage1", "finetune-3"]
+    shared = {each: (out / "from=sum" / each).resolve() for each in ("stage1", "finetune-3")}
+    assert shared == {each: out / "from=stage1" / each for each in shared}
+
+
 @pytest.mark.parametrize("given", ["", "mine"])
 def test_all_settings_of_a_sweep_share_their_translations(evaluated: Path, launches, given: str):
     """In a folder of the sweep, or the one that the recipe has."""
