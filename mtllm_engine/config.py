@@ -154,6 +154,9 @@ class DataConfig:
     """Tokens of one document, on each side that is read."""
     truncation: Literal["aligned", "independent"] = "aligned"
     """Both tokenizers read the same characters, or each its own first tokens."""
+    parts: Literal["whole", "lines", "sentences"] = "whole"
+    """What of a text the encoder reads at once. Between lines the LLM reads its own tokens of the
+    newlines there, between sentences nothing."""
     on_error: Literal["raise", "skip"] = "raise"
     """A damaged shard or unusable document ends the run, or is counted."""
     prefetch: int = 2

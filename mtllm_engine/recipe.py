@@ -293,7 +293,7 @@ def _teacher_digest(
     """Eight letters that tell teachers apart: how the LLM learns the task, wherever, and how stage
     2 has it read."""
     run = {key: value for key, value in finetune["run"].items() if key != "dir"}
-    lengths = [stage2["data"].get(key) for key in ("max_length", "truncation")]
+    lengths = [stage2["data"].get(key) for key in ("max_length", "truncation", "parts")]
     teacher = [finetune | {"run": run}, own.get("model", {}), lengths]
     content = json.dumps(teacher, sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:8]

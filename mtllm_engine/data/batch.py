@@ -10,6 +10,10 @@ letters stand in its `__init__`:
     H query heads    G kv heads    K head width, k half of it    R LoRA rank    X resamples
     B batch, L padded length: at Hugging Face's edges, and where Babel's small models train
     W words of Babel's pivot    digits: themselves (2: [start, end), or a pair)
+
+Of texts in parts (`data.parts`) a student token is one of the LLM's stream: Q parts with U encoder
+tokens, special ones included, and the LLM's own Z tokens between them, S = U + Z. Of texts that are
+read whole Q = N, U = S and Z = 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +44,7 @@ class Document:
 
     key: str
     seed: int
-    student_ids_S: np.ndarray  # int32
+    student_ids_S: np.ndarray  # int32: the encoder's, and outside of parts the LLM's
     teacher_ids_T: np.ndarray  # int32
     row: tuple[int, int, int] = (0, 0, 0)  # where it lies: corpus, shard, number in the shard
     label: int = -1  # index of the class or of the right span; -1: not given
@@ -57,6 +61,9 @@ class Document:
     """int32: each student token's partner among the teacher's tokens, or -1."""
     targets_PD: np.ndarray | None = None
     """fp32: stored states of the teacher, which then does not run."""
+    parts_Q2: np.ndarray | None = None
+    """int32: the student tokens [start, end) that the encoder reads one by one, in order and
+    disjoint, at least one; None: it reads all together."""
 
     def __post_init__(self) -> None:
         if not len(self.student_spans_P2):
@@ -96,6 +103,16 @@ class Tokens:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the encoder reads of texts in parts, and how its states become the student's stream."""
+
+    tokens: Tokens  # U instead of S, and each part a document
+    places_U: torch.Tensor  # int64: of the encoder's states in the student's stream
+    between_Z: torch.Tensor  # int64: the LLM's tokens between parts; there may be none
+    places_Z: torch.Tensor  # int64: theirs
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """A micro-batch: teacher and student see the same documents, and the same text in span p."""
 
@@ -114,7 +131,13 @@ class Batch:
     aligned_S: torch.Tensor | None
     """int32: each student token's partner among the teacher's tokens, or -1."""
     targets_PD: torch.Tensor | None  # fp32: stored states of the teacher
+    parts: Parts | None  # None: the encoder reads the student's tokens as they are
     keys: tuple[str, ...]
+
+    @property
+    def encoder(self) -> Tokens:
+        """What the encoder reads."""
+        return self.parts.tokens if self.parts else self.student
 
 
 class Totals(NamedTuple):
@@ -149,6 +172,7 @@ def _sizes(documents: Sequence[Document]) -> tuple[int, int]:
     )
 
 
+ONE_PART = np.array([[0, 1]], np.int32)  # of the idle document, where texts have parts
 IDLE = Document(
     key="", seed=0, student_ids_S=np.zeros(1, np.int32), teacher_ids_T=np.zeros(1, np.int32)
 )
@@ -191,6 +215,7 @@ def collate(
         index_P=put(np.concatenate([np.arange(count) for count in counts])),
         aligned_S=_pack_aligned(each("aligned_S"), teacher, put),
         targets_PD=_pack_targets(each("targets_PD"), put),
+        parts=_pack_parts(each("student_ids_S"), each("parts_Q2"), put),
         keys=keys,
     )
 
@@ -205,6 +230,28 @@ def _pack_tokens(ids: Sequence[np.ndarray], seeds_N: np.ndarray, put: Callable) 
         seeds_S=put(seeds_S.view(np.int32)),
         cu_seqlens=put(np.cumsum([0, *lengths], dtype=np.int32)),
         lengths=tuple(lengths),
+    )
+
+
+def _pack_parts(
+    ids: Sequence[np.ndarray], parts: Sequence[np.ndarray | None], put: Callable
+) -> Parts | None:
+    if not (pieces := _present(parts)):
+        return None
+    starts_N = np.cumsum([0, *map(len, ids[:-1])])
+    bounds_Q2 = np.concatenate([each_Q2 + start for each_Q2, start in zip(pieces, starts_N)])
+    # Equally long parts one after the other: attention on the CPU runs them at once.
+    starts_Q, ends_Q = bounds_Q2[np.argsort(np.diff(bounds_Q2)[:, 0], kind="stable")].T
+    ids_S = np.concatenate(ids)
+    places_U = np.concatenate([np.arange(*each) for each in zip(starts_Q, ends_Q)])
+    places_Z = np.setdiff1d(np.arange(len(ids_S)), places_U, assume_unique=True)
+    by_part = np.split(ids_S[places_U], np.cumsum(ends_Q - starts_Q)[:-1])
+    no_seeds_Q = np.zeros(len(by_part), np.uint32)  # nothing is dropped in the encoder
+    return Parts(
+        tokens=_pack_tokens(by_part, no_seeds_Q, put),
+        places_U=put(places_U),
+        between_Z=put(ids_S[places_Z].astype(np.int64)),
+        places_Z=put(places_Z),
     )
 
 

@@ -21,7 +21,16 @@ import torch
 
 from mtllm_engine.config import DataConfig
 from mtllm_engine.data.annotations import Annotations, partners
-from mtllm_engine.data.batch import IDLE, Batch, Document, Pack, Totals, collate, join
+from mtllm_engine.data.batch import (
+    IDLE,
+    ONE_PART,
+    Batch,
+    Document,
+    Pack,
+    Totals,
+    collate,
+    join,
+)
 from mtllm_engine.data.shards import BadDocumentError, Corpus
 from mtllm_engine.data.tars import DamagedShardError
 from mtllm_engine.data.teacher_states import TeacherStates
@@ -195,7 +204,8 @@ class Lane:
         """The fields of a document that the tokenizer gives: of most no more than the ids, which is
         the faster way.
         """
-        if not (annotations.has_ranges or self.mixture.aligns):
+        in_parts = self.mixture.config.parts != "whole"
+        if not (annotations.has_ranges or self.mixture.aligns or in_parts):
             student_ids_S, teacher_ids_T = self.mixture.tokenizer(text, language)
             return {"student_ids_S": student_ids_S, "teacher_ids_T": teacher_ids_T}
         student, teacher = self.mixture.tokenizer.example(text, language, annotations)
@@ -206,6 +216,7 @@ class Lane:
             "teacher_spans_P2": teacher.spans_P2,
             "student_answers_A2": student.answers_A2,
             "teacher_answers_A2": teacher.answers_A2,
+            "parts_Q2": student.parts_Q2,
             "student_offsets_S2": student.offsets_S2 if annotations.answers else None,
             "teacher_offsets_T2": teacher.offsets_S2 if annotations.answers else None,
             "aligned_S": partners(text, student.offsets_S2, teacher.offsets_S2)
@@ -255,9 +266,13 @@ class Stream:
         """What a rank without documents runs: a token of weight 0, with all that a document of this
         stream has.
         """
-        aligned_S = np.array([-1], np.int32) if self.mixture.aligns else None
         states = self.mixture.teacher_states
-        return replace(IDLE, aligned_S=aligned_S, targets_PD=states[0].zeros() if states else None)
+        return replace(
+            IDLE,
+            aligned_S=np.array([-1], np.int32) if self.mixture.aligns else None,
+            targets_PD=states[0].zeros() if states else None,
+            parts_Q2=None if self.mixture.config.parts == "whole" else ONE_PART,
+        )
 
     @property
     def skipped(self) -> int:

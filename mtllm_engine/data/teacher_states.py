@@ -25,6 +25,8 @@ from mtllm_engine.files import (
 )
 
 FORMAT = "mtllm-targets/2"
+EARLIER = {"data.parts": "whole"}
+"""Of a maker, what older states do not say."""
 
 
 class TeacherStates:
@@ -51,7 +53,7 @@ class TeacherStates:
             ) from None
         expected = {"format": FORMAT, "corpus": manifest.fingerprint, **maker}
         for key, value in expected.items():
-            if saved.get(key) != value:
+            if (EARLIER | saved).get(key) != value:
                 values = f"{saved.get(key)!r}, not {value!r}"
                 fix = "remove it and run `mtllm targets`, or name another data.teacher_states"
                 raise ValueError(f"{self.folder} was made with another {key} ({values}); {fix}")

@@ -15,11 +15,14 @@ from tokenizers import Encoding, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mtllm_engine.data.annotations import Annotations, Range, Removed, token_range, token_spans
+from mtllm_engine.data.parts import Parted, PartsTokenizer
 from mtllm_engine.languages import check_language, is_well_formed, nllb_token
 
 GRAPHEME = regex.compile(r"\X(?=.)", regex.DOTALL)  # not the last one looked at, which may go on
 WORD_END = re.compile(r"(?<=\S)(?=\s)")
 LONGEST_WORD = 1024  # characters looked at beyond what fits, for the next end of a word
+
+Encoded = Encoding | Parted
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Side:
     """One tokenizer with its special tokens: `prefix + tokens + suffix`."""
 
     name: str  # of who reads it, in messages
-    backend: Tokenizer
+    backend: Tokenizer | PartsTokenizer  # the latter puts special tokens around each part itself
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
 
@@ -35,27 +38,27 @@ class Side:
     def num_special(self) -> int:
         return len(self.prefix) + len(self.suffix)
 
-    def encode(self, text: str) -> Encoding:
+    def encode(self, text: str) -> Encoded:
         return self.backend.encode(text, add_special_tokens=False)
 
-    def ids(self, encoding: Encoding, limit: int) -> np.ndarray:
+    def ids(self, encoding: Encoded, limit: int) -> np.ndarray:
         """int32 ids, specials included, of the first tokens so that at most `limit` come out."""
         tokens = encoding.ids[: limit - self.num_special]
         return np.array([*self.prefix, *tokens, *self.suffix], dtype=np.int32)
 
-    def offsets(self, encoding: Encoding, limit: int, removed: Removed) -> np.ndarray:
+    def offsets(self, encoding: Encoded, limit: int, removed: Removed) -> np.ndarray:
         """The whole text's characters [start, end) of each of the `ids`, int32 (S, 2).
 
-        Those of special tokens are [0, 0).
+        Those of special tokens are empty.
         """
         body_S2 = np.array(encoding.offsets[: limit - self.num_special], np.int32).reshape(-1, 2)
         special = (len(self.prefix), len(self.suffix))
         return np.pad(removed.restored(body_S2), (special, (0, 0))).astype(np.int32)
 
-    def fits(self, encoding: Encoding, limit: int) -> bool:
+    def fits(self, encoding: Encoded, limit: int) -> bool:
         return len(encoding.ids) + self.num_special <= limit
 
-    def reach_within(self, encoding: Encoding, limit: int, span: Range) -> int:
+    def reach_within(self, encoding: Encoded, limit: int, span: Range) -> int:
         """How many characters of a span may stay, by its tokens' number, for all to fit `limit`."""
         surplus = len(encoding.ids) + self.num_special - limit
         starts = [start for start, end in encoding.offsets if start < span[1] and end > span[0]]
@@ -63,7 +66,7 @@ class Side:
             return span[1] - span[0]
         return max(0, starts[-surplus] - span[0]) if surplus <= len(starts) else 0
 
-    def reach(self, encoding: Encoding, limit: int, length: int) -> int:
+    def reach(self, encoding: Encoded, limit: int, length: int) -> int:
         """How many of `length` characters come before the first token that does not fit `limit`."""
         fits = self.fits(encoding, limit)
         return length if fits else encoding.offsets[limit - self.num_special][0]
@@ -73,16 +76,19 @@ class Side:
 class Reading:
     """What one side reads of an example, special tokens included.
 
-    All is int32; spans and answers are tokens [start, end).
+    All is int32; spans, answers and parts are tokens [start, end).
     """
 
     ids_S: np.ndarray
     offsets_S2: np.ndarray
-    """Characters [start, end) of the text, cut or not; [0, 0) for special tokens."""
+    """Characters [start, end) of the text, cut or not; of special tokens none."""
     spans_P2: np.ndarray
     """The example's spans, in order and disjoint; the whole text, if it has none."""
     answers_A2: np.ndarray
     """The answers that were not cut away, the same ones on both sides."""
+    parts_Q2: np.ndarray | None = None
+    """What the encoder reads one by one, the LLM's own tokens being between; None: the text is read
+    whole."""
 
 
 class PairTokenizer:
@@ -94,6 +100,8 @@ class PairTokenizer:
     reference code of arXiv 2406.12739 does.
 
     Args:
+        parts: `data.parts`. Of a text in parts that is too long `independent` keeps not the first
+            tokens, but what `aligned` would for that side alone: each part ends in order.
         reader: Who alone reads a text, "stack" the encoder's tokens or "llm" the LLM's own: it is
             cut for these, and they stand for the side that nobody reads too. None: student and
             teacher both read.
@@ -106,11 +114,13 @@ class PairTokenizer:
         *,
         max_length: int,
         truncation: str = "aligned",
+        parts: str = "whole",
         reader: Literal["stack", "llm"] | None = None,
     ) -> None:
         self.reader = reader
         self.max_length = max_length
         self.truncation = truncation
+        self.parts = parts
         self.encoder = load_tokenizer(encoder)
         self.decoder = load_tokenizer(decoder)
         self.teacher = _plain_side(self.decoder)
@@ -121,15 +131,16 @@ class PairTokenizer:
         """What is put around a text that is read, in words: a tokenizer may lack what its model was
         trained with.
         """
-        words = self.decoder.convert_ids_to_tokens
-        prefix, suffix = (words(list(ids)) for ids in (self.teacher.prefix, self.teacher.suffix))
+        to_words = self.decoder.convert_ids_to_tokens
+        prefix, suffix = (to_words(list(ids)) for ids in (self.teacher.prefix, self.teacher.suffix))
         teacher = [*prefix, "...", *suffix]
         student = ["LANGUAGE", "...", self.encoder.eos_token]
-        sides = {"stack": ("encoder", student), "llm": ("LLM", teacher)}
+        encoder = "encoder" if self.parts == "whole" else f"encoder, {self.parts} one by one"
+        sides = {"stack": (encoder, student), "llm": ("LLM", teacher)}
         read = [sides[self.reader]] if self.reader else sides.values()
         return "; ".join(
-            f"{name}: {' '.join(parts) if len(parts) > 1 else 'nothing put around them'}"
-            for name, parts in read
+            f"{name}: {' '.join(words) if len(words) > 1 else 'nothing put around them'}"
+            for name, words in read
         )
 
     @property
@@ -146,7 +157,8 @@ class PairTokenizer:
         return max(self.decoder.get_vocab().values())
 
     def student(self, language: str) -> Side:
-        """The encoder's side in a source language: language token, text, `</s>` (NLLB's format).
+        """The encoder's side in a source language: language token, text, `</s>` (NLLB's format), or
+        so of each part.
 
         Raises:
             ValueError: The code is not a FLORES-200 code, or this encoder has no token for it.
@@ -160,13 +172,24 @@ class PairTokenizer:
                     f"the encoder's tokenizer has no token for the language {language}"
                 )
             self._students[language] = Side("encoder", backend, (token_id,), suffix)
+            if self.parts != "whole":
+                parts = PartsTokenizer(
+                    encoder=backend,
+                    llm=self.decoder.backend_tokenizer,
+                    prefix=(token_id,),
+                    suffix=suffix,
+                    kind=self.parts,
+                )
+                self._students[language] = Side("encoder", parts, (), ())
         return self._students[language]
 
-    def of_both(self) -> "PairTokenizer":
-        """The same, where student and teacher both read."""
-        both = copy.copy(self)
-        both.reader = None
-        return both
+    def read_by(
+        self, reader: Literal["stack", "llm"] | None, *, truncation: str = ""
+    ) -> "PairTokenizer":
+        """The same for another `reader`, and for another truncation where one is given."""
+        other = copy.copy(self)
+        other.reader, other.truncation = reader, truncation or self.truncation
+        return other
 
     def _sides(self, language: str) -> tuple[Side, Side]:
         if self.reader == "llm":
@@ -175,7 +198,9 @@ class PairTokenizer:
         return student, student if self.reader == "stack" else self.teacher
 
     def __call__(self, text: str, language: str) -> tuple[np.ndarray, np.ndarray]:
-        """Student ids (S,) and teacher ids (T,), int32."""
+        """Student ids (S,) and teacher ids (T,), int32: all there is to say of a document that is
+        read whole.
+        """
         sides = self._sides(language)
         encodings = self._encode(text, sides)
         student_ids, teacher_ids = (
@@ -215,7 +240,11 @@ class PairTokenizer:
                 spans_P2 = token_spans(annotations.spans, text, offsets_S2, side.name)
             readings.append(
                 Reading(
-                    ids_S=ids_S, offsets_S2=offsets_S2, spans_P2=spans_P2, answers_A2=answers_A2
+                    ids_S=ids_S,
+                    offsets_S2=offsets_S2,
+                    spans_P2=spans_P2,
+                    answers_A2=answers_A2,
+                    parts_Q2=_parts_of(encoding),
                 )
             )
         student, teacher = readings
@@ -223,7 +252,7 @@ class PairTokenizer:
 
     def _fit(
         self, text: str, sides: Sequence[Side], annotations: Annotations
-    ) -> list[tuple[Encoding, Removed]]:
+    ) -> list[tuple[Encoded, Removed]]:
         """Each side's encoding, and what was taken out of the text for it: if aligned, the same."""
         if not annotations.has_ranges:
             return [(encoding, Removed()) for encoding in self._encode(text, sides)]
@@ -233,13 +262,17 @@ class PairTokenizer:
         encodings, removed = self._encode_shortened(text, sides, annotations)
         return [(encoding, removed) for encoding in encodings]
 
-    def _encode(self, text: str, sides: Sequence[Side]) -> list[Encoding]:
+    def _encode(self, text: str, sides: Sequence[Side]) -> list[Encoded]:
         encodings, reach = self._encode_head(text, sides)
         if self.truncation == "aligned" and not self._all_fit(sides, encodings):
-            encodings = self._encode_cut(text, sides, reach)
+            return self._encode_cut(text, sides, reach)
+        for number, (side, encoding) in enumerate(zip(sides, encodings)):
+            if isinstance(encoding, Parted) and not side.fits(encoding, self.max_length):
+                reach = side.reach(encoding, self.max_length, len(text))
+                encodings[number : number + 1] = self._encode_cut(text, [side], reach)
         return encodings
 
-    def _encode_head(self, text: str, sides: Sequence[Side]) -> tuple[list[Encoding], int]:
+    def _encode_head(self, text: str, sides: Sequence[Side]) -> tuple[list[Encoded], int]:
         """Both encodings of a prefix with more text than fits, and their reach.
 
         So a book costs no more than a page.
@@ -257,7 +290,7 @@ class PairTokenizer:
                 return encodings, common(reaches)
             size *= 2
 
-    def _encode_cut(self, text: str, sides: Sequence[Side], reach: int) -> list[Encoding]:
+    def _encode_cut(self, text: str, sides: Sequence[Side], reach: int) -> list[Encoded]:
         for cut in _cuts(text, reach):
             encodings = [side.encode(text[:cut]) for side in sides]
             if self._all_fit(sides, encodings):
@@ -267,7 +300,7 @@ class PairTokenizer:
 
     def _encode_shortened(
         self, text: str, sides: Sequence[Side], annotations: Annotations
-    ) -> tuple[list[Encoding], Removed]:
+    ) -> tuple[list[Encoded], Removed]:
         """Encodings of a text, nothing but its `cut` shortened, and what was taken out for it."""
         encodings = [side.encode(text) for side in sides]
         if self._all_fit(sides, encodings):
@@ -275,7 +308,7 @@ class PairTokenizer:
         start, end = annotations.cut or (0, 0)
         shortest = [side.encode(Removed(((start, end),)).without(text)) for side in sides]
         if self.reader and not self._all_fit(sides, shortest):
-            return self._encode_parts(text, sides, annotations)
+            return self._encode_pieces(text, sides, annotations)
         if not self._all_fit(sides, shortest):
             limit = f"data.max_length={self.max_length} tokens"
             how = "without what may be shortened of it" if annotations.cut else "and may not be cut"
@@ -290,42 +323,42 @@ class PairTokenizer:
             if self._all_fit(sides, encodings):
                 return encodings, removed
         if self.reader and annotations.cut in annotations.spans:  # then something must remain of it
-            return self._encode_parts(text, sides, annotations)
+            return self._encode_pieces(text, sides, annotations)
         return shortest, Removed(((start, end),))
 
-    def _encode_parts(
+    def _encode_pieces(
         self, text: str, sides: Sequence[Side], annotations: Annotations
-    ) -> tuple[list[Encoding], Removed]:
-        """Encodings of a text, the longest of its parts shortened alike, and what was taken out.
+    ) -> tuple[list[Encoded], Removed]:
+        """Encodings of a text, the longest of its pieces shortened alike, and what was taken out.
 
-        Parts are its spans, its `cut` and what lies between them.
+        Pieces are its spans, its `cut` and what lies between them.
         """
-        # A part may be shortened where one of its tokens starts, as the whole text is tokenised.
+        # A piece may be shortened where one of its tokens starts, as the whole text is tokenised.
         # The first side's tokens are enough: a reader is alone, both sides are the same.
         edges = sorted({0, len(text), *itertools.chain(*annotations.spans, annotations.cut or ())})
-        starts = [start for start, _ in sides[0].encode(text).offsets]
-        parts = [
+        starts = [start for start, end in sides[0].encode(text).offsets if start < end]
+        pieces = [
             ([at for at in starts if start <= at < end], end)
             for start, end in itertools.pairwise(edges)
         ]
-        # Of every part its first `kept` tokens remain, the most that fit, so that the longest parts
+        # Of every piece its first `kept` tokens remain, the most that fit, so that the longest
         # lose most. Counting rules most numbers out; the others are tried, because what is cut is
         # tokenised anew, into fewer or more.
         room = self.max_length - sides[0].num_special
         for kept in range(room, 0, -1):
-            if sum(min(kept, len(of_part)) for of_part, _ in parts) > room:
+            if sum(min(kept, len(of_piece)) for of_piece, _ in pieces) > room:
                 continue
             removed = Removed(
-                tuple((of_part[kept], end) for of_part, end in parts if len(of_part) > kept)
+                tuple((of_piece[kept], end) for of_piece, end in pieces if len(of_piece) > kept)
             )
             encodings = [side.encode(removed.without(text)) for side in sides]
             if self._all_fit(sides, encodings):
                 return encodings, removed
         raise ValueError(
-            f"data.max_length={self.max_length} tokens do not hold one of each part of the text"
+            f"data.max_length={self.max_length} tokens do not hold one of each piece of the text"
         )
 
-    def _all_fit(self, sides: Sequence[Side], encodings: Sequence[Encoding]) -> bool:
+    def _all_fit(self, sides: Sequence[Side], encodings: Sequence[Encoded]) -> bool:
         return all(side.fits(encoding, self.max_length) for side, encoding in zip(sides, encodings))
 
 
@@ -340,6 +373,10 @@ def _kept_answers(
         np.array([pair[side] for pair in kept], np.int32).reshape(-1, 2)
         for side in range(len(offsets))
     ]
+
+
+def _parts_of(encoding: Encoded) -> np.ndarray | None:
+    return np.array(encoding.parts, np.int32) if isinstance(encoding, Parted) else None
 
 
 def language_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:

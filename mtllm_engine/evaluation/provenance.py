@@ -27,6 +27,8 @@ from mtllm_engine.training.log import commit
 
 SETTINGS = ("model.causal", "model.dtype", "model.quantization")
 SETTINGS += ("data.max_length", "data.truncation")
+OF_STACK = {"data.parts": "whole"}
+"""Settings of the stack alone, and what they are of predictions that do not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +68,11 @@ def makers(
         names = {"model.decoder": model.decoder}
         names |= {"model.encoder": model.encoder} if reads_stack else {}
         models = {key: digest_of_model(name) for key, name in names.items()}
+        keys = (*SETTINGS, *(OF_STACK if reads_stack else ()))
         files = (*RUN_FILES, "adapter_config.json")
         made[system] = about | {
             "checkpoint": " + ".join(_digest_of(Path(each), files) for each in checkpoints),
-            "settings": {key: flat[key] for key in SETTINGS} | models,
+            "settings": {key: flat[key] for key in keys} | models,
         }
     return made
 
@@ -116,9 +119,11 @@ def _marks(item: Predictions) -> Iterator[tuple[tuple, Any]]:
     maker: Mapping[str, Any] = item.maker or {}
     system, place = (item.system,), (item.dataset, item.language)
     yield ("checkpoint", *system, item.seed), maker.get("checkpoint")
-    for key, value in sorted(maker.get("settings", {}).items()):
+    settings = maker.get("settings", {})
+    settings = OF_STACK | settings if "model.encoder" in settings else settings
+    for key, value in sorted(settings.items()):
         yield (key, *system), value
-    yield ("set of settings", *system), sorted(maker.get("settings", {}))
+    yield ("set of settings", *system), sorted(settings)
     yield ("languages.fallback", *system, *place), item.language_given
     if item.maker:
         yield ("text of the test files", *place), maker["test"]

@@ -88,6 +88,7 @@ def build_tokenizer(config: Config, stack: Stack) -> PairTokenizer:
         resolve(config.model.decoder),
         max_length=config.data.max_length,
         truncation=config.data.truncation,
+        parts=config.data.parts,
         reader=None if config.objective.kind == "distil" else config.objective.reader,
     )
     sides = [("model.decoder", tokenizer.largest_teacher_id, stack.decoder.embedding)]

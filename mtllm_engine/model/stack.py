@@ -9,10 +9,10 @@ from torch import nn
 from transformers import LlamaConfig, M2M100Config
 
 from mtllm_engine.config import Config, LoraConfig
-from mtllm_engine.data.batch import Batch, Totals
+from mtllm_engine.data.batch import Batch, Parts, Totals
 from mtllm_engine.kernels.attention import select
 from mtllm_engine.kernels.projection import projection
-from mtllm_engine.model.decoder import Decoder, TokenStream
+from mtllm_engine.model.decoder import Decoder
 from mtllm_engine.model.encoder import Encoder
 from mtllm_engine.model.lora import LoraLinear
 from mtllm_engine.model.objective import (
@@ -41,6 +41,15 @@ class Projection(nn.Module):
         return projection(
             hidden_SE, self.norm_weight, self.norm_bias, LAYER_NORM_EPS, self.weight, self.bias
         )
+
+
+def interleave(states_UD: torch.Tensor, between_ZD: torch.Tensor, parts: Parts) -> torch.Tensor:
+    """The student's stream (S, D): the encoder's projected states, and between parts the LLM's own
+    embeddings, which get no gradient. Each place is written once; backward is one gather.
+    """
+    hidden_SD = states_UD.new_empty(len(states_UD) + len(between_ZD), states_UD.shape[1])
+    hidden_SD.index_copy_(0, parts.places_Z, between_ZD)
+    return hidden_SD.index_copy_(0, parts.places_U, states_UD)
 
 
 class Stack(nn.Module):
@@ -102,15 +111,18 @@ class Stack(nn.Module):
         """The micro-batch's share of the loss; `totals` counts what all ranks'
         micro-batches hold.
         """
-        inputs = [self._student(batch)]
-        if isinstance(self.objective, Distillation) and batch.targets_PD is None:
-            inputs.append(self._text(batch, self.teacher, grad=False))
-        hidden, streams = zip(*inputs)
+        teaches = isinstance(self.objective, Distillation) and batch.targets_PD is None
+        hidden = self._hidden(batch, teaches=teaches)
+        read = batch.student if self.reads_stack else batch.teacher
+        streams = [self.decoder.stream(read, adapters="student", grad=True)]
+        if teaches:
+            stream = self.decoder.stream(batch.teacher, adapters=self.teacher, grad=False)
+            streams.append(stream)
         return self.objective(batch, totals, *self.decoder(hidden, streams))
 
     def flops(self, stored_states: bool) -> tuple[int, int]:
         """Of a student's and of a teacher's token, before the stack is sharded; attention and
-        adapters aside.
+        adapters aside. What stands between parts counts as an encoder's token too.
 
         A weight costs 2 forward and 2 for the input's gradient; frozen ones have no gradient of
         their own.
@@ -144,22 +156,24 @@ class Stack(nn.Module):
         )
         return [*below, self.decoder.embedding, *self.decoder.layers, self.objective]
 
-    def _student(self, batch: Batch) -> tuple[torch.Tensor, TokenStream]:
-        """What learns: the stack on the encoder's tokens, or the LLM on its own."""
+    def _hidden(self, batch: Batch, *, teaches: bool) -> list[torch.Tensor]:
+        """What goes into the LLM: for what learns, be it the stack or the LLM itself, and for the
+        teacher.
+        """
         if not self.reads_stack:
-            hidden_TD, stream = self._text(batch, "student", grad=True)
+            hidden_TD = self.decoder.embedding(batch.teacher.ids_S)
             # ZeRO-3 gathers a layer for its backward only where a gradient goes through the layer's
             # input.
-            return hidden_TD.requires_grad_(torch.is_grad_enabled() and self.learns), stream
-        hidden_SD = self.projection(self.encoder(batch.student))
-        return hidden_SD, self.decoder.stream(batch.student, adapters="student", grad=True)
-
-    def _text(
-        self, batch: Batch, adapters: str | None, *, grad: bool
-    ) -> tuple[torch.Tensor, TokenStream]:
-        """The LLM on its own tokens."""
-        hidden_TD = self.decoder.embedding(batch.teacher.ids_S)
-        return hidden_TD, self.decoder.stream(batch.teacher, adapters=adapters, grad=grad)
+            return [hidden_TD.requires_grad_(torch.is_grad_enabled() and self.learns)]
+        states_UD, parts = self.projection(self.encoder(batch.encoder)), batch.parts
+        taught = [batch.teacher.ids_S] * teaches
+        if parts is None:
+            return [states_UD, *map(self.decoder.embedding, taught)]
+        # One call for both sides: ZeRO-3 gathers the embeddings once. And one on every rank,
+        # whether there is anything between its parts or not.
+        embedded = self.decoder.embedding(torch.cat([parts.between_Z, *taught]))
+        between_ZD, *taught = embedded.split([len(parts.between_Z), *map(len, taught)])
+        return [interleave(states_UD, between_ZD, parts), *taught]
 
     def _split_adapters(self, rank: int) -> None:
         for linear in self.decoder.modules():

@@ -45,14 +45,14 @@ OPTIMIZER = "optimizer.safetensors"
 NAMES = ("latest", "best")
 MODEL = ("causal", "dtype", "quantization", "projection_bias")
 PACKS = ("mixture", "teacher_states", "lanes", "pack_documents", "pack_tokens")
-TEXTS = ("max_length", "truncation", "on_error")
+TEXTS = ("max_length", "truncation", "parts", "on_error")
 IDENTITY = (
     *(f"model.{key}" for key in MODEL),
     *(f"data.{key}" for key in (*PACKS, *TEXTS)),
     *("lora.", "objective.", "run.seed", "task.name"),
 )
 """Beginnings of the keys that a run must keep to be continued."""
-EARLIER = {"lora.rslora": False, "lora.train": "all"}
+EARLIER = {"lora.rslora": False, "lora.train": "all", "data.parts": "whole"}
 """Keys that older checkpoints lack, and what they were then."""
 
 
@@ -316,7 +316,7 @@ def teacher_identity(config: Config) -> dict[str, Any]:
     """What the teacher's states depend on besides the text: model, adapters, and how texts become
     tokens."""
     keys = ("model.causal", "model.dtype", "model.quantization")
-    keys += ("data.max_length", "data.truncation")
+    keys += ("data.max_length", "data.truncation", "data.parts")  # what both sides' limit leaves
     flat, model = flatten(config), config.model
     tokenizers = [*map(tokenizer_files, map(resolve, (model.encoder, model.decoder)))]
     return {key: flat[key] for key in keys} | {

@@ -66,7 +66,9 @@ def fit_projection(
     """
     data = replace(config.data, teacher_states="")
     stream = world.together(
-        lambda: build_stream(data, tokenizer.of_both(), world, seed=config.run.seed, aligns=True)
+        lambda: build_stream(
+            data, tokenizer.read_by(None), world, seed=config.run.seed, aligns=True
+        )
     )
     out_width, width = stack.projection.weight.shape
     sums = torch.zeros(width + 1, width + 1 + out_width, dtype=torch.float64, device=world.device)
@@ -91,9 +93,12 @@ def read_pairs(
         global_batch = agree(stream, world, config.memory.max_tokens)
         wanted -= global_batch.totals.documents
         for _, batch in global_batch.batches(world.device):
-            is_aligned_S = batch.aligned_S >= 0
-            hidden_SE = encoder(batch.student)[is_aligned_S].float()
-            ids_S = batch.teacher.ids_S[batch.aligned_S[is_aligned_S]].cpu().numpy()
+            aligned_U = (
+                batch.aligned_S if batch.parts is None else batch.aligned_S[batch.parts.places_U]
+            )
+            is_aligned_U = aligned_U >= 0
+            hidden_SE = encoder(batch.encoder)[is_aligned_U].float()
+            ids_S = batch.teacher.ids_S[aligned_U[is_aligned_U]].cpu().numpy()
             normed_SE = functional.layer_norm(hidden_SE, norm[0].shape, *norm)
             embeddings_SD = world.together(partial(_embeddings, weights, ids_S))
             yield normed_SE, embeddings_SD.to(world.device)

@@ -7,7 +7,7 @@ how many ranks there are.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 from torch.nn import functional
 
 from mtllm_engine.config import Config
-from mtllm_engine.data.batch import Document, Pack, Totals, collate, join
-from mtllm_engine.data.tokenizers import PairTokenizer
+from mtllm_engine.data.annotations import NO_ANNOTATIONS
+from mtllm_engine.data.batch import IDLE, ONE_PART, Document, Pack, Totals, collate, join
+from mtllm_engine.data.tokenizers import PairTokenizer, Reading
 from mtllm_engine.languages import ENGLISH, check_language, is_well_formed, nllb_token
 from mtllm_engine.training.engine import PlainEngine, ZeroEngine
 from mtllm_engine.world import World
@@ -53,13 +54,16 @@ class Probe:
     ) -> None:
         self.world, self.num_lines = world, len(english)
         self.indices = range(world.rank, len(english), world.size)  # of this rank's lines
-        limit, teacher = tokenizer.max_length, tokenizer.teacher
-        teacher_ids = [teacher.ids(teacher.encode(english[i]), limit) for i in self.indices]
+        self.idle = replace(IDLE, parts_Q2=None if tokenizer.parts == "whole" else ONE_PART)
+        # Each side cuts its line alone: it is not the other's.
+        teacher, student = (
+            tokenizer.read_by(reader, truncation="independent") for reader in ("llm", "stack")
+        )
+        taught = [_read_line(teacher, english[i], ENGLISH) for i in self.indices]
         self.micro_batches: dict[str, list[list[Document]]] = {}
         for language, texts in lines.items():
-            side = tokenizer.student(language)
-            student_ids = [side.ids(side.encode(texts[i]), limit) for i in self.indices]
-            triples = zip(self.indices, student_ids, teacher_ids)
+            read = [_read_line(student, texts[i], language) for i in self.indices]
+            triples = zip(self.indices, read, taught)
             packs = [Pack(documents=(_document(*each),), state={}) for each in triples]
             self.micro_batches[language] = join(packs, config.memory.max_tokens)
 
@@ -91,7 +95,8 @@ class Probe:
         of this one."""
         rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         for documents in [*micro_batches, *[[]] * (num - len(micro_batches))]:
-            batch, count = collate(documents, step_seed=0, device=self.world.device), len(documents)
+            count = len(documents)
+            batch = collate(documents, step_seed=0, device=self.world.device, idle=self.idle)
             outputs = engine(batch, Totals(count, count)).outputs
             rows.append((outputs.student_PD[:count], outputs.teacher_PD[:count]))
         student_ND, teacher_ND = (self._gathered(torch.cat(side)) for side in zip(*rows))
@@ -160,9 +165,17 @@ def average(agreements: dict[str, Agreement]) -> Agreement:
     )
 
 
-def _document(index: int, student_ids_S: np.ndarray, teacher_ids_T: np.ndarray) -> Document:
+def _read_line(tokenizer: PairTokenizer, line: str, language: str) -> Reading:
+    return tokenizer.example(line, language, NO_ANNOTATIONS)[0]
+
+
+def _document(index: int, student: Reading, teacher: Reading) -> Document:
     return Document(
-        key=str(index), seed=0, student_ids_S=student_ids_S, teacher_ids_T=teacher_ids_T
+        key=str(index),
+        seed=0,
+        student_ids_S=student.ids_S,
+        teacher_ids_T=teacher.ids_S,
+        parts_Q2=student.parts_Q2,
     )
 
 
