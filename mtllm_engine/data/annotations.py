@@ -69,13 +69,14 @@ class Removed(NamedTuple):
 
 
 def token_range(span: Range, text: str, offsets_S2: np.ndarray) -> Range | None:
-    """The tokens that overlap a range of characters; None if there is none.
+    """The tokens from the first to the last that overlap a range of characters; None if none does.
 
     White space at its ends does not count: the token of the next word may have it (`▁b`, `Ġb`).
     """
     start, end = span
     start, end = end - len(text[start:end].lstrip()), start + len(text[start:end].rstrip())
-    hits = np.flatnonzero((offsets_S2[:, 0] < end) & (offsets_S2[:, 1] > start))
+    starts_S, ends_S = offsets_S2.T
+    hits = np.flatnonzero((starts_S < end) & (ends_S > start) & (starts_S < ends_S))
     return (int(hits[0]), int(hits[-1]) + 1) if len(hits) else None
 
 

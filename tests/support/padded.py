@@ -110,12 +110,27 @@ class Padded:
         name = "student_ids_S" if side == "student" else "teacher_ids_T"
         ids_BL, real_BL = pad([getattr(item, name) for item in documents])
         inputs = {"input_ids": ids_BL}
-        if side == "student":
-            with torch.no_grad():
-                encoded_BLE = self.encoder(ids_BL, attention_mask=real_BL.long()).last_hidden_state
-            inputs = {"inputs_embeds": self.projection(encoded_BLE)}
+        if side == "student" and documents[0].parts_Q2 is not None:
+            rows = [self.interleaved(item) for item in documents]
+            inputs = {"inputs_embeds": nn.utils.rnn.pad_sequence(rows, batch_first=True)}
+        elif side == "student":
+            inputs = {"inputs_embeds": self.projected(ids_BL, real_BL)}
         mask = attention_mask(real_BL, causal=False)
         return self.llm(**inputs, attention_mask=mask, use_cache=False).last_hidden_state, real_BL
+
+    def projected(self, ids_BL: torch.Tensor, real_BL: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            encoded_BLE = self.encoder(ids_BL, attention_mask=real_BL.long()).last_hidden_state
+        return self.projection(encoded_BLE)
+
+    def interleaved(self, document: Document) -> torch.Tensor:
+        """A text in parts (S, D): each read by itself, the LLM's own embeddings between."""
+        ids, embed, pieces, end = document.student_ids_S, self.llm.get_input_embeddings(), [], 0
+        states_BLD = self.projected(*pad([ids[slice(*part)] for part in document.parts_Q2]))
+        for (start, following), states_LD in zip(document.parts_Q2, states_BLD):
+            pieces += [embed(torch.tensor(ids[end:start])), states_LD[: following - start]]
+            end = following
+        return torch.cat([*pieces, embed(torch.tensor(ids[end:]))])
 
     def pooled(self, documents: Sequence[Document], side: str) -> list[torch.Tensor]:
         """(P, D) of each document: the means of its spans, token by token from the definition."""
