@@ -2,6 +2,7 @@
 tests.
 """
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -126,6 +127,21 @@ def pack_lines(folder: Path, lines: Sequence[str], *, num_shards: int) -> Path:
     return folder
 
 
+def build_lines(folder: Path, count: int, *, num_shards: int = 3, seed: int = 0) -> Path:
+    """A packed corpus of documents of several lines and sentences; one in three is one of each."""
+    generator, documents = random.Random(seed), []
+    for number, text in enumerate(texts(count, seed=seed)):
+        words = text.split()
+        for at in range(2, len(words), 3) if number % 3 else ():
+            words[at] += generator.choice([".", ".\n", "\n\n"])
+            words[at + 1 : at + 2] = [each.capitalize() for each in words[at + 1 : at + 2]]
+        documents.append({"text": " ".join(words)})
+    source = folder.with_suffix(".jsonl")
+    source.write_text("\n".join(map(json.dumps, documents)))
+    sources.pack([source], folder, language="eng_Latn", shards=num_shards, progress=False)
+    return folder
+
+
 def build_config(folder: Path, **sections) -> Config:
     """A run over `encoder`, `decoder`, `train` and `validation` in a folder; keyword arguments
     override by section.
@@ -149,8 +165,6 @@ def build_config(folder: Path, **sections) -> Config:
 
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
     return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 

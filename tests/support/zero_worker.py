@@ -169,6 +169,34 @@ def task_runs(folder: Path, world: World) -> dict:
     return {"keys": run(config, world)}
 
 
+def texts_in_parts(folder: Path, world: World) -> dict:
+    """From a live teacher with the token term, and from states that these ranks store; at the end
+    of a validation two of three ranks have no document.
+    """
+    name = f"parts_{world.size}"
+    write_targets(parts_config(folder, f"{name}_stored", states=name), world)
+    stored = run(parts_config(folder, f"{name}_stored", states=name), world)
+    return {"keys": run(parts_config(folder, name, aligns=True), world) + stored}
+
+
+def parts_config(
+    folder: Path, name: str, *, states: str = "", aligns: bool = False, stage: int = 3
+) -> Config:
+    data = {"parts": "sentences", "lanes": 3, "pack_documents": 1, "teacher_states": states}
+    return build_config(
+        folder,
+        run={"dir": str(folder / name)},
+        model={"projection_init": "least_squares"} if aligns else {},
+        data={"train": str(folder / "lines")} | data,
+        memory={"max_tokens": 64},
+        optim={"steps": 4, "lr": 1e-3},
+        objective={"token_weight": 0.5 * aligns},
+        validation={"corpus": str(folder / "lines_held_out"), "every": 4},
+        zero={"stage": stage},
+        **UNDROPPED,
+    )
+
+
 def evaluation(folder: Path, world: World) -> dict:
     """Every system of every kind of task in every language, on these ranks."""
     return evaluated(folder, f"evaluate_{world.size}_ranks", world, stage=3)

@@ -29,12 +29,19 @@ from tests.support.stages import (
     write_questions,
     write_topics,
 )
-from tests.support.tiny import build_config, build_corpus, build_decoder, build_encoder
+from tests.support.tiny import (
+    build_config,
+    build_corpus,
+    build_decoder,
+    build_encoder,
+    build_lines,
+)
 from tests.support.zero_worker import (
     ADAPTERS,
     UNDROPPED,
     bf16_config,
     evaluated,
+    parts_config,
     recorded_keys,
     run,
 )
@@ -47,9 +54,9 @@ TRAFFIC = ["joint_forward", "two_passes"]
 TASK = ["task_runs", "evaluation"]
 MEASURED = {"loss", "grad_norm", "accuracy", "validation_accuracy", "validation_fvu"}
 EXTRA = {
-    1: ["evaluation"],
+    1: ["evaluation", "texts_in_parts"],
     2: [*VARIANTS, *RESUME, *DAMAGE, *TRAFFIC, "task_runs"],
-    3: TASK,
+    3: [*TASK, "texts_in_parts"],
     4: ["evaluation"],
 }
 
@@ -63,6 +70,8 @@ def folder(tmp_path_factory) -> Path:
     build_decoder(folder / "deep", width=64, layers=40)
     build_corpus(folder / "train", 120)
     cut_corpus(build_corpus(folder / "cut", 60))
+    build_lines(folder / "lines", 24)
+    build_lines(folder / "lines_held_out", 7, seed=1)
     plain = {"zero": {"stage": 0}, **ADAPTERS}
     with recorded_keys() as keys:
         train(build_config(folder, run={"dir": str(folder / "ten_steps_0")}, **plain), ALONE)
@@ -254,6 +263,19 @@ def test_a_rank_without_documents_took_part(worlds: Path):
     counts = [[len(step) for step in result["keys"]] for result in results(worlds, "task_runs", 3)]
     assert [sum(step) for step in zip(*counts)] == [8, 8, 8]
     assert min(map(min, counts)) < max(map(max, counts))
+
+
+@pytest.mark.parametrize("end", ["", "_stored"])
+def test_any_number_of_ranks_reads_texts_in_parts_as_plain_pytorch_does(worlds: Path, end: str):
+    """Which learns from a live teacher, also where they learn from the states that they stored."""
+    train(parts_config(worlds, f"parts_0{end}", aligns=not end, stage=0), ALONE)
+    plain = rows(worlds / f"parts_0{end}")
+    for size in (1, 3):
+        sharded = rows(worlds / f"parts_{size}{end}")
+        assert len(sharded) == len(plain) == 6  # validation, four steps, validation
+        for before, after in zip(plain, sharded):
+            for key in before.keys() & MEASURED:
+                assert after[key] == pytest.approx(before[key], rel=1e-5), key
 
 
 @pytest.fixture(scope="module")
