@@ -75,6 +75,9 @@ def test_states_that_do_not_fit_are_refused(corpus):
     folder = writer(corpus).finish(gpu_hours=0.0, flops=0.0)
     with pytest.raises(ValueError, match=r"another model \('a', not 'c'\); .*data.teacher_states"):
         TeacherStates(corpus, "b", MAKER | {"model": "c"})
+    TeacherStates(corpus, "b", MAKER | {"data.parts": "whole"})  # older ones do not say so
+    with pytest.raises(ValueError, match=r"another data.parts \(None, not 'lines'\)"):
+        TeacherStates(corpus, "b", MAKER | {"data.parts": "lines"})
     (folder / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON; remove .* and run `mtllm targets` again"):
         TeacherStates(corpus, "b", MAKER)

@@ -103,6 +103,15 @@ def test_what_is_kept_belongs_together_and_holds_all_that_was_evaluated_last(
     assert names(sort_out(shuffled)[0]) == [i.identity for i in shuffled if i in kept]
 
 
+def test_predictions_that_do_not_say_what_the_encoder_reads_at_once_are_of_whole_texts():
+    reads = {"model.encoder": "e"}
+    older = build("stack", "swh_Latn", maker=maker(0, **reads))
+    for parts, other in (("whole", []), ("lines", ["data.parts"])):
+        newer = build("stack", "deu_Latn", maker=maker(1, **reads, **{"data.parts": parts}))
+        _, left = sort_out([older, newer])
+        assert [each.differs for each in left] == other
+
+
 def test_other_commits_are_told_and_mix(tmp_path: Path):
     save(tmp_path, build("llm", "swh_Latn", maker=maker(0, commit="before")))
     save(tmp_path, build("stack", "swh_Latn", maker=maker(1, commit="after")))

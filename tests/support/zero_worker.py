@@ -170,8 +170,8 @@ def task_runs(folder: Path, world: World) -> dict:
 
 
 def texts_in_parts(folder: Path, world: World) -> dict:
-    """From a live teacher with the token term, and from states that these ranks store; at the end
-    of a validation two of three ranks have no document.
+    """From a live teacher with the token term, and from states that these ranks store; of three
+    ranks one has no line of the probe, two have no document at the end of a validation.
     """
     name = f"parts_{world.size}"
     write_targets(parts_config(folder, f"{name}_stored", states=name), world)
@@ -192,6 +192,7 @@ def parts_config(
         optim={"steps": 4, "lr": 1e-3},
         objective={"token_weight": 0.5 * aligns},
         validation={"corpus": str(folder / "lines_held_out"), "every": 4},
+        probe={"folder": str(folder / "flores") if aligns else ""},
         zero={"stage": stage},
         **UNDROPPED,
     )

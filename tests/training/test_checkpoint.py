@@ -417,6 +417,7 @@ def test_missing_file_is_refused_and_the_advice_works(run, name):
         ("data", "pack_documents", 3, "data.pack_documents was 2 and is 3"),
         ("data", "max_length", 32, "data.max_length was 64 and is 32"),
         ("data", "truncation", "independent", 'data.truncation was "aligned" and is "independent"'),
+        ("data", "parts", "lines", 'data.parts was "whole" and is "lines"'),
         ("data", "on_error", "skip", 'data.on_error was "raise" and is "skip"'),
         ("lora", "rank", 8, "lora.rank was 4 and is 8"),
         ("lora", "target_modules", ("q_proj",), 'lora.target_modules was ["q_proj", '),

@@ -2,6 +2,7 @@
 models give.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tests.support.tiny import (
     build_corpus,
     build_decoder,
     build_encoder,
+    build_lines,
     build_world,
     pack_lines,
     texts,
@@ -40,6 +42,7 @@ def folder(tmp_path_factory) -> Path:
     build_encoder(folder / "encoder")
     build_decoder(folder / "decoder")
     pack_lines(folder / "train", texts(NUM_TEXTS), num_shards=3)
+    build_lines(folder / "lines", NUM_TEXTS)
     build_corpus(folder / "validation", 30, seed=1)
     return folder
 
@@ -102,8 +105,10 @@ def test_a_stack_that_learns_labels_starts_as_one_that_distils(folder: Path):
     assert fitted.values["projection.weight"].equal(fit(config).values["projection.weight"])
 
 
-def test_pairs_are_hugging_faces_states_and_embeddings_of_aligned_tokens(folder: Path):
-    config = configure(folder)
+@pytest.mark.parametrize("parts", ["whole", "sentences"])
+def test_pairs_are_hugging_faces_states_and_embeddings_of_aligned_tokens(folder: Path, parts: str):
+    """What stands between parts is no pair."""
+    config = configure(folder, data={"train": str(folder / "lines"), "parts": parts})
     tokenizer = build_tokenizer(config, build_stack(config)[0])
     encoder = M2M100ForConditionalGeneration.from_pretrained(
         folder / "encoder"
@@ -112,11 +117,15 @@ def test_pairs_are_hugging_faces_states_and_embeddings_of_aligned_tokens(folder:
         LlamaForCausalLM.from_pretrained(folder / "decoder").get_input_embeddings().weight.detach()
     )
     expected = []
-    for text in texts(NUM_TEXTS):
+    for line in (folder / "lines.jsonl").read_text().splitlines():
+        text = json.loads(line)["text"]
         student, teacher = tokenizer.example(text, "eng_Latn", NO_ANNOTATIONS)
         aligned_S = partners(text, student.offsets_S2, teacher.offsets_S2)
-        with torch.no_grad():
-            states_SE = encoder(torch.tensor(student.ids_S[None]).long()).last_hidden_state[0]
+        states_SE = torch.full((len(student.ids_S), 32), torch.nan)
+        for start, end in [[0, len(student.ids_S)]] if parts == "whole" else student.parts_Q2:
+            with torch.no_grad():
+                ids_BL = torch.tensor(student.ids_S[None, start:end]).long()
+                states_SE[start:end] = encoder(ids_BL).last_hidden_state[0]
         indices = np.flatnonzero(aligned_S >= 0)
         embeddings = table[torch.tensor(teacher.ids_S[aligned_S[indices]]).long()]
         expected.append(torch.cat([states_SE[indices], embeddings], dim=1))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from mtllm_engine.config import Config, dumps
+from mtllm_engine.data.annotations import NO_ANNOTATIONS
 from mtllm_engine.data.batch import Document, Totals, collate
 from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.train import train
@@ -62,7 +63,8 @@ def write_lines(folder: Path) -> Path:
 
 
 def lines_of(seed: int) -> list[str]:
-    return texts(NUM_LINES, seed=10 + seed, longest=8)  # none is cut
+    """Of two sentences; none is cut."""
+    return [f"Yes. A {line}" for line in texts(NUM_LINES, seed=10 + seed, longest=8)]
 
 
 def configure(folder: Path, *, probe: dict | None = None, **sections) -> Config:
@@ -108,8 +110,13 @@ def test_the_mean_leaves_english_out():
     assert asdict(average(each)) == {"fvu": 1.5, "cosine": 1.5, "retrieval": 1.5}
 
 
-def test_student_reads_the_foreign_line_and_teacher_the_english_one(folder: Path):
-    config = configure(folder, probe={"languages": ["swh_Latn", "quy_Latn"], "lines": 5})
+@pytest.mark.parametrize("parts", ["whole", "sentences"])
+def test_student_reads_the_foreign_line_and_teacher_the_english_one(folder: Path, parts: str):
+    config = configure(
+        folder,
+        probe={"languages": ["swh_Latn", "quy_Latn"], "lines": 5},
+        data={"parts": parts},
+    )
     stack, weights = build_stack(config)
     tokenizer = build_tokenizer(config, stack)
     engine = build_engine(config, shard(stack, weights, config, WORLD), WORLD)
@@ -120,12 +127,15 @@ def test_student_reads_the_foreign_line_and_teacher_the_english_one(folder: Path
     for language, seed in (("swh_Latn", 1), ("quy_Latn", 2)):
         students, teachers = [], []
         for foreign, english in list(zip(lines_of(seed), lines_of(0)))[:5]:
-            student_ids_S, _ = tokenizer(foreign, language)
+            student, _ = tokenizer.example(foreign, language, NO_ANNOTATIONS)
             _, teacher_ids_T = tokenizer(english, "eng_Latn")
+            student_ids_S, parts_Q2 = student.ids_S, student.parts_Q2
+            assert parts == "whole" if parts_Q2 is None else len(parts_Q2) > 1
             assert max(len(student_ids_S), len(teacher_ids_T)) < config.data.max_length
             assert student_ids_S[0] == tokenizer.encoder.convert_tokens_to_ids(language)
             ids = {"student_ids_S": student_ids_S, "teacher_ids_T": teacher_ids_T}
-            batch = collate([Document(key="a", seed=0, **ids)], step_seed=0, device=WORLD.device)
+            document = Document(key="a", seed=0, **ids, parts_Q2=parts_Q2)
+            batch = collate([document], step_seed=0, device=WORLD.device)
             ids_BL = torch.tensor(teacher_ids_T[None]).long()
             seen_B1LL = torch.zeros(1, 1, *2 * ids_BL.shape[1:])  # bidirectional: no mask
             with engine.evaluating():
