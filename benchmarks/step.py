@@ -119,7 +119,8 @@ class Bench:
             message = f"--tokens leaves a rank {share}, below data.max_length={lengths.longest}"
             raise AgreedError(ValueError(message))
         vocabularies = (self.models.encoder.vocab_size, self.models.decoder.vocab_size)
-        drawn = Drawn(lengths=lengths, tokens=tokens or share, vocabularies=vocabularies)
+        about = {"vocabularies": vocabularies, "parts": self.config.data.parts}
+        drawn = Drawn(lengths=lengths, tokens=tokens or share, **about)
         return drawn.global_batches(count, self.world, max_tokens or most)
 
     def row(
@@ -298,6 +299,7 @@ def build_bench(arguments: argparse.Namespace, config: Config, world: World) -> 
         "zero_stage": config.zero.stage,
         "dtype": config.model.dtype,
         "quantization": config.model.quantization,
+        "parts": config.data.parts,
         "tolerance": max(TOLERANCE[config.model.dtype], QUANTISED[config.model.quantization]),
         "weights": arguments.random_weights or f"{config.model.decoder}+{config.model.encoder}",
         "gemm_tflops": measure.gemm_tflops(world.device, dtype),
@@ -347,6 +349,8 @@ def _configure(arguments: argparse.Namespace) -> Config:
     stage = 3 if "RANK" in os.environ else 0
     ours = [f"zero.stage={stage}", "lora.dropout=0.0"]
     config = configs.load(arguments.config, [*arguments.overrides, *ours])
+    if arguments.baseline and config.data.parts != "whole":
+        raise ValueError(f"--baseline reads texts whole; leave out data.parts={config.data.parts}")
     for text in arguments.lengths.split(","):
         parse_lengths(text, config.data.max_length)
     return config

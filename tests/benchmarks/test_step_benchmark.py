@@ -190,6 +190,45 @@ def test_drawn_lengths():
     assert 1.09 < ratios[2000] < 1.11 and ratios[400] < 1.0 < 1.2 < ratios[3600]
 
 
+@pytest.mark.parametrize("parts", ["lines", "sentences"])
+def test_texts_in_parts_are_the_same_texts(folder: Path, parts: str):
+    """With what stands around and between parts, as long as both sides' limit leaves room."""
+    lengths = documents.parse_lengths("100", 128)
+    drawn = {
+        kind: documents.Drawn(lengths=lengths, tokens=9000, vocabularies=(700, 500), parts=kind)
+        for kind in ("whole", parts)
+    }
+    whole, cut = (
+        [document for batch in batches for document in batch]
+        for batches in (
+            each.global_batches(1, build_world(), 900)[0].micro_batches for each in drawn.values()
+        )
+    )
+    assert 10 < len(cut) <= len(whole) and [one.key for one in cut] == [
+        one.key for one in whole[: len(cut)]
+    ]
+    several = 0
+    for one, other in zip(cut, whole):
+        starts_Q, ends_Q = one.parts_Q2.T
+        gaps = starts_Q[1:] - ends_Q[:-1]
+        size = ends_Q[-1]
+        assert starts_Q[0] == 0 and size == len(one.student_ids_S) <= 128
+        assert set(gaps.tolist()) <= ({1} if parts == "lines" else {0, 1})
+        assert one.student_ids_S.max() < 500 and one.teacher_ids_T.max() < 500
+        num_text = size - 2 * len(starts_Q) - gaps.sum()
+        assert num_text == max(1, len(other.student_ids_S) - 2) or size > 100
+        several += len(starts_Q) > 1
+    assert several > 3
+
+
+def test_a_step_of_texts_in_parts_and_no_baseline_of_them(folder: Path, capsys):
+    status, rows = bench(folder, "--lengths", "40", "data.parts=sentences")
+    assert status == 0 and [row["parts"] for row in rows] == ["sentences"] * 2
+    arguments = ["--lengths", "40", "--baseline", "padded", "data.parts=lines"]
+    assert bench(folder, *arguments) == (1, [])
+    assert "--baseline reads texts whole; leave out data.parts=lines" in capsys.readouterr().err
+
+
 def test_linear(folder: Path, capsys, monkeypatch):
     monkeypatch.setattr(step, "SIZES", (128, 256))
     status, rows = bench(folder, "--lengths", "20,equal", "--linear")
