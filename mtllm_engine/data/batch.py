@@ -236,6 +236,7 @@ def _pack_tokens(ids: Sequence[np.ndarray], seeds_N: np.ndarray, put: Callable) 
 def _pack_parts(
     ids: Sequence[np.ndarray], parts: Sequence[np.ndarray | None], put: Callable
 ) -> Parts | None:
+    """Args: ids, parts: Of each document; no parts: the documents are read whole."""
     if not (pieces := _present(parts)):
         return None
     starts_N = np.cumsum([0, *map(len, ids[:-1])])
@@ -243,15 +244,16 @@ def _pack_parts(
     # Equally long parts one after the other: attention on the CPU runs them at once.
     starts_Q, ends_Q = bounds_Q2[np.argsort(np.diff(bounds_Q2)[:, 0], kind="stable")].T
     ids_S = np.concatenate(ids)
-    places_U = np.concatenate([np.arange(*each) for each in zip(starts_Q, ends_Q)])
-    places_Z = np.setdiff1d(np.arange(len(ids_S)), places_U, assume_unique=True)
-    by_part = np.split(ids_S[places_U], np.cumsum(ends_Q - starts_Q)[:-1])
-    no_seeds_Q = np.zeros(len(by_part), np.uint32)  # nothing is dropped in the encoder
+    bounds = list(zip(starts_Q, ends_Q))
+    places_U = np.concatenate([np.arange(*part) for part in bounds])
+    is_between_S = np.ones(len(ids_S), bool)
+    is_between_S[places_U] = False
+    no_seeds_Q = np.zeros(len(bounds), np.uint32)  # nothing is dropped in the encoder
     return Parts(
-        tokens=_pack_tokens(by_part, no_seeds_Q, put),
+        tokens=_pack_tokens([ids_S[slice(*part)] for part in bounds], no_seeds_Q, put),
         places_U=put(places_U),
-        between_Z=put(ids_S[places_Z].astype(np.int64)),
-        places_Z=put(places_Z),
+        between_Z=put(ids_S[is_between_S].astype(np.int64)),
+        places_Z=put(np.flatnonzero(is_between_S)),
     )
 
 

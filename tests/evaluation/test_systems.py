@@ -17,12 +17,13 @@ from torch import nn
 from mtllm_engine import evaluate as command
 from mtllm_engine.config import FOLLOWING, Config
 from mtllm_engine.data.batch import Document
-from mtllm_engine.data.tokenizers import load_tokenizer
+from mtllm_engine.data.tokenizers import PairTokenizer, load_tokenizer
 from mtllm_engine.evaluate import evaluate
 from mtllm_engine.evaluation import systems
 from mtllm_engine.evaluation.predictions import Predictions, load
 from mtllm_engine.evaluation.systems import cost
 from mtllm_engine.evaluation.translate import translate_examples
+from mtllm_engine.tasks import belebele
 from mtllm_engine.tasks.sib200 import SIB200
 from mtllm_engine.train import train
 from mtllm_engine.training.checkpoint import add_up
@@ -226,6 +227,43 @@ def test_choices_do_not_depend_on_the_batches_either(folder: Path):
         assert scores["keys"] == list("0123456") and scores["labels"] == [0, 1, 2, 3, 0, 1, 2]
         assert np.shape(scores["scores"]) == (7, 4)
         assert_same_scores(scores, runs[1][corpus])
+
+
+def test_choices_of_texts_in_lines_are_scored_as_transformers_scores_them(folder: Path):
+    """Each choice is a line; the LLM alone reads what it always does."""
+    scores = {}
+    for parts in ("whole", "lines"):
+        options = {"systems": ["llm", "stack"], "results": str(folder / "parts" / parts)}
+        config = questions_config(folder, evaluate=options, data={"train": [], "parts": parts})
+        with recorded_scores() as scores[parts]:
+            evaluate(config, ALONE)
+        made = load(folder / "parts" / parts)
+        settings = {item.system: item.maker["settings"].get("data.parts") for item in made}
+        assert settings == {"llm": None, "stack": parts}
+    llm = opened_llm(config, config.model.init_from)
+    padded = Padded(config, llm, linear(config, "projection"), linear(config, "head"))
+    tokenizer = PairTokenizer(
+        *(config.model.encoder, config.model.decoder),
+        max_length=config.data.max_length,
+        parts="lines",
+        reader="stack",
+    )
+    for language in ("eng_Latn", "swh_Latn"):
+        whole, lines = (scores[parts][f"stack/belebele/{language}"]["scores"] for parts in scores)
+        documents = []
+        for example in belebele.task.datasets["belebele"].read(
+            folder / "belebele", "test", language
+        ):
+            read, _ = tokenizer.example(example.text, language, example)
+            ids = {"student_ids_S": read.ids_S, "teacher_ids_T": read.ids_S}
+            spans = dict.fromkeys(("student_spans_P2", "teacher_spans_P2"), read.spans_P2)
+            documents.append(Document(key="", seed=0, **ids, **spans, parts_Q2=read.parts_Q2))
+        with torch.no_grad():
+            expected = torch.stack(padded.scores(documents, "student", "belebele"))
+        assert_close(torch.tensor(lines), expected)
+        assert np.abs(np.subtract(whole, lines)).max() > 0.01
+        name = f"llm/belebele/{language}"
+        assert scores["lines"][name] == scores["whole"][name]
 
 
 @pytest.mark.parametrize("systems", [["stack"], ["llm", "stack"]])
