@@ -42,6 +42,7 @@ from mtllm_engine.training.launch import launcher
 
 TABLES = ("stage1", "finetune", "stage2")
 STARTS = ("stage1", "sum")  # of stage 2; the first is the default
+CORPORA = ("train", "mixture")  # of [data]: evaluation has none
 LENGTHS = {"steps", "epochs"}  # of [optim]: one of them is above 0
 SYSTEMS = EvaluateConfig().systems
 KEYS = {"dir": str, "gpus": int, "seeds": list}
@@ -281,7 +282,9 @@ def _trees(
         # Both, and the LLM after translation, read every test set as stage 2 reads its texts.
         evaluated = {"systems": [*SYSTEMS, "sum"] if start else SYSTEMS, "stage1": start}
         evaluated |= shared.get("evaluate", {})
-        read = {"data": steps["stage2"].get("data", {}), "evaluate": evaluated}
+        own_data = steps["stage2"].get("data", {})
+        as_read = {key: value for key, value in own_data.items() if key not in CORPORA}
+        read = {"data": as_read, "evaluate": evaluated}
         fixed = {"model": {"init_from": best["stage2"], "teacher": best["finetune"]}}
         fixed |= {"task": tested, "evaluate": {"results": str(folder / "results")}}
         yield names["evaluate"], "evaluate", _merged(untasked, read, fixed, own["evaluate"])

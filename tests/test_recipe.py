@@ -524,3 +524,12 @@ def test_what_jobs_make_need_not_be_there_yet(topics: Path, start: str):
     overrides = [f"stage2.data.train={corpus}", f"stage2.from={start}", "recipe.seeds=[3]"]
     pending = recipe.check(recipe.load(topics, overrides))
     assert [job.name for job in pending] == ["stage1", "finetune-3", "stage2-3", "evaluate-3"]
+
+
+def test_what_stage_2_draws_from_is_not_evaluations(path: Path):
+    """The task's corpus and another, mixed, read as long texts."""
+    own = ["stage2.data.train=[fineweb]", "stage2.data.mixture=[2,1]", "stage2.data.max_length=64"]
+    by_name = jobs(path, *(each.replace("fineweb", '"fineweb"') for each in own))
+    assert by_name["stage2-3"].data.mixture == (2.0, 1.0)
+    data = by_name["evaluate-3"].data
+    assert (data.train, data.mixture, data.max_length) == ((), (), 64)
