@@ -2,6 +2,7 @@
 tests.support.zero_worker FOLDER SCENARIO ...`."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import resource
@@ -9,13 +10,14 @@ import shutil
 import signal
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import mtllm_engine.kernels
 from mtllm_engine import train as training
-from mtllm_engine.config import Config
+from mtllm_engine.config import FOLLOWING, Config
 from mtllm_engine.data.stream import agree, build_stream
 from mtllm_engine.evaluate import evaluate
 from mtllm_engine.model import activations
@@ -196,6 +198,42 @@ def parts_config(
         zero={"stage": stage},
         **UNDROPPED,
     )
+
+
+def sums(folder: Path, world: World) -> dict:
+    """What learns of a sum, and what of it does not, as these ranks read it; stage 2 from it."""
+    digests = {}
+    for learned in ("all", "first"):
+        config = sum_config(folder, f"sum_{learned}_{world.size}", learned, stage=3)
+        digests[learned] = adapter_digests(config, world)
+        run(config, world)
+    return digests
+
+
+def sum_config(folder: Path, name: str, learned: str, *, stage: int) -> Config:
+    """Stage 2 from stage 1 and adapters of other linears, with dropout.
+
+    AdamW's eps is large: else the sign of a gradient near 0, which is rounding's, moves much.
+    """
+    parts = [str(checkpoint(folder, "stage1", "latest")), str(folder / "other")]
+    lora = {**FOLLOWING, "dropout": 0.05, "train": learned}
+    options = {"run": {"dir": str(folder / name)}, "zero": {"stage": stage}, "lora": lora}
+    optim = {"steps": 3, "lr": 0.01, "warmup_ratio": 0.0, "weight_decay": 0.2, "eps": 1e-3}
+    return stage2_config(folder, "sib200", model={"init_from": parts}, optim=optim, **options)
+
+
+def adapter_digests(config: Config, world: World) -> dict[str, str]:
+    """Of the student's matrices, gathered from these ranks."""
+    config = replace(config, model=replace(config.model, teacher=""))
+    stack, weights = build_stack(config)
+    shard(stack, weights, config, world)
+    adapters = {name: each for name, each in stack.named_parameters() if ".student." in name}
+    gathered = contextlib.nullcontext()
+    if config.zero.stage == 3:
+        gathered = import_deepspeed().zero.GatheredParameters(list(adapters.values()))
+    with gathered:
+        contents = {name: each.detach().numpy().tobytes() for name, each in adapters.items()}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def evaluation(folder: Path, world: World) -> dict:

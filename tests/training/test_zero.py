@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mtllm_engine.config import dumps
 from mtllm_engine.finetune import finetune
 from mtllm_engine.train import train
+from tests.support.adapters import write_adapters
 from tests.support.machine import ROOT, launch
+from tests.support.padded import assert_close, load_llm
 from tests.support.stages import (
     ALONE,
     finetuning_config,
@@ -39,11 +42,13 @@ from tests.support.tiny import (
 from tests.support.zero_worker import (
     ADAPTERS,
     UNDROPPED,
+    adapter_digests,
     bf16_config,
     evaluated,
     parts_config,
     recorded_keys,
     run,
+    sum_config,
 )
 
 WORKER = "tests.support.zero_worker"
@@ -54,9 +59,9 @@ TRAFFIC = ["joint_forward", "two_passes"]
 TASK = ["task_runs", "evaluation"]
 MEASURED = {"loss", "grad_norm", "accuracy", "validation_accuracy", "validation_fvu"}
 EXTRA = {
-    1: ["evaluation", "texts_in_parts"],
+    1: ["evaluation", "texts_in_parts", "sums"],
     2: [*VARIANTS, *RESUME, *DAMAGE, *TRAFFIC, "task_runs"],
-    3: [*TASK, "texts_in_parts"],
+    3: [*TASK, "texts_in_parts", "sums"],
     4: ["evaluation"],
 }
 
@@ -85,6 +90,8 @@ def folder(tmp_path_factory) -> Path:
     for seed, (language, count) in enumerate(counts.items(), start=1):
         write_topics(folder, language, seed=seed, test=count)
     run_stages(folder, "sib200", **UNDROPPED)
+    keys = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "up_proj"]}
+    write_adapters(folder / "other", load_llm(build_config(folder)), **keys)
     learn_choices(folder)
     learn_spans(folder)
     return folder
@@ -280,6 +287,35 @@ def test_any_number_of_ranks_reads_texts_in_parts_as_plain_pytorch_does(worlds: 
         for before, after in zip(plain, sharded):
             for key in before.keys() & {*MEASURED, "probe_fvu", "probe_cosine"}:
                 assert after[key] == pytest.approx(before[key], rel=1e-5), key
+
+
+@pytest.fixture(scope="module", params=["all", "first"])
+def plain_sum(request, worlds: Path) -> tuple[str, dict[str, str]]:
+    """What learns of a sum, and what of it plain PyTorch reads; it has then learned from it."""
+    config = sum_config(worlds, f"sum_{request.param}_0", request.param, stage=0)
+    train(config, ALONE)
+    return request.param, adapter_digests(config, ALONE)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_any_number_of_ranks_reads_and_trains_a_sum_as_plain_pytorch_does(
+    worlds: Path, plain_sum: tuple[str, dict[str, str]], size: int
+):
+    """The same bits to begin with; the same losses; the same sum in the end, to rounding."""
+    learned, expected = plain_sum
+    assert any(".frozen_" in name for name in expected) == (learned == "first")
+    for digests in results(worlds, "sums", size):
+        assert digests[learned] == expected
+    plain, sharded = (worlds / f"sum_{learned}_{ranks}" for ranks in (0, size))
+    assert losses(sharded) == pytest.approx(losses(plain), rel=1e-5)
+    before, after = (load_file(adapters_in(run_folder)) for run_folder in (plain, sharded))
+    assert before.keys() == after.keys()
+    for name, matrix in before.items():
+        assert_close(after[name], matrix, name)
+
+
+def adapters_in(run_folder: Path) -> Path:
+    return run_folder / "checkpoints" / "latest" / "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
