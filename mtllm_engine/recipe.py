@@ -12,9 +12,9 @@ run again. The stack's first step starts from an `init_from` in [model]: stage 1
 optim.steps = 0) stage 2. A step that sets steps or epochs of its own means neither of the shared
 ones.
 
-`stage2.from` says what stage 2 starts from: "stage1", or the "sum" of stage 1's adapters and the
-fine-tuned LLM's, whose rank is that of both. The sum itself, which is not trained, is evaluated
-beside the stack.
+`stage2.from` says what stage 2 starts from: the "sum" of stage 1's adapters and the fine-tuned
+LLM's, whose rank is that of both, or "stage1" alone. The sum itself, which is not trained, is
+evaluated beside the stack.
 """
 
 import functools
@@ -41,7 +41,7 @@ from mtllm_engine.training import checkpoint
 from mtllm_engine.training.launch import launcher
 
 TABLES = ("stage1", "finetune", "stage2")
-STARTS = ("stage1", "sum")  # of stage 2; the first is the default
+STARTS = ("sum", "stage1")  # of stage 2; the first is the default
 CORPORA = ("train", "mixture")  # of [data]: evaluation has none
 LENGTHS = {"steps", "epochs"}  # of [optim]: one of them is above 0
 SYSTEMS = EvaluateConfig().systems
@@ -228,9 +228,9 @@ def _own_keys(given: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
 
 
 def _origin(stage2: Any) -> str:
-    """What stage 2 starts from, removed from its table."""
-    origin = stage2.pop("from", STARTS[0]) if isinstance(stage2, dict) else STARTS[0]
-    if origin not in STARTS:
+    """What stage 2 starts from, removed from its table; "" if it does not say."""
+    origin = stage2.pop("from", "") if isinstance(stage2, dict) else ""
+    if origin not in ("", *STARTS):
         raise ValueError(f"stage2.from must be one of {', '.join(STARTS)}, not {origin!r}")
     return origin
 
@@ -242,7 +242,7 @@ def _trees(
     seeds: Sequence[int],
     origin: str,
 ) -> Iterator[tuple[str, str, dict]]:
-    """(name, module, configuration as a tree) of each job. Args: origin: one of STARTS."""
+    """(name, module, configuration as a tree) of each job. Args: origin: one of STARTS, or ""."""
     start = shared.get("model", {}).get("init_from", [])
     task = shared.get("task", {})
     untasked = {name: table for name, table in shared.items() if name not in ("task", "evaluate")}
@@ -253,6 +253,10 @@ def _trees(
         start = [str(folder / "stage1" / "checkpoints" / "latest")]
     start = steps["stage2"].get("model", {}).get("init_from", start)
     start = [start] if isinstance(start, str) and start else start or []
+    if origin and not start:
+        fix = "train it, or set model.init_from"
+        raise ValueError(f"stage2.from = {origin!r}, and there is no stage 1: {fix}")
+    is_sum = bool(start) and (origin or STARTS[0]) == "sum"
     english = {key: value for key, value in task.items() if key != "test"}
     tested = {key: value for key, value in task.items() if key in ("name", "test")}
     pick = "best" if task.get("validation") else "latest"
@@ -268,7 +272,6 @@ def _trees(
         yield names["finetune"], "finetune", finetune
         # The stack learns from it. Stored states get a name of their own for each seed and teacher:
         # the corpora that they lie beside may be other recipes' too.
-        is_sum = origin == "sum" and bool(start)
         begun = {"model": {"init_from": [*start, best["finetune"]] if is_sum else start}}
         fixed = {"model": {"teacher": best["finetune"]}, "task": english}
         fixed |= {"lora": FOLLOWING} if is_sum else {}

@@ -5,6 +5,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_each_step_reads_what_the_one_before_it_wrote(path: Path):
         steps = [by_name[f"{step}-{seed}"] for step in ("finetune", "stage2", "evaluate")]
         finetune, stage2, evaluate = (each.model for each in steps)
         assert (finetune.init_from, finetune.teacher) == ((), "")
-        assert stage2.init_from == (f"{out}/stage1/checkpoints/latest",)
+        assert stage2.init_from == (f"{out}/stage1/checkpoints/latest", stage2.teacher)
         assert stage2.teacher == evaluate.teacher == f"{out}/finetune-{seed}/checkpoints/best"
         assert evaluate.init_from == (f"{out}/stage2-{seed}/checkpoints/best",)
         assert steps[2].evaluate.results == f"{out}/results"
@@ -85,7 +86,7 @@ def test_each_step_has_its_objective_and_its_task(path: Path):
 
 def test_a_steps_own_tables_are_laid_over_the_shared_ones(path: Path):
     own = ["finetune.lora.rank=2", "stage2.data.max_length=64"]
-    by_name = jobs(path, "optim.weight_decay=0.5", *own)
+    by_name = jobs(path, "optim.weight_decay=0.5", "stage2.from=stage1", *own)
     sections = {name: each.optim for name, each in by_name.items()}
     optim = {name: (each.steps, each.epochs, each.lr) for name, each in sections.items()}
     assert optim["stage1"] == (100, 0.0, 2e-4)
@@ -136,7 +137,8 @@ def test_the_stacks_first_step_starts_from_a_shared_start(
     path: Path, steps: int, starts: list[str]
 ):
     """The LLM that learns the task does not: these are a stack's adapters."""
-    by_name = jobs(path, "model.init_from=mine", f"stage1.optim.steps={steps}", "recipe.seeds=[7]")
+    own = ["model.init_from=mine", f"stage1.optim.steps={steps}", "recipe.seeds=[7]"]
+    by_name = jobs(path, "stage2.from=stage1", *own)
     starts_of = ["".join(config.model.init_from) for config in by_name.values()]
     origins = [each.replace(f"{path.parent}/out", "OUT") for each in starts_of]
     assert origins == [*starts, "OUT/stage2-7/checkpoints/best"]
@@ -179,8 +181,13 @@ def test_the_sum_is_evaluated_where_there_is_something_to_add(path: Path, start:
 
 def test_without_stage_1_there_is_no_sum(path: Path):
     evaluating_all(path)
-    evaluated = jobs(path, "stage1.optim.steps=0")["evaluate-3"].evaluate
+    by_name = jobs(path, "stage1.optim.steps=0")
+    evaluated, stage2 = by_name["evaluate-3"].evaluate, by_name["stage2-3"]
     assert (evaluated.systems, evaluated.stage1) == (SYSTEMS, ())
+    assert (stage2.model.init_from, stage2.lora.rank) == ((), 8)
+    for start in ("stage1", "sum"):
+        message = error_of(partial(jobs, path, "stage1.optim.steps=0", f"stage2.from={start}"))
+        assert message.startswith(f"stage2.from = '{start}', and there is no stage 1")
 
 
 @pytest.mark.parametrize(
@@ -305,10 +312,10 @@ def test_without_a_validation_set_the_last_checkpoints_are_taken(path: Path):
         ("evaluate.systems=[]", "evaluate-3: evaluate.systems is empty"),
         ("stage2.optim=1", "stage2.optim must be a section, not 1"),
         ("stage2=1", "stage2 must be a section, not 1"),
-        ("stage2.from=stage2", "stage2.from must be one of stage1, sum, not 'stage2'"),
-        ("stage2.from=['sum']", "stage2.from must be one of stage1, sum, not ['sum']"),
+        ("stage2.from=stage2", "stage2.from must be one of sum, stage1, not 'stage2'"),
+        ("stage2.from=['sum']", "stage2.from must be one of sum, stage1, not ['sum']"),
         ("stage1.from=sum", "stage1.from must be a section, not 'sum'"),
-        ("stage2.lora.train=first", 'stage2-3: lora.train = "first" is for a sum'),
+        ("finetune.lora.train=first", 'finetune-3: lora.train = "first" is for a sum'),
         ("model.encoderr=a", "stage1: unknown key: model.encoderr; did you mean model.encoder?"),
         ("optim=1", "optim must be a section, not 1"),
         ("recipe=1", "recipe must be a section, not 1"),
