@@ -27,7 +27,8 @@ SENTENCE_END = regex.compile(
         (?<! {STOP} | ། ) (?: {STOP} | (?<! དང་ ) ། )++
         [{QUOTE}\p{{Pe}}]*+ \s*+
       |
-        # A mark with other uses needs white space behind it, and then no word in lower case.
+        # A mark with other uses needs white space behind it, and then no word in lower case; but
+        # what is abbreviated has not four letters.
         (?<! [.!?…] )
         (?:
             # Not behind an initial, ordinal or title; Armenian ends with a colon, Thai with none.
@@ -36,7 +37,8 @@ SENTENCE_END = regex.compile(
           | (?<= \p{{Armenian}} | [»)] ) :
           | (?<= \p{{Greek}} ) ;
         )
-        [{QUOTE}\p{{Pe}}]*+ \s++ (?! [{QUOTE}\p{{Ps}}]* [[\p{{Ll}}--\p{{Georgian}}],;:–—-] )
+        (?: (?<= \p{{Ll}}{{4}} \. ) \s++ (?= \p{{Ll}} )
+          | [{QUOTE}\p{{Pe}}]*+ \s++ (?! [{QUOTE}\p{{Ps}}]* [[\p{{Ll}}--\p{{Georgian}}],;:–—-] ) )
     )
     (?= [^\p{{L}}\p{{N}}]{{0,8}}+ [\p{{L}}\p{{N}}] )  # what has no word is no sentence
     """,

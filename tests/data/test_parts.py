@@ -41,6 +41,7 @@ MARKED = [  # a bar between two sentences
     "မြို့၊ ရွာ။ |နောက်တစ်ခု။",
     "तुम कौन हो? |मैं हूँ॥ |हाँ।",
     "هل هذا؟ |نعم.",
+    "the cat sleeps. |the others eat fish, meat etc. and milk.",
     "no end, here.neither",
     '"... !? ..." । । ',
 ]
