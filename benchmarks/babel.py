@@ -11,6 +11,7 @@ lands are taken together, and bootstrap intervals are over them; trainings are a
 
 import argparse
 import itertools
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from mtllm_engine.training.log import environment
 from mtllm_engine.world import connect
 
 RECIPE = "configs/quickstart.toml"
+SEEDS = (20, 21, 22)
 LOW = tuple(sketch.code for sketch in SKETCHES if sketch.pairs < 1000)  # the low-resource languages
 
 
@@ -61,11 +63,6 @@ TASKS = {  # by the names of tasks
     ),
 }
 FROM_STAGE1, FROM_SUM, ALONE = "stack-from-stage1", "stack-from-sum", "stage2-alone"
-VARIANTS = {  # by what its stack is called; the first evaluates all other systems too
-    FROM_STAGE1: ["stage2.from=stage1"],
-    FROM_SUM: ["stage2.from=sum"],
-    ALONE: ["stage1.optim.steps=0"],
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,40 +79,91 @@ class Claim:
         return self.score.value >= self.least and (not self.surely or self.score.low > 0)
 
 
-def prove(seed: int, size: str, work: Path) -> int:
-    """Builds a land and runs the recipe in it on all tasks, in all variants; returns the exit
-    status of the first that fails."""
-    land = work / f"seed-{seed}" / "land"
-    babel.build(land, size, seed)
-    first: dict[str, Path] = {}  # what variants have alike is made once
-    for (name, task), (stack, settings) in itertools.product(TASKS.items(), VARIANTS.items()):
-        steps = task.sum_steps if stack == FROM_SUM else task.steps
-        folder = land.parent / f"{name}-{stack}"
-        overrides = [*_models(land), *task.paths(land), *task.settings, *settings]
-        overrides += [f"task.name={name}", f"stage2.optim.steps={steps}", f"recipe.dir={folder}"]
-        overrides += [f"evaluate.stack_name={stack}", "recipe.gpus=1"]
-        if stack != FROM_STAGE1:
-            overrides.append('evaluate.systems=["stack"]')
-        print(f"\nseed {seed}, {name}, {stack}", flush=True)
-        variant = recipe.load(RECIPE, overrides)
-        share(variant, first)
-        if status := recipe.run(variant):
-            return status
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to run the recipe."""
+
+    settings: Sequence[str]
+    sum: str = ""
+    """What its sum is called, if that is evaluated."""
+    is_first: bool = False
+    """Systems that are no stack's are evaluated with it."""
 
 
-def gather(task: str, seeds: Sequence[int], work: Path) -> list[Predictions]:
-    """Every system's predictions of a task in every language, those of all lands as one."""
-    parts: dict[tuple[str, str], list[Predictions]] = {}
-    for seed, stack in itertools.product(seeds, VARIANTS):
-        for item in load(work / f"seed-{seed}" / f"{task}-{stack}" / "results"):
-            # Lands have other examples by the same keys.
-            own = replace(item, keys=[f"{seed}-{key}" for key in item.keys])
-            parts.setdefault((item.system, item.language), []).append(own)
-    return [joined(items) for items in parts.values()]
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """Variants of the recipe, and what is aimed at."""
+
+    title: str
+    variants: Mapping[str, Variant]
+    """By what the stack is called."""
+    claims: Callable[[str, Sequence[Predictions]], list[Claim]]
+    """Of a task's predictions. Raises: ValueError: A system has not been evaluated."""
+
+    def prove(self, seed: int, size: str, work: Path) -> int:
+        """Builds a land and runs the recipe in it on all tasks, in all variants; returns the exit
+        status of the first that fails."""
+        land = work / f"seed-{seed}" / "land"
+        babel.build(land, size, seed)
+        first: dict[str, Path] = {}  # what variants have alike is made once
+        for task, stack in itertools.product(TASKS, self.variants):
+            print(f"\nseed {seed}, {task}, {stack}", flush=True)
+            variant = recipe.load(RECIPE, self._overrides(land, task, stack))
+            share(variant, first)
+            if status := recipe.run(variant):
+                return status
+        return 0
+
+    def gather(self, task: str, seeds: Sequence[int], work: Path) -> list[Predictions]:
+        """Every system's predictions of a task in every language, those of all lands as one."""
+        found: dict[tuple[str, str], list[Predictions]] = {}
+        for seed, (stack, variant) in itertools.product(seeds, self.variants.items()):
+            for item in load(work / f"seed-{seed}" / f"{task}-{stack}" / "results"):
+                system = variant.sum if item.system == "sum" else item.system
+                # Lands have other examples by the same keys.
+                keys = [f"{seed}-{key}" for key in item.keys]
+                own = replace(item, system=system, keys=keys)
+                found.setdefault((system, item.language), []).append(own)
+        return [_joined(items) for items in found.values()]
+
+    def write(self, seeds: Sequence[int], work: Path, out: Path, origin: Mapping[str, str]) -> bool:
+        """Writes the report, and a picture of each task beside it.
+
+        Returns:
+            Whether all claims are met.
+        """
+        found = {
+            task: {seed: self.gather(task, [seed], work) for seed in seeds}
+            | {"all": self.gather(task, seeds, work)}
+            for task in TASKS
+        }
+        claims = {task: self.claims(task, by_seed["all"]) for task, by_seed in found.items()}
+        shown = report(self.title, found, claims, origin)
+        out.write_text(shown, "utf-8")
+        for task, by_seed in found.items():
+            plot(summarise(by_seed["all"])[0], out.with_name(f"{out.stem}-{task}.png"))
+        print(f"\n{shown}\n{out}")
+        return all(claim.is_met for claim in itertools.chain(*claims.values()))
+
+    def _overrides(self, land: Path, name: str, stack: str) -> list[str]:
+        variant, task = self.variants[stack], TASKS[name]
+        systems = ["llm", "translate_test"] * variant.is_first + ["sum"] * bool(variant.sum)
+        is_from_sum = "stage2.from=sum" in variant.settings
+        return [
+            *_models(land),
+            *task.paths(land),
+            *task.settings,
+            *variant.settings,
+            f"task.name={name}",
+            f"stage2.optim.steps={task.sum_steps if is_from_sum else task.steps}",
+            f"recipe.dir={land.parent / f'{name}-{stack}'}",
+            "recipe.gpus=1",
+            f"evaluate.stack_name={stack}",
+            f"evaluate.systems={json.dumps([*systems, 'stack'])}",
+        ]
 
 
-def joined(items: Sequence[Predictions]) -> Predictions:
+def _joined(items: Sequence[Predictions]) -> Predictions:
     """One system's predictions in one language, of all lands."""
     flops = [item.flops for item in items if item.flops is not None]
     return replace(
@@ -130,22 +178,18 @@ def joined(items: Sequence[Predictions]) -> Predictions:
 
 
 def claims(task: str, predictions: Sequence[Predictions]) -> list[Claim]:
-    """What is aimed at in a task.
-
-    Raises:
-        ValueError: A system has not been evaluated.
-    """
-    best = max((FROM_STAGE1, FROM_SUM), key=lambda stack: _averages(predictions)[stack].value)
-    sum_gain = _gain(predictions, FROM_SUM, FROM_STAGE1)
+    """What is aimed at with sums in a task."""
+    best = max((FROM_STAGE1, FROM_SUM), key=lambda stack: averages_of(predictions)[stack].value)
+    sum_gain = gain_of(predictions, FROM_SUM, FROM_STAGE1)
     shared = [Claim(text=f"{FROM_SUM} - {FROM_STAGE1}", score=sum_gain, least=0.0, surely=True)]
     shared.append(_beside_translation(predictions, best))
     if task == "nli":
         return shared
     low_resource = [item for item in predictions if item.language in LOW]
     low = f"low-resource ({', '.join(LOW)})"
-    translated, after = (_gain(predictions, "sum", of) for of in ("translate_test", best))
-    both = _gain(predictions, best, ALONE)
-    low_gain = _gain(low_resource, best, "translate_test")
+    translated, after = (gain_of(predictions, "sum", of) for of in ("translate_test", best))
+    both = gain_of(predictions, best, ALONE)
+    low_gain = gain_of(low_resource, best, "translate_test")
     return [
         Claim(text="sum - translate_test", score=translated, least=0.0),
         Claim(text=f"sum - {best}", score=after, least=-0.02),
@@ -157,7 +201,7 @@ def claims(task: str, predictions: Sequence[Predictions]) -> list[Claim]:
 
 
 def _beside_translation(predictions: Sequence[Predictions], stack: str) -> Claim:
-    score = _gain(predictions, stack, "translate_test")
+    score = gain_of(predictions, stack, "translate_test")
     return Claim(text=f"{stack} - translate_test", score=score, least=0.0)
 
 
@@ -174,18 +218,32 @@ def _beside_chance(predictions: Sequence[Predictions], stack: str) -> list[Claim
     ]
 
 
+PROOF = Proof(
+    title="Babel",
+    variants={
+        FROM_STAGE1: Variant(settings=["stage2.from=stage1"], sum="sum", is_first=True),
+        FROM_SUM: Variant(settings=["stage2.from=sum"]),
+        ALONE: Variant(settings=["stage1.optim.steps=0"]),
+    },
+    claims=claims,
+)
+
+
 def report(
-    found: Mapping[str, Mapping[int | str, Sequence[Predictions]]], origin: Mapping[str, str]
+    title: str,
+    found: Mapping[str, Mapping[int | str, Sequence[Predictions]]],
+    claims: Mapping[str, Sequence[Claim]],
+    origin: Mapping[str, str],
 ) -> str:
     """Markdown. Args: found: of each task the predictions of each seed, and of "all"."""
     run = f"{origin['device']}, commit {origin['commit']}: `{origin['command']}`"
     note = "Accuracy in percent, [95 % bootstrap interval]; an average is over the foreign "
     note += "languages, differences are paired. FLOPs are those of what was trained for a system, "
     note += "adapters aside."
-    sections = [f"# Babel\n\n{run}\n\n{note}"]
+    sections = [f"# {title}\n\n{run}\n\n{note}"]
     for task, by_seed in found.items():
         (scores,) = summarise(by_seed["all"])
-        rows = [_shown(claim) for claim in claims(task, by_seed["all"])]
+        rows = [_shown(claim) for claim in claims[task]]
         averages = [_row(seed, items) for seed, items in by_seed.items()]
         tables = "\n\n".join(map(table, (rows, averages, _systems(scores))))
         sections.append(f"## {scores.dataset}\n\n```\n{tables}\n```")
@@ -195,7 +253,7 @@ def report(
 
 
 def _row(seed: int | str, predictions: Sequence[Predictions]) -> dict[str, str]:
-    averages = _averages(predictions)
+    averages = averages_of(predictions)
     return {"seed": str(seed)} | {system: cell(averages[system]) for system in sorted(averages)}
 
 
@@ -225,14 +283,17 @@ def cell(score: Score) -> str:
     return f"{100 * score.value:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]"
 
 
-def _averages(predictions: Sequence[Predictions]) -> dict[str, Score]:
+def averages_of(predictions: Sequence[Predictions]) -> dict[str, Score]:
     (scores,) = summarise(predictions)
     return {system: values[AVERAGE] for system, values in scores.scores.items()}
 
 
-def _gain(predictions: Sequence[Predictions], ours: str, theirs: str) -> Score:
+def gain_of(
+    predictions: Sequence[Predictions], ours: str, theirs: str, *, language: str = AVERAGE
+) -> Score:
+    """The paired difference of two systems, abroad on average or in one language."""
     (comparison,) = compare(predictions, ours, theirs)
-    return comparison.scores[AVERAGE]
+    return comparison.scores[language]
 
 
 def _models(land: Path) -> list[str]:
@@ -247,52 +308,34 @@ def _models(land: Path) -> list[str]:
     ]
 
 
-def write(seeds: Sequence[int], work: Path, out: Path, origin: Mapping[str, str]) -> bool:
-    """Writes the report, and a picture of each task beside it.
-
-    Returns:
-        Whether all claims are met.
-    """
-    found = {
-        task: {seed: gather(task, [seed], work) for seed in seeds}
-        | {"all": gather(task, seeds, work)}
-        for task in TASKS
-    }
-    shown = report(found, origin)
-    out.write_text(shown, "utf-8")
-    for task, by_seed in found.items():
-        plot(summarise(by_seed["all"])[0], out.with_name(f"{out.stem}-{task}.png"))
-    print(f"\n{shown}\n{out}")
-    return all(
-        claim.is_met for task, by_seed in found.items() for claim in claims(task, by_seed["all"])
-    )
-
-
 def command(
     module: str,
     prove: Callable[[int, str, Path], int],
     write: Callable[[Sequence[int], Path, Path, Mapping[str, str]], bool],
     out: str,
     argv: Sequence[str] | None,
+    *,
+    seeds: Sequence[int] = SEEDS,
 ) -> int:
     """Proves in each seed's land, then writes what all came to.
 
     Args:
         out: Where that goes by default.
+        seeds: Of the lands, by default.
 
     Returns:
         The exit status: 3 while a claim is missed.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    arguments = _build_parser(module, out).parse_args(words)
+    arguments = _build_parser(module, out, seeds).parse_args(words)
     try:
-        for seed in (seeds := arguments.seeds):
+        for seed in arguments.seeds:
             if status := prove(seed, arguments.size, arguments.work):
                 return status
         world = connect()
         origin = environment(world) | {"command": " ".join([f"python -m {module}", *words])}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        are_met = write(seeds, arguments.work, arguments.out, origin)
+        are_met = write(arguments.seeds, arguments.work, arguments.out, origin)
     except (ValueError, OSError) as error:
         print(f"{module}: error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
@@ -309,10 +352,11 @@ def _seeds(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(message) from None
 
 
-def _build_parser(module: str, out: str) -> argparse.ArgumentParser:
+def _build_parser(module: str, out: str, seeds: Sequence[int]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=module, description="A claim, shown on Babel.")
+    shown = ",".join(map(str, seeds))
     parser.add_argument(
-        "--seeds", default=[20, 21, 22], type=_seeds, help="of the lands (default: 20,21,22)"
+        "--seeds", default=seeds, type=_seeds, help=f"of the lands (default: {shown})"
     )
     parser.add_argument("--size", default="small", help="of the lands (default: small)")
     parser.add_argument(
@@ -324,7 +368,8 @@ def _build_parser(module: str, out: str) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry of `python -m benchmarks.babel`."""
-    return command("benchmarks.babel", prove, write, "benchmarks/results/cpu/babel.md", argv)
+    out = "benchmarks/results/cpu/babel.md"
+    return command("benchmarks.babel", PROOF.prove, PROOF.write, out, argv)
 
 
 if __name__ == "__main__":

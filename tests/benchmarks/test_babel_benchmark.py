@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import babel as benchmark
-from benchmarks import truncation
+from benchmarks import parts, truncation
 from benchmarks.babel import ALONE, FROM_STAGE1, FROM_SUM
 from mtllm_engine.babel.land import CATEGORIES, SKETCHES
 from mtllm_engine.evaluation.predictions import Predictions, save
@@ -51,20 +51,20 @@ def predict_all(work: Path, seed: int, changed: Mapping[str, Shares]) -> None:
     """Every system's in one land. Args: changed: of a task."""
     for name, task in benchmark.TASKS.items():
         for system, shares in {**RIGHT, **changed.get(name, {})}.items():
-            stack = system if system in benchmark.VARIANTS else FROM_STAGE1
+            stack = system if system in benchmark.PROOF.variants else FROM_STAGE1
             results = work / f"seed-{seed}" / f"{name}-{stack}" / "results"
             predict(results, seed, system, shares, dataset=task.test, flops=FLOPS.get(system, 1e12))
 
 
 def claims_of(task: str, work: Path, seeds: list[int]) -> dict[str, benchmark.Claim]:
-    found = benchmark.claims(task, benchmark.gather(task, seeds, work))
+    found = benchmark.claims(task, benchmark.PROOF.gather(task, seeds, work))
     return {claim.text: claim for claim in found}
 
 
 def test_claims_are_over_the_examples_of_all_lands(tmp_path: Path):
     predict_all(tmp_path, 1, {})
     predict_all(tmp_path, 2, {"sib200": {FROM_SUM: (0.88, 0.8)}})
-    predictions = benchmark.gather("sib200", [1, 2], tmp_path)
+    predictions = benchmark.PROOF.gather("sib200", [1, 2], tmp_path)
     assert all(len(item.keys) == len(set(item.keys)) == 2 * EXAMPLES for item in predictions)
     claims = claims_of("sib200", tmp_path, [1, 2])
     assert all(claim.is_met for claim in claims.values())
@@ -80,7 +80,7 @@ def test_the_report_has_every_task_seed_and_system(tmp_path: Path):
         predict_all(tmp_path, seed, {})
     origin = {"device": "D", "commit": "C", "command": "X"}
     out = tmp_path / "report.md"
-    assert benchmark.write([1, 2], tmp_path, out, origin)
+    assert benchmark.PROOF.write([1, 2], tmp_path, out, origin)
     shown = out.read_text()
     assert "missed" not in shown and shown.count(" met\n") == 8 + 2
     for task, dataset in (("sib200", "sib200"), ("nli", "xnli")):
@@ -108,6 +108,31 @@ def test_a_miss_is_a_miss(task: str, changed: Shares, missed: set[str], tmp_path
     claims = claims_of(task, tmp_path, [1])
     texts = {text.partition(",")[0] for text, claim in claims.items() if not claim.is_met}
     assert texts == {text.partition(",")[0] for text in missed}
+
+
+def test_parts_are_set_beside_whole_texts(tmp_path: Path):
+    """Each with its own sum; English is not abroad."""
+    right = {"llm": (0.95, 0.95), "translate_test": (0.6, 0.6)}
+    stacks = {parts.WHOLE: 0.5, parts.LINES: 0.65, parts.SENTENCES: 0.45}
+    for name, task in benchmark.TASKS.items():
+        for stack, share in stacks.items():
+            results = tmp_path / "seed-1" / f"{name}-{stack}" / "results"
+            systems = {"sum": (share / 2, share / 2), stack: (share, share)}
+            for system, shares in {**systems, **(right if stack == parts.WHOLE else {})}.items():
+                predict(results, 1, system, shares, dataset=task.test)
+    predictions = parts.PROOF.gather("nli", [1], tmp_path)
+    sums = {"sum-whole", "sum-lines", "sum-sentences"}
+    assert {item.system for item in predictions} == {*stacks, *right, *sums}
+    found = {claim.text: claim for claim in parts.claims("nli", predictions)}
+    met = {text: claim.is_met for text, claim in found.items()}
+    assert met == {
+        f"{parts.LINES} - {parts.WHOLE}": True,
+        f"{parts.SENTENCES} - {parts.WHOLE}": False,
+        f"{parts.LINES} - translate_test": True,
+        f"{parts.LINES} - llm, in English": False,
+    }
+    english = found[f"{parts.LINES} - llm, in English"].score.value
+    assert english == pytest.approx(0.65 - 0.95)
 
 
 CUT_RIGHT = {"aligned": (0.75, 0.65), "independent": (0.6, 0.8)}  # by training
