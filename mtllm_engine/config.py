@@ -157,6 +157,9 @@ class DataConfig:
     parts: Literal["whole", "lines", "sentences"] = "whole"
     """What of a text the encoder reads at once. Between lines the LLM reads its own tokens of the
     newlines there, between sentences nothing."""
+    pairs: float = 0.0
+    """Share of the unlabelled documents that give way to two sentences, one of their own and one of
+    another document, on a line each: for a task of two texts, whose teacher needs no labels."""
     on_error: Literal["raise", "skip"] = "raise"
     """A damaged shard or unusable document ends the run, or is counted."""
     prefetch: int = 2
@@ -588,6 +591,12 @@ def _data_rules(config: Config) -> Rules:
             "is one",
         ),
         (all(weight > 0 for weight in data.mixture), "data.mixture must be above 0"),
+        (0 <= data.pairs <= 1, "data.pairs is a share: 0 <= pairs <= 1"),
+        (
+            not data.pairs or not data.teacher_states,
+            "data.pairs needs a live teacher: no states of pairs are stored; empty "
+            "data.teacher_states",
+        ),
         (data.lanes >= 1, "data.lanes must be at least 1"),
         (data.max_length >= 4, "data.max_length must be at least 4 (special tokens and a word)"),
         (

@@ -83,6 +83,7 @@ BY_KEY = {  # where the type alone allows more
     "data.pack_documents": st.integers(1, 1 << 20),
     "data.pack_tokens": st.just(0),
     "data.max_length": st.integers(4, 1 << 20),
+    "data.pairs": st.just(0) | SHARE,
     "data.teacher_states": st.just(""),  # as the keys of fine-tuning below: with others only
     "objective.kind": st.just("distil"),
     "objective.reader": st.just("stack"),

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mtllm_engine.config import DataConfig
-from mtllm_engine.data.annotations import Annotations, partners
+from mtllm_engine.data.annotations import NO_ANNOTATIONS, Annotations, partners
 from mtllm_engine.data.batch import (
     IDLE,
     ONE_PART,
@@ -31,6 +31,7 @@ from mtllm_engine.data.batch import (
     collate,
     join,
 )
+from mtllm_engine.data.parts import find_parts
 from mtllm_engine.data.shards import BadDocumentError, Corpus
 from mtllm_engine.data.tars import DamagedShardError
 from mtllm_engine.data.teacher_states import TeacherStates
@@ -90,6 +91,11 @@ class Mixture:
             for corpus in self.corpora
         )
         object.__setattr__(self, "orders", orders)
+
+    @property
+    def pairs(self) -> float:
+        """The share of pairs in what is learned; what is measured is as it is."""
+        return self.config.pairs if self.epochs is None else 0.0
 
     def draw(self, lane: int, count: int) -> int:
         """The corpus of a lane's next document: a hash of its draw counter against the weights."""
@@ -172,16 +178,18 @@ class Lane:
     def _read(self, corpus: int, epoch: int, number: int) -> Document | None:
         shard, index = self.mixture.orders[corpus].locate(epoch, number)
         try:
-            return self._tokenised(corpus, shard, index)
+            return self._tokenised(corpus, shard, index, epoch)
         except (DamagedShardError, BadDocumentError):
             if self.mixture.config.on_error == "raise":
                 raise
             return None
 
-    def _tokenised(self, number: int, shard: int, index: int) -> Document:
+    def _tokenised(self, number: int, shard: int, index: int, epoch: int) -> Document:
         """Args: number: of the corpus."""
         corpus, states = self.mixture.corpora[number], self.mixture.teacher_states
         (key, text), annotations = corpus.read_example(shard, index)
+        if self.mixture.pairs and annotations == NO_ANNOTATIONS:
+            text = self._paired(text, number, shard, index, epoch)
         try:
             if self.mixture.labelled and annotations.label < 0:
                 fix = 'leave it out, or set data.on_error="skip"'
@@ -199,6 +207,20 @@ class Lane:
             targets_PD=states[number].read(shard, index) if states else None,
             **tokens,
         )
+
+    def _paired(self, text: str, number: int, shard: int, index: int, epoch: int) -> str:
+        """The text, or by chance, which row and epoch decide: one of its sentences, and below it
+        one of a document that lies in the same shard (and so has been found sound)."""
+        corpus, row = self.mixture.corpora[number], (number, shard, index, epoch)
+        chance, *draws = (int(each) for each in hash64(np.arange(4), self.mixture.seed, *row, -3))
+        if chance / 2**64 >= self.mixture.pairs:
+            return text
+        other = corpus.read(shard, draws[0] % corpus.manifest.shards[shard].samples).text
+        sides = []
+        for each, draw in zip((text, other), draws[1:]):
+            sentences = find_parts(each, "sentences")
+            sides.append(each[slice(*sentences[draw % len(sentences)])])
+        return "\n".join(sides)
 
     def _tokens(self, text: str, language: str, annotations: Annotations) -> dict[str, Any]:
         """The fields of a document that the tokenizer gives: of most no more than the ids, which is

@@ -45,14 +45,14 @@ OPTIMIZER = "optimizer.safetensors"
 NAMES = ("latest", "best")
 MODEL = ("causal", "dtype", "quantization", "projection_bias")
 PACKS = ("mixture", "teacher_states", "lanes", "pack_documents", "pack_tokens")
-TEXTS = ("max_length", "truncation", "parts", "on_error")
+TEXTS = ("max_length", "truncation", "parts", "pairs", "on_error")
 IDENTITY = (
     *(f"model.{key}" for key in MODEL),
     *(f"data.{key}" for key in (*PACKS, *TEXTS)),
     *("lora.", "objective.", "run.seed", "task.name"),
 )
 """Beginnings of the keys that a run must keep to be continued."""
-EARLIER = {"lora.rslora": False, "lora.train": "all", "data.parts": "whole"}
+EARLIER = {"lora.rslora": False, "lora.train": "all", "data.parts": "whole", "data.pairs": 0.0}
 """Keys that older checkpoints lack, and what they were then."""
 
 

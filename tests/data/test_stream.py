@@ -522,3 +522,83 @@ def test_examples_carry_their_annotations_and_spans_are_counted(tmp_path):
     assert of_3.student_answers_A2.tolist() == of_3.teacher_answers_A2.tolist() == [[2, 4]]
     assert of_8.teacher_spans_P2.tolist() == [[0, len(of_8.teacher_ids_T)]]
     assert not len(of_8.student_answers_A2)
+
+
+class PairReader(Tokenizer):
+    """A token for each line."""
+
+    def __call__(self, text, language):
+        numbers = np.array([int(line) for line in text.split("\n")], np.int32)
+        return numbers, numbers
+
+
+def read_pairs(folders, num_steps, size=1, seed=0, **options):
+    """The lines of each document, by step."""
+    with ExitStack() as stack:
+        options |= {"seed": seed, "tokenizer": PairReader()}
+        streams = open_ranks(stack, folders, size, **options)
+        return [
+            [
+                tuple(document.student_ids_S)
+                for pack in next_step(streams)
+                for document in pack.documents
+            ]
+            for _ in range(num_steps)
+        ]
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    count=st.integers(60, 90),
+    pairs=st.sampled_from([0.0, 0.4, 1.0]),
+    size=st.integers(2, 4),
+    seed=st.integers(0, 9),
+)
+def test_a_share_of_the_documents_becomes_pairs(corpus, count, pairs, size, seed):
+    """With documents of the same shard, the same on any number of ranks, others in every epoch."""
+    folder, steps = corpus(count, 3), 3 * count // 12
+    read = read_pairs(folder, steps, pairs=pairs, seed=seed)
+    assert read == read_pairs(folder, steps, size, pairs=pairs, seed=seed)
+    plain = read_pairs(folder, steps, seed=seed)
+    documents, unpaired = (list(itertools.chain(*each)) for each in (read, plain))
+    assert [document[:1] for document in documents] == unpaired  # each begins with its own
+    found = [document for document in documents if len(document) == 2]
+    sizes = np.cumsum([0, *(shard.samples for shard in Manifest.load(folder).shards)])
+    shards = [np.searchsorted(sizes, document, side="right") for document in found]
+    assert all(first == second for first, second in shards)
+    assert len(found) == pytest.approx(pairs * len(documents), abs=0.15 * len(documents))
+    assert len(set(found)) >= 0.7 * len(found)  # of three epochs
+
+
+def test_of_sentences_one_each_is_paired(tmp_path):
+    lines = [f"{n}1. {n}2.  {n}3!" for n in range(10, 40)]
+    folder = pack_lines(tmp_path / "sentences", lines, num_shards=1)
+
+    class Sentences(PairReader):
+        def __call__(self, text, language):
+            return super().__call__(text.replace(".", "").replace("!", "").strip(), language)
+
+    with ExitStack() as stack:
+        (stream,) = open_ranks(stack, folder, 1, tokenizer=Sentences(), pairs=1.0)
+        found = [
+            tuple(d.student_ids_S)
+            for _ in range(9)
+            for p in next_step([stream])
+            for d in p.documents
+        ]
+    assert all(len(pair) == 2 for pair in found)
+    assert {number % 10 for pair in found for number in pair} == {1, 2, 3}
+
+
+def test_what_is_measured_or_labelled_is_never_paired(corpus, tmp_path):
+    with ExitStack() as stack:
+        options = {"once": True, "tokenizer": PairReader(), "pairs": 1.0}
+        (stream,) = open_ranks(stack, corpus(30, 3), 1, **options)
+        read = [d for p in next_step([stream]) for d in p.documents]
+    assert read and all(len(document.student_ids_S) == 1 for document in read)
+    examples = [Example(key=str(n), text=str(n), label=n % 3) for n in range(30)]
+    pack(examples, tmp_path / "task", language=ENGLISH, licence="CC0-1.0")
+    read = read_pairs([tmp_path / "task", corpus(30, 3, 100)], 8, pairs=1.0)
+    documents = list(itertools.chain(*read))
+    assert {len(document) for document in documents if document[0] < 100} == {1}
+    assert {len(document) for document in documents if document[0] >= 100} == {2}
