@@ -182,7 +182,10 @@ def test_is_deterministic_and_the_same_without_gradients(subject):
 
 
 @every_implementation
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=8,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(data=st.data())
 def test_agrees_at_random_sizes(subject, data):
     case = data.draw(RANDOM_CASES.get(subject.kernel.name, st.sampled_from(subject.kernel.cases)))
