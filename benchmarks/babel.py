@@ -88,6 +88,11 @@ class Variant:
     """What its sum is called, if that is evaluated."""
     is_first: bool = False
     """Systems that are no stack's are evaluated with it."""
+    steps: int = 0
+    """Of stage 2; 0: the task's."""
+    mixes: bool = False
+    """Half of what stage 2 reads is stage 1's text, whatever the task says."""
+    tasks: Sequence[str] = tuple(TASKS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +112,8 @@ class Proof:
         babel.build(land, size, seed)
         first: dict[str, Path] = {}  # what variants have alike is made once
         for task, stack in itertools.product(TASKS, self.variants):
+            if task not in self.variants[stack].tasks:
+                continue
             print(f"\nseed {seed}, {task}, {stack}", flush=True)
             variant = recipe.load(RECIPE, self._overrides(land, task, stack))
             share(variant, first)
@@ -118,6 +125,8 @@ class Proof:
         """Every system's predictions of a task in every language, those of all lands as one."""
         found: dict[tuple[str, str], list[Predictions]] = {}
         for seed, (stack, variant) in itertools.product(seeds, self.variants.items()):
+            if task not in variant.tasks:
+                continue
             for item in load(work / f"seed-{seed}" / f"{task}-{stack}" / "results"):
                 system = variant.sum if item.system == "sum" else item.system
                 # Lands have other examples by the same keys.
@@ -149,13 +158,16 @@ class Proof:
         variant, task = self.variants[stack], TASKS[name]
         systems = ["llm", "translate_test"] * variant.is_first + ["sum"] * bool(variant.sum)
         is_from_sum = "stage2.from=sum" in variant.settings
+        steps = variant.steps or (task.sum_steps if is_from_sum else task.steps)
+        mixed = [f'stage2.data.train=["{land / "shards" / "train"}"]', "stage2.data.mixture=[1,1]"]
         return [
             *_models(land),
             *task.paths(land),
             *task.settings,
+            *(mixed if variant.mixes else ()),
             *variant.settings,
             f"task.name={name}",
-            f"stage2.optim.steps={task.sum_steps if is_from_sum else task.steps}",
+            f"stage2.optim.steps={steps}",
             f"recipe.dir={land.parent / f'{name}-{stack}'}",
             "recipe.gpus=1",
             f"evaluate.stack_name={stack}",

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import babel as benchmark
 from benchmarks import parts, truncation
 from benchmarks.babel import ALONE, FROM_STAGE1, FROM_SUM
+from mtllm_engine import recipe
 from mtllm_engine.babel.land import CATEGORIES, SKETCHES
 from mtllm_engine.evaluation.predictions import Predictions, save
 
@@ -114,10 +115,12 @@ def test_parts_are_set_beside_whole_texts(tmp_path: Path):
     """Each with its own sum; English is not abroad."""
     right = {"llm": (0.95, 0.95), "translate_test": (0.6, 0.6)}
     stacks = {parts.WHOLE: 0.5, parts.LINES: 0.65, parts.SENTENCES: 0.45}
+    stacks |= {parts.PAIRS: 0.55, parts.LINE_PAIRS: 0.6}
     for name, task in benchmark.TASKS.items():
         for stack, share in stacks.items():
             results = tmp_path / "seed-1" / f"{name}-{stack}" / "results"
-            systems = {"sum": (share / 2, share / 2), stack: (share, share)}
+            systems = {stack: (share, share)}
+            systems |= {"sum": (share / 2,) * 2} if parts.PROOF.variants[stack].sum else {}
             for system, shares in {**systems, **(right if stack == parts.WHOLE else {})}.items():
                 predict(results, 1, system, shares, dataset=task.test)
     predictions = parts.PROOF.gather("nli", [1], tmp_path)
@@ -128,6 +131,8 @@ def test_parts_are_set_beside_whole_texts(tmp_path: Path):
     assert met == {
         f"{parts.LINES} - {parts.WHOLE}": True,
         f"{parts.SENTENCES} - {parts.WHOLE}": False,
+        f"{parts.PAIRS} - {parts.WHOLE}": True,
+        f"{parts.LINE_PAIRS} - {parts.WHOLE}": True,
         f"{parts.LINES} - translate_test": True,
         f"{parts.LINES} - llm, in English": False,
     }
@@ -175,3 +180,19 @@ def test_seeds_are_whole_numbers(capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--seeds", "7;8"])
     assert "write whole numbers with commas, such as 20,21,22, not 7;8" in capsys.readouterr().err
+
+
+def test_every_variant_is_a_recipe_that_can_be_read(tmp_path: Path):
+    """Of both proofs: pairs are every other document of the second task alone."""
+    for proof in (benchmark.PROOF, parts.PROOF):
+        for stack, variant in proof.variants.items():
+            for task in variant.tasks:
+                overrides = proof._overrides(tmp_path / "land", task, stack)
+                jobs = {
+                    job.name: job.config for job in recipe.load(benchmark.RECIPE, overrides).jobs
+                }
+                assert jobs["evaluate-0"].evaluate.stack_name == stack
+                data = jobs["stage2-0"].data
+                assert data.mixture == ((1.0, 1.0) if data.pairs else ())
+                assert bool(data.train) == (task == "sib200" or bool(data.pairs))
+                assert jobs["stage2-0"].optim.steps in (variant.steps or 263, 300, 1106, 1260)
