@@ -240,7 +240,7 @@ def test_choices_of_texts_in_lines_are_scored_as_transformers_scores_them(folder
         made = load(folder / "parts" / parts)
         settings = {item.system: item.maker["settings"].get("data.parts") for item in made}
         assert settings == {"llm": None, "stack": parts}
-    llm = opened_llm(config, config.model.init_from)
+    llm = opened_llm(config, *config.model.init_from)
     padded = Padded(config, llm, linear(config, "projection"), linear(config, "head"))
     tokenizer = PairTokenizer(
         *(config.model.encoder, config.model.decoder),
