@@ -121,7 +121,7 @@ def _add_sum(commands: argparse._SubParsersAction) -> None:
 
 
 def _sum(arguments: argparse.Namespace) -> int:
-    from mtllm_engine.training.checkpoint import add_up
+    from mtllm_engine.training.origins import add_up
 
     lora = add_up(arguments.parts, arguments.out)
     adapters = f"adapters of rank {lora.rank} on {', '.join(lora.target_modules)}"

@@ -27,6 +27,7 @@ from mtllm_engine.training import checkpoint
 from mtllm_engine.training.engine import PlainEngine, ZeroEngine, build_engine, shard
 from mtllm_engine.training.launch import run_command
 from mtllm_engine.training.lock import sole_owner
+from mtllm_engine.training.origins import check_origins
 from mtllm_engine.world import World
 
 
@@ -79,7 +80,7 @@ def _build_teacher(config: Config, world: World) -> Teacher:
     objective = replace(config.objective, kind="finetune", reader="llm")
     alone = replace(config, model=model, objective=objective, lora=lora)
     head = task.head_size if task else None
-    world.on_main(lambda: checkpoint.check_origins(alone))
+    world.on_main(lambda: check_origins(alone))
     stack, weights = world.together(lambda: build_stack(alone, head=head, learns=False))
     tokenizer = world.together(lambda: build_tokenizer(config, stack))  # texts as stage 2 cuts them
     width, (_, flops) = stack.objective.norm.shape[0], stack.flops(stored_states=True)

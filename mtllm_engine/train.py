@@ -34,6 +34,7 @@ from mtllm_engine.training.engine import (
 from mtllm_engine.training.launch import run_command, stop_requests, wait_if_abandoned
 from mtllm_engine.training.lock import sole_owner
 from mtllm_engine.training.log import RunLog, write_header
+from mtllm_engine.training.origins import check_origins
 from mtllm_engine.world import World
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def learn(config: Config, world: World) -> None:
 
 def _run(config: Config, world: World) -> None:
     """Trains to the last step, or until it is asked to stop."""
-    world.on_main(lambda: checkpoint.check_origins(config))
+    world.on_main(lambda: check_origins(config))
     task, run_dir = find_task(config), Path(config.run.dir)
     head = task.head_size if task else None
     stack, weights = world.together(lambda: build_stack(config, head=head))

@@ -32,8 +32,8 @@ from mtllm_engine.model.peft import read_lora
 from mtllm_engine.model.sums import sum_of
 from mtllm_engine.model.weights import checkpoint_tensors, has_head, resolve
 from mtllm_engine.tasks import Dataset, Example, Task, digest_of, find_dataset, load_task, pack
-from mtllm_engine.training.checkpoint import check_origins, summed_in
 from mtllm_engine.training.engine import build_engine, shard
+from mtllm_engine.training.origins import check_origins, summed_in
 from mtllm_engine.world import AgreedError, World
 
 

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,18 +18,16 @@ import safetensors.torch
 import torch
 
 from mtllm_engine import files
-from mtllm_engine.config import Config, LoraConfig, flatten
+from mtllm_engine.config import Config, flatten
 from mtllm_engine.data.shards import Manifest
 from mtllm_engine.data.stream import Stream
 from mtllm_engine.files import sha256_of
 from mtllm_engine.model import peft
-from mtllm_engine.model.sums import AdapterSum, lora_of, open_start, sum_of
+from mtllm_engine.model.sums import open_start
 from mtllm_engine.model.weights import (
     ADAPTERS,
     HEAD_FILE,
-    PROJECTION_FILE,
     RUN_FILES,
-    checkpoint_tensors,
     file_of,
     fingerprint,
     resolve,
@@ -40,7 +38,6 @@ from mtllm_engine.training.engine import MOMENTS, PlainEngine, TrainedState, Zer
 from mtllm_engine.world import World
 
 FORMAT = {"format": "pt"}  # as transformers and PEFT mark their files
-COPY = "copy it again, or name another checkpoint"
 OPTIMIZER = "optimizer.safetensors"
 NAMES = ("latest", "best")
 MODEL = ("causal", "dtype", "quantization", "projection_bias")
@@ -101,39 +98,11 @@ def restore(
     folder, current = world.on_main(lambda: (_repaired(config), identity(config)))
     if folder is None:
         return Progress()
-    state = world.together(lambda: _read(folder))
+    state = world.together(lambda: read_record(folder))
     world.on_main(lambda: _check_identity(folder, state["identity"], current))
     engine.load_trained_state(load_tensors(folder), state["updates"])
     stream.load_state({int(lane): lane_state for lane, lane_state in state["lanes"].items()})
     return Progress(state["step"], state["bad_steps"])
-
-
-def check_origins(config: Config) -> None:
-    """Looks at what a run stands on, `model.init_from` and `model.teacher`, before it is read: that
-    nothing of it is damaged, and that it was trained with the models and the attention that it
-    meets here. Folders of others, such as PEFT's, say nothing of either, and are taken as they are.
-
-    Raises:
-        ValueError: One is damaged, or was trained with others.
-    """
-    starts = [(folder, config.objective.reader == "stack") for folder in config.model.init_from]
-    teachers = [(folder, False) for folder in (config.model.teacher,) if folder]
-    for folder, reads_stack in (*starts, *teachers):
-        if (Path(folder) / "state.json").exists():
-            _check_origin(config, Path(folder), reads_stack=reads_stack)
-
-
-def _check_origin(config: Config, folder: Path, *, reads_stack: bool) -> None:
-    state = _read(folder, COPY, names=(*RUN_FILES, peft.FILE))
-    model, saved = config.model, state["identity"]
-    current = {"causal": model.causal, "decoder": _fingerprint(model.decoder)}
-    # A projection is of one encoder; who reads the LLM's own tokens has none.
-    if reads_stack and PROJECTION_FILE in state["files"]:
-        current["encoder"] = _fingerprint(model.encoder)
-    for key, value in current.items():
-        if saved.get(f"model.{key}", value) != value:  # a sum may not know it of its parts
-            change = f"another model.{key} than {getattr(model, key)}; set it to that one"
-            raise ValueError(f"{folder} was trained with {change}")
 
 
 def steps_done(config: Config) -> int:
@@ -146,14 +115,9 @@ def steps_done(config: Config) -> int:
     folder = _repaired(config)
     if folder is None:
         return 0
-    state = _read(folder)
+    state = read_record(folder)
     _check_identity(folder, state["identity"], identity(config))
     return state["step"]
-
-
-def summed_in(folder: Path) -> list[Path]:
-    """The checkpoints whose adapters `add_up` added up in a folder; none in others."""
-    return list(map(Path, (_record(folder) or {}).get("sum_of", [])))
 
 
 def latest(folder: Path) -> Path | None:
@@ -181,7 +145,7 @@ def step_of(folder: Path) -> int:
         ValueError: Its record is damaged.
     """
     number = folder.name.removeprefix("step-")
-    return int(number) if number.isdecimal() else _read(folder)["step"]
+    return int(number) if number.isdecimal() else read_record(folder)["step"]
 
 
 def repair(folder: Path) -> None:
@@ -217,62 +181,6 @@ def _target(path: Path) -> Path:
     return path if is_there else target
 
 
-def add_up(folders: Sequence[str], out: Path) -> LoraConfig:
-    """Writes the sum of several checkpoints as one: PEFT's adapters of the summed rank, and the
-    projection and the head of those that have them.
-
-    Returns:
-        The sum's adapters.
-
-    Raises:
-        ValueError: There is something at `out`, or a checkpoint is damaged, does not fit another,
-            or was trained with another LLM or attention.
-    """
-    if out.exists():
-        raise ValueError(f"{out} is there already; name a new folder")
-    if len(folders) < 2:
-        raise ValueError("a sum is of at least two checkpoints")
-    parts = [Path(folder) for folder in folders]
-    lora = sum_of([lora_of(part) for part in parts])
-    tensors = AdapterSum(list(map(checkpoint_tensors, parts)), scale=lora.scale, seed=0)
-    record = _origins(parts)
-    contents: dict[str, dict[str, torch.Tensor]] = {}
-    for name in tensors.names:
-        shape = tensors.shape(name)
-        value = tensors.read(name, 0, math.prod(shape)).view(shape)
-        contents.setdefault(file_of(name), {})[name] = value
-    with files.atomic_folder(out) as draft:
-        saved = {name: safetensors.torch.save(each, FORMAT) for name, each in contents.items()}
-        config = peft.peft_config(lora, peft.read_base(parts[0]))
-        saved[peft.FILE] = json.dumps(config, indent=1).encode()
-        hashes = {name: _write_file(draft / name, content) for name, content in saved.items()}
-        _write_file(draft / "state.json", files.sealed(record | {"files": hashes}))
-    return lora
-
-
-def _origins(parts: Sequence[Path]) -> dict[str, Any]:
-    """What a sum's record says of its parts: the models that they were trained with, by those that
-    say so.
-
-    Raises:
-        ValueError: One is damaged, or two were trained with different models.
-    """
-    identity: dict[str, Any] = {}
-    said_by: dict[str, Path] = {}
-    for part in parts:
-        if not (part / "state.json").exists():
-            continue
-        state = _read(part, COPY, names=(*RUN_FILES, peft.FILE))
-        keys = ["model.causal", "model.decoder"]
-        keys += ["model.encoder"] if PROJECTION_FILE in state["files"] else []
-        for key in keys:
-            value = state["identity"].get(key)
-            if identity.setdefault(key, value) != value:
-                raise ValueError(f"{said_by[key]} and {part} were trained with another {key} each")
-            said_by.setdefault(key, part)
-    return {"identity": identity, "sum_of": [str(part.resolve()) for part in parts]}
-
-
 def is_best(config: Config, world: World, score: float | None) -> bool:
     """Whether a score is above that of every checkpoint of the run; all ranks call it."""
     if score is None or not math.isfinite(score):
@@ -303,8 +211,8 @@ def identity(config: Config) -> dict[str, Any]:
     flat = {key: value for key, value in flatten(config).items() if key.startswith(IDENTITY)}
     model = config.model
     models = {
-        "model.encoder": _fingerprint(model.encoder),
-        "model.decoder": _fingerprint(model.decoder),
+        "model.encoder": fingerprint_of(model.encoder),
+        "model.decoder": fingerprint_of(model.decoder),
         "model.init_from": " + ".join(map(_run_fingerprint, model.init_from)),
         "model.teacher": _run_fingerprint(model.teacher),
     }
@@ -320,14 +228,14 @@ def teacher_identity(config: Config) -> dict[str, Any]:
     flat, model = flatten(config), config.model
     tokenizers = [*map(tokenizer_files, map(resolve, (model.encoder, model.decoder)))]
     return {key: flat[key] for key in keys} | {
-        "model.decoder": _fingerprint(model.decoder),
+        "model.decoder": fingerprint_of(model.decoder),
         "model.teacher": _run_fingerprint(model.teacher),
         "tokenizers": " ".join(map(sha256_of, itertools.chain(*tokenizers))),
     }
 
 
 @functools.cache
-def _fingerprint(model: str) -> str:
+def fingerprint_of(model: str) -> str:
     """Of the model that the run began with: what a hub id means may change, and must not be fetched
     in mid-run."""
     return fingerprint(resolve(model))
@@ -360,7 +268,7 @@ def _complete(folder: Path) -> dict[int, Path]:
     complete = {}
     for name in NAMES:
         path = folder / name
-        if path.is_dir() and not path.is_symlink() and (record := _record(path)):
+        if path.is_dir() and not path.is_symlink() and (record := record_of(path)):
             complete[record["step"]] = path
     for path in folder.glob("step-*/state.json"):
         if (number := path.parent.name.removeprefix("step-")).isdecimal():
@@ -385,9 +293,9 @@ def _write(config: Config, state: TrainedState, record: dict[str, Any]) -> Path:
         # A folder of this very step is of a run that was rewound.
         with files.atomic_folder(final, replaces=True) as draft:
             contents = _contents(config, state)
-            hashes = {name: _write_file(draft / name, each) for name, each in contents.items()}
+            hashes = {name: write_file(draft / name, each) for name, each in contents.items()}
             about = {"identity": identity(config), "files": hashes}
-            _write_file(draft / "state.json", files.sealed(record | about))
+            write_file(draft / "state.json", files.sealed(record | about))
         files.link(folder / "latest", final.name)
         top = best(folder)
         if top:
@@ -427,14 +335,14 @@ def _contents(config: Config, state: TrainedState) -> dict[str, bytes]:
     return contents
 
 
-def _write_file(path: Path, content: bytes) -> str:
+def write_file(path: Path, content: bytes) -> str:
     with path.open("wb") as file:
         file.write(content)
         files.sync(file)
     return hashlib.sha256(content).hexdigest()
 
 
-def _record(folder: Path) -> dict[str, Any] | None:
+def record_of(folder: Path) -> dict[str, Any] | None:
     """A checkpoint's record, if it is the one that was written."""
     try:
         return files.unsealed((folder / "state.json").read_bytes())
@@ -444,11 +352,11 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 def _score(folder: Path) -> float | None:
     """A checkpoint's score, if it has one and its record is sound."""
-    score = (_record(folder) or {}).get("score")
+    score = (record_of(folder) or {}).get("score")
     return score if isinstance(score, float | int) and math.isfinite(score) else None
 
 
-def _read(folder: Path, fix: str = "", names: Collection[str] = ()) -> dict[str, Any]:
+def read_record(folder: Path, fix: str = "", names: Collection[str] = ()) -> dict[str, Any]:
     """A checkpoint's record, once its files have been found to be those that were written.
 
     Args:

@@ -26,7 +26,7 @@ from mtllm_engine.evaluation.translate import translate_examples
 from mtllm_engine.tasks import belebele
 from mtllm_engine.tasks.sib200 import SIB200
 from mtllm_engine.train import train
-from mtllm_engine.training.checkpoint import add_up
+from mtllm_engine.training.origins import add_up
 from tests.support.padded import Padded, assert_close, load_llm, mean_pool
 from tests.support.stages import (
     ALONE,

@@ -444,11 +444,11 @@ def test_a_changed_tensor_in_the_middle_of_a_large_file_is_another_model(run, mo
     run = run.with_options(model={"decoder": str(file.parent)})
     run.train_to(1)
     run.save(1)
-    checkpoint._fingerprint.cache_clear()
+    checkpoint.fingerprint_of.cache_clear()
     assert run.restore() == 1
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] += 1e-3
     save_file(tensors, file)
-    checkpoint._fingerprint.cache_clear()
+    checkpoint.fingerprint_of.cache_clear()
     assert 'model.decoder was "' in error_of(run.restore)
 
 
@@ -458,13 +458,13 @@ def test_a_tokenizer_without_its_last_piece_is_another_model(run, models, tmp_pa
     run = run.with_options(model={side: str(path.parent)})
     run.train_to(1)
     run.save(1)
-    checkpoint._fingerprint.cache_clear()
+    checkpoint.fingerprint_of.cache_clear()
     assert run.restore() == 1
     table = json.loads(path.read_text())
     pieces = table["model"].get("merges") or table["model"]["vocab"]
     pieces.pop() if isinstance(pieces, list) else pieces.popitem()
     path.write_text(json.dumps(table))
-    checkpoint._fingerprint.cache_clear()
+    checkpoint.fingerprint_of.cache_clear()
     assert f'model.{side} was "' in error_of(run.restore)
 
 

@@ -18,7 +18,7 @@ from mtllm_engine.evaluate import evaluate
 from mtllm_engine.finetune import finetune
 from mtllm_engine.targets import write_targets
 from mtllm_engine.train import train
-from mtllm_engine.training import checkpoint
+from mtllm_engine.training import checkpoint, origins
 from tests.support.stages import (
     ALONE,
     build_models,
@@ -70,7 +70,7 @@ def flip(path: Path, data: st.DataObject) -> None:
 
 
 def test_what_is_whole_is_taken(folder: Path):
-    checkpoint.check_origins(stage2_config(folder, "sib200"))
+    origins.check_origins(stage2_config(folder, "sib200"))
 
 
 @settings(max_examples=60)
@@ -81,7 +81,7 @@ def test_a_flipped_bit_is_noticed(folder: Path, role: str, data: st.DataObject):
     path = origin / data.draw(st.sampled_from(names))
     flip(path, data)
     with pytest.raises(ValueError, match=f"^{path} is damaged; copy it again") as error:
-        checkpoint.check_origins(standing_on(folder, role, origin))
+        origins.check_origins(standing_on(folder, role, origin))
     assert "\n" not in str(error.value)
 
 
@@ -91,7 +91,7 @@ def test_a_flipped_bit_of_a_tokenizer_is_noticed(tmp_path_factory, folder, side,
     model = shutil.copytree(folder / side, tmp_path_factory.mktemp("flipped") / side)
     flip(model / "tokenizer.json", data)
     with pytest.raises(ValueError, match=f"was trained with another model.{side} than {model};"):
-        checkpoint.check_origins(stage2_config(folder, "sib200", model={side: str(model)}))
+        origins.check_origins(stage2_config(folder, "sib200", model={side: str(model)}))
 
 
 @pytest.mark.parametrize("role", ORIGINS)
@@ -99,12 +99,12 @@ def test_a_lost_or_an_added_file_is_noticed(folder: Path, tmp_path: Path, role: 
     origin = copied(folder, role, tmp_path / "origin")
     (origin / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match=f"{origin} is not a complete checkpoint"):
-        checkpoint.check_origins(standing_on(folder, role, origin))
+        origins.check_origins(standing_on(folder, role, origin))
     origin = copied(folder, role, tmp_path / "origin")
     added = next(name for name in READ if not (origin / name).exists())
     shutil.copy(origin / "adapter_model.safetensors", origin / added)
     with pytest.raises(ValueError, match=f"{added} is damaged"):
-        checkpoint.check_origins(standing_on(folder, role, origin))
+        origins.check_origins(standing_on(folder, role, origin))
 
 
 @pytest.mark.parametrize("role", ORIGINS)
@@ -112,11 +112,11 @@ def test_what_is_not_read_may_be_lost(folder: Path, tmp_path: Path, role: str):
     """The optimizer's moments; and a folder that is no run's says nothing of itself."""
     origin = copied(folder, role, tmp_path / "origin")
     (origin / "optimizer.safetensors").unlink()
-    checkpoint.check_origins(standing_on(folder, role, origin))
+    origins.check_origins(standing_on(folder, role, origin))
     (origin / "state.json").unlink()
     other = "teacher" if role == "init_from" else "init_from"
     alone = standing_on(folder, role, origin, causal=True, **{other: ""})
-    checkpoint.check_origins(alone)
+    origins.check_origins(alone)
 
 
 CHANGES = {
@@ -137,12 +137,12 @@ def test_another_model_than_it_was_trained_with_is_refused(folder: Path, role: s
     other = "teacher" if role == "init_from" else "init_from"
     config = stage2_config(folder, "sib200", model={other: "", **values})
     if (role, changed) == ("teacher", "encoder"):
-        checkpoint.check_origins(config)
+        origins.check_origins(config)
         return
     origin = checkpoint_of(folder, *ORIGINS[role])
     message = f"^{origin} was trained with another model.{changed} than .*; set it to that one"
     with pytest.raises(ValueError, match=message) as error:
-        checkpoint.check_origins(config)
+        origins.check_origins(config)
     assert "\n" not in str(error.value)
 
 

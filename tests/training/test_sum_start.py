@@ -24,8 +24,8 @@ from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.model.peft import read_lora
 from mtllm_engine.model.weights import Weights, saved_name
 from mtllm_engine.train import open_stream, prepare, train
-from mtllm_engine.training import checkpoint
-from mtllm_engine.training.checkpoint import add_up
+from mtllm_engine.training import checkpoint, origins
+from mtllm_engine.training.origins import add_up
 from mtllm_engine.training.step import learning_rate
 from tests.support.adapters import write_adapters
 from tests.support.padded import Padded, assert_close, attention_mask, load_llm
@@ -172,7 +172,7 @@ def test_a_sum_may_be_of_any_adapters_and_of_sums(
             error = (states_of(config, made) - theirs_TD).abs().max()
             assert error <= 1e-6 * theirs_TD.abs().max()
             assert read_lora(made).rank == 23
-            checkpoint.check_origins(standing_on(folder, made, folder / "other"))
+            origins.check_origins(standing_on(folder, made, folder / "other"))
 
 
 def test_the_command_writes_the_folder(stage1: Path, task: Path, tmp_path: Path, capsys):
@@ -224,11 +224,11 @@ def test_every_part_is_checked_before_it_is_read(
 ):
     parts = [stage1, task]
     sound = parts[number]
-    checkpoint.check_origins(standing_on(folder, *parts))
+    origins.check_origins(standing_on(folder, *parts))
     for key in ("causal", "decoder"):
         parts[number] = copied(sound, tmp_path / key, other(key))
         config = standing_on(folder, *parts)
-        message = error_of(partial(checkpoint.check_origins, config))
+        message = error_of(partial(origins.check_origins, config))
         assert message.startswith(f"{parts[number]} was trained with another model.{key} than ")
     parts[number] = copied(sound, tmp_path / "damaged")
     path = parts[number] / ADAPTERS
@@ -246,7 +246,7 @@ def test_a_sum_knows_what_its_parts_were_trained_with(
     parts = [copied(part, tmp_path / part.parts[-3], other(key)) for part in (stage1, task)]
     add_up(list(map(str, parts)), tmp_path / "sum")
     config = standing_on(folder, tmp_path / "sum", folder / "other")
-    message = error_of(lambda: checkpoint.check_origins(config))
+    message = error_of(lambda: origins.check_origins(config))
     assert message.startswith(f"{tmp_path / 'sum'} was trained with another model.{key} than ")
 
 

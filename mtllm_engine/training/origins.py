@@ -1,0 +1,116 @@
+"""What a run stands on: other runs' checkpoints, each found whole and of the models that it meets,
+and several of them added up.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from mtllm_engine import files
+from mtllm_engine.config import Config, LoraConfig
+from mtllm_engine.model import peft
+from mtllm_engine.model.sums import AdapterSum, lora_of, sum_of
+from mtllm_engine.model.weights import PROJECTION_FILE, RUN_FILES, checkpoint_tensors, file_of
+from mtllm_engine.training.checkpoint import (
+    FORMAT,
+    fingerprint_of,
+    read_record,
+    record_of,
+    write_file,
+)
+
+COPY = "copy it again, or name another checkpoint"
+
+
+def check_origins(config: Config) -> None:
+    """Looks at what a run stands on, `model.init_from` and `model.teacher`, before it is read: that
+    nothing of it is damaged, and that it was trained with the models and the attention that it
+    meets here. Folders of others, such as PEFT's, say nothing of either, and are taken as they are.
+
+    Raises:
+        ValueError: One is damaged, or was trained with others.
+    """
+    starts = [(folder, config.objective.reader == "stack") for folder in config.model.init_from]
+    teachers = [(folder, False) for folder in (config.model.teacher,) if folder]
+    for folder, reads_stack in (*starts, *teachers):
+        if (Path(folder) / "state.json").exists():
+            _check_origin(config, Path(folder), reads_stack=reads_stack)
+
+
+def _check_origin(config: Config, folder: Path, *, reads_stack: bool) -> None:
+    state = read_record(folder, COPY, names=(*RUN_FILES, peft.FILE))
+    model, saved = config.model, state["identity"]
+    current = {"causal": model.causal, "decoder": fingerprint_of(model.decoder)}
+    # A projection is of one encoder; who reads the LLM's own tokens has none.
+    if reads_stack and PROJECTION_FILE in state["files"]:
+        current["encoder"] = fingerprint_of(model.encoder)
+    for key, value in current.items():
+        if saved.get(f"model.{key}", value) != value:  # a sum may not know it of its parts
+            change = f"another model.{key} than {getattr(model, key)}; set it to that one"
+            raise ValueError(f"{folder} was trained with {change}")
+
+
+def add_up(folders: Sequence[str], out: Path) -> LoraConfig:
+    """Writes the sum of several checkpoints as one: PEFT's adapters of the summed rank, and the
+    projection and the head of those that have them.
+
+    Returns:
+        The sum's adapters.
+
+    Raises:
+        ValueError: There is something at `out`, or a checkpoint is damaged, does not fit another,
+            or was trained with another LLM or attention.
+    """
+    if out.exists():
+        raise ValueError(f"{out} is there already; name a new folder")
+    if len(folders) < 2:
+        raise ValueError("a sum is of at least two checkpoints")
+    parts = [Path(folder) for folder in folders]
+    lora = sum_of([lora_of(part) for part in parts])
+    tensors = AdapterSum(list(map(checkpoint_tensors, parts)), scale=lora.scale, seed=0)
+    record = _origins(parts)
+    contents: dict[str, dict[str, torch.Tensor]] = {}
+    for name in tensors.names:
+        shape = tensors.shape(name)
+        value = tensors.read(name, 0, math.prod(shape)).view(shape)
+        contents.setdefault(file_of(name), {})[name] = value
+    with files.atomic_folder(out) as draft:
+        saved = {name: safetensors.torch.save(each, FORMAT) for name, each in contents.items()}
+        config = peft.peft_config(lora, peft.read_base(parts[0]))
+        saved[peft.FILE] = json.dumps(config, indent=1).encode()
+        hashes = {name: write_file(draft / name, content) for name, content in saved.items()}
+        write_file(draft / "state.json", files.sealed(record | {"files": hashes}))
+    return lora
+
+
+def _origins(parts: Sequence[Path]) -> dict[str, Any]:
+    """What a sum's record says of its parts: the models that they were trained with, by those that
+    say so.
+
+    Raises:
+        ValueError: One is damaged, or two were trained with different models.
+    """
+    identity: dict[str, Any] = {}
+    said_by: dict[str, Path] = {}
+    for part in parts:
+        if not (part / "state.json").exists():
+            continue
+        state = read_record(part, COPY, names=(*RUN_FILES, peft.FILE))
+        keys = ["model.causal", "model.decoder"]
+        keys += ["model.encoder"] if PROJECTION_FILE in state["files"] else []
+        for key in keys:
+            value = state["identity"].get(key)
+            if identity.setdefault(key, value) != value:
+                raise ValueError(f"{said_by[key]} and {part} were trained with another {key} each")
+            said_by.setdefault(key, part)
+    return {"identity": identity, "sum_of": [str(part.resolve()) for part in parts]}
+
+
+def summed_in(folder: Path) -> list[Path]:
+    """The checkpoints whose adapters `add_up` added up in a folder; none in others."""
+    return list(map(Path, (record_of(folder) or {}).get("sum_of", [])))
