@@ -125,6 +125,15 @@ lora_linear = Kernel(
             "dropout": 0.0,
             "bias": False,
         },
+        {
+            "tokens": 21,
+            "width": 96,
+            "members": (80, 48),
+            "adapted": (0, 1),
+            "rank": 80,
+            "dropout": 0.25,
+            "bias": True,
+        },
     ),
     shapes=(
         {**_LLAMA, **_QKV},

@@ -4,6 +4,7 @@ import torch
 from mtllm_engine.kernels.contract import DTYPES, check, check_shape
 from torch.autograd.function import once_differentiable
 
+from . import library
 from .dropout import Dropout
 from .low_rank import (
     MAX_ADAPTERS,
@@ -39,7 +40,8 @@ def lora_linear(
         weight_FD: Like x, or quantised. Frozen; never gets a gradient.
         bias_F: Like x. Frozen.
         adapters: At most MAX_ADAPTERS of (start, lora_A (R, D), lora_B (f, R)), contiguous, all of
-            one rank R up to MAX_RANK; rounded to x's dtype where used, gradients are sums in fp32.
+            one rank R; rounded to x's dtype where used, gradients are sums in fp32. Above MAX_RANK,
+            as in a sum of large adapters, all products are the library's.
         scale: alpha / R.
         dropout: None in evaluation and without dropout.
 
@@ -58,6 +60,8 @@ def lora_linear(
     group = _check_adapters(x_SD, weight_FD.shape[0], adapters)
     if adapters and dropout is not None:
         _check_dropout(x_SD, dropout, len(adapters))
+    if group and group.rank > MAX_RANK:
+        return library.lora_linear(x_SD, weight_FD, bias_F, adapters, scale, dropout)
     matrices = [matrix for _, *pair in adapters for matrix in pair]
     return _LoraLinear.apply(x_SD, weight_FD, bias_F, group, scale, dropout, *matrices)
 
@@ -68,8 +72,8 @@ def _check_adapters(x_SD: torch.Tensor, out_width: int, adapters: Adapters) -> G
     if len(adapters) > MAX_ADAPTERS:
         raise ValueError(f"adapters: {len(adapters)}, expected at most {MAX_ADAPTERS} in a group")
     rank = len(adapters[0][1])
-    if not 1 <= rank <= MAX_RANK:
-        raise ValueError(f"adapters have rank {rank}, expected 1 to {MAX_RANK}")
+    if rank < 1:
+        raise ValueError("adapters have rank 0, expected at least 1")
     for i, (start, lora_A_RD, lora_B_fR) in enumerate(adapters):
         names = {f"adapters[{i}].lora_A": lora_A_RD, f"adapters[{i}].lora_B": lora_B_fR}
         check(x_SD, **names)
