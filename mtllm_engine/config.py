@@ -396,6 +396,8 @@ def _override(tree: dict, override: str) -> None:
         raise ValueError(
             f"not an override: {override!r}; write section.key=value, such as optim.lr=1e-4"
         )
+    if any(0xD800 <= ord(character) < 0xE000 for character in override):  # of a shell's odd bytes
+        raise ValueError(f"not UTF-8, so no configuration can hold it: {override!r}")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):

@@ -115,7 +115,7 @@ def test_parts_are_set_beside_whole_texts(tmp_path: Path):
     """Each with its own sum; English is not abroad."""
     right = {"llm": (0.95, 0.95), "translate_test": (0.6, 0.6)}
     stacks = {parts.WHOLE: 0.5, parts.LINES: 0.65, parts.SENTENCES: 0.45}
-    stacks |= {parts.PAIRS: 0.55, parts.LINE_PAIRS: 0.6}
+    stacks |= {parts.LONG: 0.55, parts.PAIRS: 0.6}
     for name, task in benchmark.TASKS.items():
         for stack, share in stacks.items():
             results = tmp_path / "seed-1" / f"{name}-{stack}" / "results"
@@ -131,8 +131,8 @@ def test_parts_are_set_beside_whole_texts(tmp_path: Path):
     assert met == {
         f"{parts.LINES} - {parts.WHOLE}": True,
         f"{parts.SENTENCES} - {parts.WHOLE}": False,
+        f"{parts.LONG} - {parts.WHOLE}": True,
         f"{parts.PAIRS} - {parts.WHOLE}": True,
-        f"{parts.LINE_PAIRS} - {parts.WHOLE}": True,
         f"{parts.LINES} - translate_test": True,
         f"{parts.LINES} - llm, in English": False,
     }
