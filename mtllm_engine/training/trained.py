@@ -1,0 +1,303 @@
+"""What was trained, found again by any of its names: a run, a checkpoint, a sum of checkpoints, a
+recipe's folder, an exported folder or a hub id of one.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mtllm_engine import config as configs
+from mtllm_engine import files
+from mtllm_engine.config import Config, flatten
+from mtllm_engine.model import peft
+from mtllm_engine.model.peft import read_lora
+from mtllm_engine.model.weights import (
+    ADAPTERS,
+    HEAD_FILE,
+    PROJECTION_FILE,
+    RUN_FILES,
+    checkpoint_tensors,
+    has_head,
+    resolve,
+)
+from mtllm_engine.tasks import load_task, task_names
+from mtllm_engine.training import checkpoint
+from mtllm_engine.training.origins import COPY, summed_in
+
+EXPORTED = "mtllm.json"
+"""The sealed record of an exported folder: {"reads": see `READS`, "tasks": {name: head}, "files":
+{path: {"bytes", "sha256"}}, "about": what a person wants to know}."""
+READS = ("model.causal", "model.dtype", "model.projection_bias")
+READS += ("data.max_length", "data.truncation", "data.parts", "languages.fallback")
+"""Keys of the configuration that say how a text is read."""
+ENCODER, LLM, STUDENT, TEACHER, TASKS = "encoder", "llm", "student", "teacher", "tasks"
+"""The folders of an exported folder: two models, and checkpoints beside them."""
+LAST_FIRST = ("stage2", "stage1")  # a recipe's runs that have a projection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What a task asks of a text, and what its answers are called."""
+
+    kind: str
+    """ "classification", "choice" or "span"."""
+    num_outputs: int
+    labels: tuple[str, ...] = ()
+    """Of a classification, in the order of the scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Something that was trained, and how a text is read with it."""
+
+    name: str
+    """As it was asked for."""
+    folder: Path
+    """The checkpoint, or the exported folder."""
+    config: Config
+    """To read with: `model.init_from` is the student, one checkpoint, `model.teacher` that of the
+    LLM that it learned from, "" if that is the bare one."""
+    task: str
+    """What the student's head was trained for; "" without one."""
+    tasks: Mapping[str, Path]
+    """Further tasks that travel along: checkpoints of LLMs fine-tuned for them."""
+    record: Mapping[str, Any]
+    """A checkpoint's, or an exported folder's; empty where there is none."""
+
+    @property
+    def run(self) -> Path | None:
+        """The run that a checkpoint is of, if it lies in one."""
+        return run_of(self.folder)
+
+    @property
+    def is_exported(self) -> bool:
+        return (self.folder / EXPORTED).is_file()
+
+    @property
+    def student(self) -> Path:
+        return Path(self.config.model.init_from[0])
+
+    @property
+    def reads_stack(self) -> bool:
+        """Whether it has a projection: a fine-tuned LLM reads its own tokens alone."""
+        return (self.student / PROJECTION_FILE).is_file()
+
+    @property
+    def head(self) -> Head | None:
+        return head_of(self.student, self.task)
+
+    @property
+    def identity(self) -> str:
+        """A digest of all that the vectors of a text depend on, the machine aside."""
+        flat = flatten(self.config)
+        files_read = [
+            (path.name, files.sha256_of(path))
+            for folder in (self.student, *map(Path, filter(None, [self.config.model.teacher])))
+            for path in sorted(folder.glob("*.safetensors"))
+            if path.name in RUN_FILES
+        ]
+        read = {key: flat[key] for key in READS} | {"quantization": self.config.model.quantization}
+        models = self.record.get("files") if self.is_exported else self.record.get("identity")
+        content = json.dumps([read, files_read, models or self.config.model.decoder])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def find_trained(name: str | Path, *, encoder: str = "", decoder: str = "") -> Trained:
+    """What a run, a checkpoint of one, a sum, a recipe's folder, an exported folder or a hub id of
+    one holds; its small files have been found to be those that were written.
+
+    Of a run it is the best checkpoint, or the latest where none was validated; of a recipe stage 2,
+    or stage 1 where there is none.
+
+    Args:
+        encoder, decoder: The models that it was trained with, where they are not at the place that
+            the run's configuration says.
+
+    Raises:
+        ValueError: There is no such thing, or it is damaged or half copied.
+    """
+    folder = Path(files.expand(str(name)))
+    folder = folder if folder.is_dir() else resolve(str(name))
+    if (folder / EXPORTED).is_file():
+        return _exported(str(name), folder)
+    return _of_checkpoint(str(name), _checkpoint_in(folder), encoder=encoder, decoder=decoder)
+
+
+def head_of(folder: Path, task: str, labels: Sequence[str] = ()) -> Head | None:
+    """The head that lies in a checkpoint, if there is one.
+
+    Args:
+        task: The family that it was trained for, or any other name: then it is a classification's.
+        labels: Of the classes, where no family names them; by default their numbers.
+
+    Raises:
+        ValueError: There are other labels than outputs.
+    """
+    tensors = checkpoint_tensors(folder)
+    if not has_head(tensors):
+        return None
+    outputs, _ = tensors.shape("head.weight")
+    if task in task_names():
+        family = load_task(task)
+        kind, count = family.head_size
+        if outputs != (1 if kind == "choice" else count):
+            has = f"{folder / HEAD_FILE} has {outputs} outputs"
+            raise ValueError(f"{has}, and task {task} asks for {count}; name its own task")
+        return Head(kind=kind, num_outputs=count, labels=tuple(labels) or family.labels)
+    if labels and len(labels) != outputs:
+        raise ValueError(f"{folder / HEAD_FILE} has {outputs} outputs, not {len(labels)} labels")
+    named = tuple(labels) or tuple(map(str, range(outputs)))
+    return Head(kind="classification", num_outputs=outputs, labels=named)
+
+
+def task_of(folder: Path) -> str:
+    """The family that a checkpoint's run learned; "" where nothing says."""
+    run = run_of(folder)
+    return configs.load(run / "config.toml").task.name if run else ""
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run that a checkpoint lies in."""
+    run = folder.resolve().parent.parent
+    return run if (run / "config.toml").is_file() else None
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    """Raises: ValueError: There is none."""
+    if any((folder / name).is_file() for name in RUN_FILES):
+        return folder
+    if not (folder / "checkpoints").is_dir():
+        runs = [folder / name for name in LAST_FIRST if (folder / name / "checkpoints").is_dir()]
+        several = sorted(folder.glob("stage2-*/checkpoints"))
+        if several and not (folder / "stage2").is_dir():
+            names = ", ".join(str(path.parent) for path in several)
+            raise ValueError(f"{folder} has several stacks; name one of {names}")
+        if not runs:
+            lack = "neither a run, a checkpoint nor an exported folder"
+            raise ValueError(f"{folder} is {lack}: it has no {EXPORTED}, {ADAPTERS} or checkpoints")
+        folder = runs[0]
+    saved = folder / "checkpoints"
+    chosen = checkpoint.best(saved) or checkpoint.latest(saved)
+    if chosen is None:
+        raise ValueError(f"{folder} has no complete checkpoint yet")
+    return chosen
+
+
+def _of_checkpoint(name: str, folder: Path, *, encoder: str, decoder: str) -> Trained:
+    record: Mapping[str, Any] = {}
+    if (folder / "state.json").exists():
+        record = checkpoint.read_record(folder, COPY, names=(*RUN_FILES, peft.FILE))
+    parts = summed_in(folder)
+    trained = next((run for part in (folder, *parts) if (run := _stack_run(part))), None)
+    trained = trained or run_of(folder)
+    if trained is None and not (encoder and decoder):
+        lack = "there is no config.toml of its run beside it"
+        fix = "copy the run's folder as it is, or say encoder= and decoder="
+        raise ValueError(f"{folder}: {lack}, so what it was trained with is not known; {fix}")
+    config = checkpoint.follow(configs.load(trained / "config.toml")) if trained else _blank()
+    # A sum's teacher is the part that learned the task.
+    learned = [part for part in parts if (part / HEAD_FILE).is_file()]
+    teacher = str(learned[0]) if learned else "" if parts else config.model.teacher
+    task = task_of(learned[0]) if learned else config.task.name
+    model = replace(
+        config.model,
+        encoder=encoder or config.model.encoder,
+        decoder=decoder or config.model.decoder,
+        init_from=(str(folder),),
+        teacher=teacher,
+    )
+    config = replace(config, model=model)
+    has_task = (folder / HEAD_FILE).is_file()
+    return Trained(
+        name=name,
+        folder=folder,
+        config=_reading(config, folder),
+        task=task if has_task else "",
+        tasks={},
+        record=record,
+    )
+
+
+def _stack_run(folder: Path) -> Path | None:
+    """The run of a checkpoint that has a projection."""
+    return run_of(folder) if (folder / PROJECTION_FILE).is_file() else None
+
+
+def _exported(name: str, folder: Path) -> Trained:
+    path = folder / EXPORTED
+    try:
+        record = files.unsealed(path.read_bytes())
+    except ValueError:
+        raise ValueError(f"{path} is damaged; copy or download the folder again") from None
+    check_files(folder, record["files"])
+    config = _blank()
+    for key, value in record["reads"].items():
+        section, _, field = key.partition(".")
+        part = replace(getattr(config, section), **{field: value})
+        config = replace(config, **{section: part})
+    teacher = folder / TEACHER
+    model = replace(
+        config.model,
+        encoder=str(folder / ENCODER),
+        decoder=str(folder / LLM),
+        init_from=(str(folder / STUDENT),),
+        teacher=str(teacher) if teacher.is_dir() else "",
+    )
+    own = record.get("task", "")
+    tasks = {task: folder / TASKS / task for task in record["tasks"] if task != own}
+    return Trained(
+        name=name,
+        folder=folder,
+        config=_reading(replace(config, model=model), folder / STUDENT),
+        task=own,
+        tasks=tasks,
+        record=record,
+    )
+
+
+def check_files(folder: Path, written: Mapping[str, Mapping[str, Any]]) -> None:
+    """Looks whether a folder is what was written: all files there and as long, and the small ones
+    the same to the last bit.
+
+    Raises:
+        ValueError: One is not.
+    """
+    fix = "copy or download the folder again"
+    for name, about in written.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{folder} is not complete: {name} is missing; {fix}")
+        if path.stat().st_size != about["bytes"]:
+            size = f"{path.stat().st_size} bytes instead of {about['bytes']}"
+            raise ValueError(f"{path} has {size}; {fix}")
+        if about["bytes"] <= SMALL and files.sha256_of(path) != about["sha256"]:
+            raise ValueError(f"{path} is damaged; {fix}")
+
+
+SMALL = 1 << 28
+"""Bytes of a file that is read whole to see that it is sound: all but the models themselves."""
+
+
+def _blank() -> Config:
+    """Of what nobody says how it was trained: each key's default."""
+    tree = {
+        "run": {"dir": "-"},
+        "model": {"encoder": "-", "decoder": "-"},
+        "data": {"train": ["-"], "pack_documents": 1},
+        "optim": {"steps": 1},
+    }
+    return configs.from_dict(tree)
+
+
+def _reading(config: Config, student: Path) -> Config:
+    """The configuration of what only reads."""
+    return replace(
+        config,
+        objective=replace(config.objective, kind="finetune", reader="stack", token_weight=0.0),
+        lora=read_lora(student),
+        data=replace(config.data, teacher_states="", on_error="raise"),
+        zero=replace(config.zero, stage=0),
+    )
