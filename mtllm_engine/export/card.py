@@ -14,7 +14,7 @@ from mtllm_engine.training.checkpoint import record_of
 from mtllm_engine.training.origins import summed_in
 from mtllm_engine.training.trained import Trained, run_of
 
-NON_COMMERCIAL = "CC-BY-NC-4.0"
+NON_COMMERCIAL = "cc-by-nc-4.0"
 WHAT = {
     "distil": "distillation from the bare LLM (stage 1)",
     "distil from a task": "distillation from the fine-tuned LLM (stage 2)",
@@ -95,7 +95,7 @@ def _front_matter(about: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     licence = about["licences"].get(about["encoder"], UNKNOWN).lower()
     hub_ids = [name for name in (about["encoder"], about["llm"]) if "/" in name]
     data = ModelCardData(
-        license=licence if licence == NON_COMMERCIAL.lower() else "other",
+        license=licence if licence == NON_COMMERCIAL else "other",
         language=sorted({code[:3] for code in settings["languages"]}),
         base_model=hub_ids or None,
         library_name="transformers",
@@ -107,8 +107,8 @@ def _front_matter(about: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 def _licences(about: Mapping[str, Any]) -> str:
     # The one that forbids most stands first.
-    names = sorted(about["licences"], key=lambda name: about["licences"][name] != NON_COMMERCIAL)
-    lines = [f"- {name}: **{about['licences'][name]}**" for name in names]
+    licences = sorted(about["licences"].items(), key=lambda each: each[1].lower() != NON_COMMERCIAL)
+    lines = [f"- {name}: **{licence}**" for name, licence in licences]
     return "\n".join(["Its parts have these licences, and all of them bind you:", "", *lines])
 
 

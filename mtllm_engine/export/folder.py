@@ -48,7 +48,8 @@ from mtllm_engine.training.trained import (
 )
 
 HERE = Path(__file__).parent
-CODE = (HERE / "modeling_mtllm.py", HERE / "sentences_mtllm.py", Path(parts.__file__))
+CODE = [HERE / f"{name}_mtllm.py" for name in ("modeling", "texts", "sentences")]
+CODE += [Path(parts.__file__)]
 EMBEDDINGS = ("model.encoder.embed_tokens", "encoder.embed_tokens", "embed_tokens")
 EMBEDDINGS += ("model.shared", "shared")
 HEAD = ("kind", "num_outputs", "labels")

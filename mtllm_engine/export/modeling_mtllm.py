@@ -5,7 +5,7 @@
 
 A text is read by the encoder (M2M-100, as NLLB); a linear projection takes its states to the LLM,
 which goes on with adapters (LoRA) beside its linears; the mean of its states is the text's vector.
-This needs parts.py beside it and nothing of the engine that trained it. Source: arXiv 2406.12739.
+texts_mtllm.py says which tokens a text is. Source: arXiv 2406.12739.
 
 Letters of shapes: N texts, B texts of a batch, L their padded length, U tokens that the encoder
 reads, Q parts, D and E the widths of LLM and encoder, R of adapters, F of a linear's output, Y
@@ -13,7 +13,6 @@ classes.
 """
 
 import contextlib
-import difflib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from tokenizers import Encoding, Tokenizer
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -31,11 +29,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 from transformers.utils import cached_file
 
-from .parts import Parted, PartsTokenizer, cuts
+from .texts_mtllm import SEPARATOR, padded, student_side, teacher_side
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-TOKENS = {"sat_Olck": "sat_Beng"}  # NLLB's vocabulary names Santali by the wrong script
-SEPARATOR = "\n"  # between the two texts of a pair
 
 
 class MTLLMConfig(PreTrainedConfig):
@@ -86,71 +82,6 @@ class Classified(NamedTuple):
     labels: list[str]
     probabilities: np.ndarray  # float32 (N, Y)
     names: tuple[str, ...]  # of the Y classes
-
-
-class Side(NamedTuple):
-    """A tokenizer with its special tokens and its limit: how encoder or LLM reads a text."""
-
-    backend: Tokenizer | PartsTokenizer  # the latter puts special tokens around each part itself
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
-    max_length: int
-    ends_with_words: bool  # where it is too long
-
-    def read(self, text: str, rest: str = "") -> tuple[list[int], list[int]]:
-        """Token ids, and the number of the part that each is in, from 1; 0 for the LLM's own tokens
-        between parts. Where text and rest together are too long, the text is cut.
-        """
-        encoding = self._fitted(text, rest)
-        ids = [*self.prefix, *encoding.ids[: self._room], *self.suffix]
-        spans = encoding.parts if isinstance(encoding, Parted) else [(0, len(ids))]
-        part_ids = [0] * len(ids)
-        for number, (start, end) in enumerate(spans, 1):
-            part_ids[start:end] = [number] * (end - start)
-        return ids, part_ids
-
-    @property
-    def _room(self) -> int:
-        return self.max_length - len(self.prefix) - len(self.suffix)
-
-    def _fitted(self, text: str, rest: str) -> Encoding | Parted:
-        # No more of a book is looked at than of a page.
-        size = len(text) if rest else 8 * self.max_length
-        while True:
-            head = text[:size]
-            encoding = self._encode(head + rest)
-            reach = self._reach(encoding, len(head), bool(rest))
-            if size >= len(text) or reach <= size // 2:
-                break
-            size *= 2
-        if self._fits(encoding) or not (rest or self.ends_with_words):
-            return encoding
-        for cut in (*cuts(text, reach), *([0] if rest else [])):
-            shorter = self._encode(text[:cut] + rest)
-            if self._fits(shorter):
-                return shorter
-        what = "the second text of a pair" if rest else "the first character of a text"
-        raise ValueError(f"{what} needs more than {self.max_length} tokens")
-
-    def _encode(self, text: str) -> Encoding | Parted:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError("a text has surrogates, halves of characters; drop them") from None
-        return self.backend.encode(text, add_special_tokens=False)
-
-    def _fits(self, encoding: Encoding | Parted) -> bool:
-        return len(encoding.ids) <= self._room
-
-    def _reach(self, encoding: Encoding | Parted, length: int, has_rest: bool) -> int:
-        """How many of a text's `length` characters may stay, by the number of tokens."""
-        surplus = len(encoding.ids) - self._room
-        if surplus <= 0:
-            return length
-        if not has_rest:
-            return encoding.offsets[self._room][0]
-        starts = [start for start, end in encoding.offsets if start < length and end > 0]
-        return starts[-surplus] if surplus <= len(starts) else 0
 
 
 class Adapted(nn.Module):
@@ -264,7 +195,7 @@ class MTLLMModel(PreTrainedModel):
         self, texts: Sequence[str], language: str | Sequence[str] | None = None
     ) -> dict[str, torch.Tensor]:
         """What `forward` takes: `input_ids`, `attention_mask` and `part_ids`, int64 (B, L)."""
-        return _padded(self._readings(texts, language, "student"))
+        return padded(self._readings(texts, language, "student"))
 
     def forward(
         self,
@@ -323,7 +254,7 @@ class MTLLMModel(PreTrainedModel):
         with self._running(sets):
             for start in range(0, len(by_length), batch_size):
                 chosen = by_length[start : start + batch_size]
-                batch = _padded([readings[index] for index in chosen])
+                batch = padded([readings[index] for index in chosen])
                 batch = {name: each.to(self.device) for name, each in batch.items()}
                 if reader == "student":
                     output = self(**batch)
@@ -334,7 +265,7 @@ class MTLLMModel(PreTrainedModel):
 
     @contextlib.contextmanager
     def _running(self, sets: Sequence[str]) -> Iterator[None]:
-        """Meanwhile these sets of adapters are added to the LLM, and no others."""
+        """Meanwhile these sets of adapters run, and no others: in one thread at a time."""
         before = dict(self._active)
         self._active.clear()
         self._active.update(dict.fromkeys(sets))
@@ -355,47 +286,18 @@ class MTLLMModel(PreTrainedModel):
         languages = [language] * len(texts) if is_one else list(language)
         if len(languages) != len(texts):
             raise ValueError(f"{len(texts)} texts, and languages of {len(languages)}")
-        side_of = self._student_side if reader == "student" else self._teacher_side
-        sides = {each: side_of(each) for each in dict.fromkeys(languages)}
+        encoder, llm = self._tokenizers
+        sides = {
+            each: student_side(self.config, encoder, llm, each)
+            if reader == "student"
+            else teacher_side(self.config, llm)
+            for each in dict.fromkeys(languages)
+        }
         pairs = [
             (text, "") if isinstance(text, str) else (text[0], SEPARATOR + text[1])
             for text in texts
         ]
         return [sides[each].read(*pair) for each, pair in zip(languages, pairs)]
-
-    def _student_side(self, language: str | None) -> Side:
-        """Raises: ValueError: The language is missing or unknown."""
-        config, (encoder, llm) = self.config, self._tokenizers
-        code = language or config.default_language
-        if not code:
-            raise ValueError('say the language of the texts, such as language="swh_Latn"')
-        if code not in config.languages and code not in config.fallback:
-            near = difflib.get_close_matches(code, config.languages, n=3, cutoff=0)
-            raise ValueError(f"unknown language {code!r}; did you mean {', '.join(near)}?")
-        code = code if code in config.languages else config.fallback[code]
-        prefix = (encoder.convert_tokens_to_ids(TOKENS.get(code, code)),)
-        suffix, backend = (encoder.eos_token_id,), encoder.backend_tokenizer
-        if config.parts == "whole":
-            is_aligned = config.truncation == "aligned"
-            return Side(backend, prefix, suffix, config.max_length, is_aligned)
-        tokenizers = {"encoder": backend, "llm": llm.backend_tokenizer}
-        parts = PartsTokenizer(**tokenizers, prefix=prefix, suffix=suffix, kind=config.parts)
-        return Side(parts, (), (), config.max_length, True)
-
-    def _teacher_side(self, _: str | None) -> Side:
-        """Raises: ValueError: There is no teacher."""
-        if not self.config.teacher:
-            lack = "the adapters are merged into the LLM, so the teacher is no longer there"
-            raise ValueError(f'reader="teacher": {lack}; use a folder that is not merged')
-        tokenizer = self._tokenizers[1]
-        # The special tokens that it puts around a text by itself, found by looking.
-        bare, full = (
-            tokenizer("a", add_special_tokens=each)["input_ids"] for each in (False, True)
-        )
-        start = next(at for at in range(len(full)) if full[at : at + len(bare)] == bare)
-        around = tuple(full[:start]), tuple(full[start + len(bare) :])
-        is_aligned = self.config.truncation == "aligned"
-        return Side(tokenizer.backend_tokenizer, *around, self.config.max_length, is_aligned)
 
     @torch.no_grad()
     def _load(self, name: str, hub: dict[str, Any]) -> None:
@@ -437,12 +339,3 @@ class MTLLMModel(PreTrainedModel):
                     tensors[each].to(self.llm.device) for each in (saved, f"{prefix}.lora_B.weight")
                 )
                 getattr(module, linear).add(name, *pair, lora["lora_alpha"] / rank)
-
-
-def _padded(readings: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-    """Ids and parts of texts, and which are any, padded with 0 at the right."""
-    rows = [(ids, [1] * len(ids), part_ids) for ids, part_ids in readings]
-    longest = max((len(ids) for ids, _ in readings), default=0)
-    padded = torch.tensor([[each + [0] * (longest - len(each)) for each in row] for row in rows])
-    names = ("input_ids", "attention_mask", "part_ids")
-    return dict(zip(names, padded.view(-1, 3, longest).unbind(1)))
