@@ -1,5 +1,6 @@
 """What an exported folder says of itself: README.md as the hub's model card."""
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from mtllm_engine import config as configs
+from mtllm_engine.config import Config
+from mtllm_engine.data.shards import Manifest
 from mtllm_engine.languages import NAMES
 from mtllm_engine.model.licences import UNKNOWN, licences_of, public_name
 from mtllm_engine.training.checkpoint import record_of
@@ -57,10 +60,22 @@ def _runs(checkpoint: Path) -> Iterator[dict[str, Any]]:
         "rank": config.lora.rank,
         "alpha": config.lora.alpha,
         "linears": list(config.lora.target_modules),
-        "corpora": record.get("identity", {}).get("data.train", []),
+        "corpora": list(_corpora(config, record.get("identity", {}).get("data.train", []))),
         "validation": _validation(run, record.get("step")),
         "commit": _read_json(run / "environment.json").get("commit"),
     }
+
+
+def _corpora(config: Config, fingerprints: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Of each its fingerprint, and what its manifest says where it still is there."""
+    known = {}
+    for folder in config.data.train:
+        with contextlib.suppress(ValueError):
+            manifest = Manifest.load(folder)
+            about = {"language": manifest.language, "licence": manifest.licence}
+            known[manifest.fingerprint] = about
+    for fingerprint in fingerprints:
+        yield {"fingerprint": fingerprint} | known.get(fingerprint, {})
 
 
 def _validation(run: Path, step: int | None) -> dict[str, float]:
@@ -186,8 +201,10 @@ def _run(run: Mapping[str, Any]) -> Sequence[str]:
     task = f", {run['task']}" if run["task"] else ""
     adapters = f"rank {run['rank']}, alpha {run['alpha']:g}, on {', '.join(run['linears'])}"
     lines = [f"- {WHAT[run['what']]}{task}: {run['steps']} steps, lr {run['lr']:g}; {adapters}"]
-    for fingerprint in run["corpora"]:
-        lines.append(f"  - corpus with the manifest `{fingerprint}`")
+    for corpus in run["corpora"]:
+        language = f" in {corpus['language']}" if "language" in corpus else ""
+        licence = f", licence {corpus['licence']}" if "licence" in corpus else ""
+        lines.append(f"  - corpus{language}, manifest `{corpus['fingerprint']}`{licence}")
     if run["validation"]:
         named = {key: value for key, value in run["validation"].items() if key != "step"}
         values = ", ".join(
