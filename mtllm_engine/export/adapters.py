@@ -4,7 +4,7 @@ what to do with these."""
 import json
 from pathlib import Path
 
-from mtllm_engine.export.models import Options, check_stack, write_card, write_trained
+from mtllm_engine.export.models import Options, write_card, write_trained
 from mtllm_engine.model import peft
 from mtllm_engine.model.licences import public_name
 from mtllm_engine.model.weights import RUN_FILES
@@ -72,9 +72,7 @@ a few lines: `mtllm export --format folder` writes a folder that does it.
 
 
 def write(trained: Trained, draft: Path, options: Options) -> None:
-    """Raises: ValueError: There is no projection."""
-    check_stack(trained)
-    write_trained(trained, draft, RUN_FILES, options.dtype)
+    write_trained(trained, draft, RUN_FILES)
     config, model = trained.config, trained.config.model
     about = peft.peft_config(config.lora, public_name(model.decoder), causal=model.causal)
     (draft / peft.FILE).write_text(json.dumps(about, indent=1))

@@ -19,7 +19,6 @@ from mtllm_engine import files
 from mtllm_engine.config import LORA_TARGETS, LoraConfig
 from mtllm_engine.export.models import (
     Options,
-    check_stack,
     copy_tokenizer,
     dtype_of,
     encoder_tensors,
@@ -64,7 +63,6 @@ $base$head"""
 
 def write(trained: Trained, draft: Path, options: Options) -> None:
     """Raises: ValueError: The layout has no place for something of the stack."""
-    check_stack(trained)
     model, data = trained.config.model, trained.config.data
     projection = checkpoint_tensors(trained.student)
     encoder, llm = resolve(model.encoder), resolve(model.decoder)
@@ -149,18 +147,21 @@ def _split(
     """What a checkpoint's files hold, and what is left out; one linear is held at a time."""
     adapters: dict[str, torch.Tensor] = {}
     squares: dict[str, torch.Tensor] = {}  # of what is left out, and of all there was
-    for name in filter(lambda name: name.startswith(("layers.", "norm.")), ours.names):
+    for name in ours.names:
+        if not name.startswith(("layers.", "norm.")) or "rotary_emb" in name:
+            continue
         kind = name.split(".")[-2]
         if kind not in LORA_TARGETS or not name.endswith(".weight"):
             _check_equal(theirs, ours, name)
             continue
+        _check_shape(theirs, ours, name)
         difference_FD = _read(theirs, LLM + name) - _read(ours, name)
         b_FR, a_RD = _factors(difference_FD, rank)
         saved = f"base_model.model.{name.removesuffix('.weight')}"
         adapters |= {f"{saved}.lora_A.weight": a_RD, f"{saved}.lora_B.weight": b_FR}
-        both = torch.stack([difference_FD - b_FR @ a_RD, difference_FD]).double()
+        both = torch.stack([*map(_square, (difference_FD - b_FR @ a_RD, difference_FD))])
         for each in (kind, "all"):
-            squares[each] = squares.get(each, 0.0) + both.square().sum((1, 2))
+            squares[each] = squares.get(each, 0.0) + both
     left = {
         kind: (part / whole.clamp(min=1e-300)).sqrt().item()
         for kind, (part, whole) in squares.items()
@@ -186,11 +187,23 @@ def _factors(difference_FD: torch.Tensor, rank: int) -> tuple[torch.Tensor, torc
 
 def _check_equal(theirs: TensorFiles, ours: TensorFiles, name: str) -> None:
     """Raises: ValueError: A tensor that adapters leave as it is is another one in the base."""
-    mine, other = _read(ours, name), _read(theirs, LLM + name)
+    _check_shape(theirs, ours, name)
     stored = theirs.read(LLM + name, 0, 1).dtype
-    if mine.shape != other.shape or not torch.equal(mine.to(stored).float(), other):
-        reason = f"{name} is another one than in {theirs.folder}"
-        raise ValueError(f"{ours.folder} is not the LLM that it began with: {reason}")
+    if not torch.equal(_read(ours, name).to(stored).float(), _read(theirs, LLM + name)):
+        raise ValueError(f"{theirs.folder} did not begin with {ours.folder}: {name} differs")
+
+
+def _check_shape(theirs: TensorFiles, ours: TensorFiles, name: str) -> None:
+    """Raises: ValueError: They differ."""
+    shape, other = ours.shape(name), theirs.shape(LLM + name)
+    if shape != other:
+        reason = f"{name} has shape {shape}, theirs {other}"
+        raise ValueError(f"{theirs.folder} did not begin with {ours.folder}: {reason}")
+
+
+def _square(matrix_FD: torch.Tensor) -> torch.Tensor:
+    """Of the Frobenius norm, fp64."""
+    return torch.linalg.vector_norm(matrix_FD, dtype=torch.float64).square()
 
 
 def _read(files: TensorFiles, name: str) -> torch.Tensor:

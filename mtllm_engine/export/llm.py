@@ -6,7 +6,6 @@ from pathlib import Path
 
 from mtllm_engine.export.models import (
     Options,
-    check_stack,
     copy_tokenizer,
     llm_tensors,
     write_card,
@@ -97,8 +96,6 @@ a short client: `mtllm export --format folder` writes a folder that does it.
 
 
 def write(trained: Trained, draft: Path, options: Options) -> None:
-    """Raises: ValueError: There is no projection."""
-    check_stack(trained)
     causal = trained.config.model.causal
     source, dtype = resolve(trained.config.model.decoder), options.dtype
     write_safetensors(draft / "model.safetensors", llm_tensors(trained, dtype))

@@ -24,7 +24,8 @@ from mtllm_engine.model.weights import (
 from mtllm_engine.training.trained import Trained
 
 ENCODER_PREFIXES, LLM_PREFIXES = ("model.encoder.", "encoder.", ""), ("model.", "")
-SHARED = ("model.shared.weight", "shared.weight")  # the encoder's embedding beside it
+SHARED = ("model.shared", "shared")  # the encoder's embedding, where that stands beside it
+PLACES = ("_name_or_path", "name_or_path")
 FIRST = "layers.0.self_attn.q_proj.weight"
 
 
@@ -33,17 +34,17 @@ class Options(Protocol):
 
     @property
     def dtype(self) -> str:
-        """Of what is written; "": as it is stored."""
+        """Of the models' weights; "": as they are stored. What was trained stays fp32."""
 
 
 def encoder_tensors(trained: Trained, dtype: str) -> list[Planned]:
     """By the names of transformers' M2M100Encoder."""
     files = TensorFiles(resolve(trained.config.model.encoder))
-    prefix = _prefix(files, ENCODER_PREFIXES)
+    prefix = _first_of(files, ENCODER_PREFIXES, FIRST)
     ours = {name: name.removeprefix(prefix) for name in files.names if name.startswith(prefix)}
     kept = {name: to for name, to in ours.items() if to.startswith(("layers.", "layer_norm."))}
-    embeddings = (f"{prefix}embed_tokens.weight", *SHARED)
-    kept[next(name for name in embeddings if name in files.names)] = "embed_tokens.weight"
+    where = _first_of(files, (f"{prefix}embed_tokens", *SHARED), ".weight")
+    kept[f"{where}.weight"] = "embed_tokens.weight"
     return [planned(files, name, dtype=dtype_of(dtype), to=to) for name, to in kept.items()]
 
 
@@ -52,7 +53,7 @@ def llm_tensors(trained: Trained, dtype: str) -> Iterator[Planned]:
     fp32, and then cast. There is no head for words: what is read are states."""
     files = TensorFiles(resolve(trained.config.model.decoder))
     adapters = checkpoint_tensors(trained.student)
-    prefix = _prefix(files, LLM_PREFIXES)
+    prefix = _first_of(files, LLM_PREFIXES, FIRST)
     for name in files.names:
         to = name.removeprefix(prefix)
         if not to.startswith(("layers.", "embed_tokens.", "norm.")) or "rotary_emb" in to:
@@ -78,11 +79,11 @@ def write_config(source: Path, folder: Path, dtype: str, **changed: Any) -> None
 
 
 def read_config(source: Path, dtype: str) -> dict[str, Any]:
-    config = json.loads((source / "config.json").read_text())
+    """A model's config.json for weights of another dtype; ""; of their own."""
+    config = _read_json(source / "config.json")
     stored = config.pop("torch_dtype", None)  # transformers' older name
-    config["dtype"] = dtype or config.get("dtype") or stored
-    # Whose the folder was is nobody's business.
-    return {key: value for key, value in config.items() if value is not None and key[0] != "_"}
+    kept = dtype or config.get("dtype") or stored
+    return config | ({"dtype": kept} if kept else {})
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -90,29 +91,18 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for path in tokenizer_files(source):
         shutil.copyfile(path, folder / path.name)
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = _read_json(path) if path.is_file() else {}
     path.write_text(json.dumps(config | {"split_special_tokens": True}, indent=2) + "\n")
 
 
-def write_trained(trained: Trained, folder: Path, names: tuple[str, ...], dtype: str = "") -> None:
-    """Files of `RUN_FILES` that the student has, of those names."""
+def write_trained(trained: Trained, folder: Path, names: tuple[str, ...]) -> None:
+    """Files of `RUN_FILES` that the student has, of those names, in fp32."""
     tensors = checkpoint_tensors(trained.student)
     for file in names:
         kept = [name for name in tensors.names if file_of(name) == file]
         if kept:
-            every = [planned(tensors, name, dtype=dtype_of(dtype)) for name in kept]
+            every = [planned(tensors, name, dtype=torch.float32) for name in kept]
             write_safetensors(folder / file, every)
-
-
-def check_stack(trained: Trained) -> None:
-    """Raises: ValueError: There is no projection: an LLM alone was fine-tuned."""
-    if not trained.reads_stack:
-        fix = f"export a stack, or open {trained.student} with PEFT as it is"
-        raise ValueError(f"{trained.name} is a fine-tuned LLM without a projection; {fix}")
-
-
-def has_bias(trained: Trained) -> bool:
-    return "bias" in checkpoint_tensors(trained.student).names
 
 
 def dtype_of(name: str) -> torch.dtype | None:
@@ -163,10 +153,19 @@ def _head_lines(trained: Trained) -> str:
     return f"{where}: the scores of {', '.join(head.labels)} are `vectors @ head.weight.T`.\n"
 
 
-def _prefix(files: TensorFiles, candidates: tuple[str, ...]) -> str:
-    """Raises: ValueError: The first layer is there under no known name."""
-    known = set(files.names)
-    for prefix in candidates:
-        if prefix + FIRST in known:
-            return prefix
-    raise ValueError(f"{files.folder} has no tensor {candidates[0]}{FIRST}")
+def _read_json(path: Path) -> dict[str, Any]:
+    """Without where the model lay, which is nobody's business."""
+    content = json.loads(path.read_text())
+    return {key: value for key, value in content.items() if key not in PLACES}
+
+
+def _first_of(files: TensorFiles, candidates: tuple[str, ...], name: str) -> str:
+    """The candidate that a tensor's name begins with.
+
+    Raises:
+        ValueError: It is there with none of them.
+    """
+    for each in candidates:
+        if each + name in files.names:
+            return each
+    raise ValueError(f"{files.folder} has no tensor {candidates[0]}{name}")

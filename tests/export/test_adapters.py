@@ -52,10 +52,3 @@ def test_the_card_says_what_else_there_is(tmp_path):
     assert "held as nf4" in card and str(tmp_path) not in card
     assert load_file(out / "head.safetensors").keys() == {"head.weight"}
     assert str(tmp_path) not in (out / "adapter_config.json").read_text()
-
-
-def test_a_fine_tuned_llm_is_refused_by_name(tmp_path):
-    trained = build_trained(tmp_path, bias=True, causal=False)
-    (trained.student / "projection.safetensors").unlink()
-    with pytest.raises(ValueError, match="student-True-False is a fine-tuned LLM without a proj"):
-        adapters.write(trained, tmp_path, AS_STORED)

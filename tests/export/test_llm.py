@@ -1,6 +1,7 @@
 """The merged LLM: what its card's client makes of texts gives our vectors in transformers."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaModel
 
-from mtllm_engine.export import llm
+from mtllm_engine.export import llm, models, streaming
 from mtllm_engine.training.trained import Trained
 from tests.support.exports import (
     AS_STORED,
@@ -64,6 +65,8 @@ def test_the_clients_embeddings_give_our_vectors(stacks: dict[bool, Trained], tm
         assert config["architectures"] == [ARCHITECTURES[causal]]
         assert config.get("pooling") == (None if causal else "avg")
         assert config.get("is_causal", True) == causal
+        for path in out.rglob("*.json"):
+            assert str(tmp_path.parent) not in path.read_text()
     run_alone(program, tmp_path)
     for causal, trained in stacks.items():
         for language, theirs_ND in zip(LANGUAGES, np.load(tmp_path / str(causal) / "theirs.npy")):
@@ -82,6 +85,16 @@ def test_weights_are_merged_in_fp32_and_then_cast(stacks: dict[bool, Trained], t
     for name, tensor in written[""].items():
         assert tensor.dtype == torch.float32
         assert torch.equal(written["bfloat16"][name], tensor.bfloat16())
+
+
+def test_no_tensor_is_held_whole(stacks: dict[bool, Trained], monkeypatch):
+    monkeypatch.setattr(streaming, "PIECE", 100)
+    tensors = [*models.llm_tensors(stacks[False], ""), *models.encoder_tensors(stacks[False], "")]
+    assert max(math.prod(tensor.shape) for tensor in tensors) > 10_000
+    for tensor in tensors:
+        pieces = [piece.numel() for piece in tensor.read()]
+        assert sum(pieces) == math.prod(tensor.shape)
+        assert max(pieces) <= 100 + tensor.shape[-1]
 
 
 def test_without_adapters_the_weights_are_the_bases(stacks: dict[bool, Trained], tmp_path):
