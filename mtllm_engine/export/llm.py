@@ -71,7 +71,7 @@ def ask(text, language, url="http://localhost:8000/v1/embeddings"):
 A server (`use_activation: false` above: vectors are not brought to length 1), whose chat template
 adds nothing to the embeddings:
 
-    vllm serve . --runner pooling --enable-prompt-embeds$pooling \\\\
+    vllm serve . --runner pooling --enable-prompt-embeds$pooling \\
         --chat-template '{% for each in messages %}{{ each["content"] }}{% endfor %}'
 
 Or in one process, with vLLM's own Python:
