@@ -40,6 +40,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_launched(commands)
     _add_recipes(commands)
     _add_sum(commands)
+    _add_export(commands)
     _add_shards(commands)
     _add_models(commands)
     _add_languages(commands)
@@ -127,6 +128,65 @@ def _sum(arguments: argparse.Namespace) -> int:
     lora = add_up(arguments.parts, arguments.out)
     adapters = f"adapters of rank {lora.rank} on {', '.join(lora.target_modules)}"
     print(f"{arguments.out}: {adapters}")
+    return 0
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "export", help="what was trained as a folder for transformers and others"
+    )
+    parser.add_argument(
+        "name", type=expand, metavar="X", help="run, checkpoint, sum, recipe's or exported folder"
+    )
+    parser.add_argument("--out", required=True, type=expanded_path, metavar="DIR")
+    parser.add_argument(
+        "--format", default="folder", help="folder (default), adapters, llm or authors"
+    )
+    parser.add_argument(
+        "--dtype", default="", help="of the two models' weights: float32 or bfloat16"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="put the adapters into the LLM's weights"
+    )
+    parser.add_argument(
+        "--language", default="", metavar="CODE", help="of texts whose language nobody says"
+    )
+    parser.add_argument(
+        "--task",
+        action="append",
+        default=[],
+        type=_named_path,
+        metavar="NAME=CHECKPOINT",
+        help="a fine-tuned LLM's, to travel along",
+    )
+    parser.add_argument(
+        "--push", default="", metavar="REPO", help="on the hub; a new one is private"
+    )
+    parser.set_defaults(run=_export)
+
+
+def _named_path(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"write NAME=CHECKPOINT, not {text!r}")
+    return name, expand(path)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from mtllm_engine.export import export
+
+    out = export(
+        arguments.name,
+        arguments.out,
+        format=arguments.format,
+        dtype=arguments.dtype,
+        merge=arguments.merge,
+        push=arguments.push,
+        default_language=arguments.language,
+        tasks=dict(arguments.task),
+    )
+    num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"{out}: {num_bytes / 1e9:.2f} GB")
     return 0
 
 

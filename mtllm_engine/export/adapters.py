@@ -4,9 +4,9 @@ what to do with these."""
 import json
 from pathlib import Path
 
-from mtllm_engine.export.models import Options, write_card, write_trained
+from mtllm_engine.export import Options, card
+from mtllm_engine.export.models import write_card, write_trained
 from mtllm_engine.model import peft
-from mtllm_engine.model.licences import public_name
 from mtllm_engine.model.weights import RUN_FILES
 from mtllm_engine.training.trained import Trained
 
@@ -74,6 +74,7 @@ a few lines: `mtllm export --format folder` writes a folder that does it.
 def write(trained: Trained, draft: Path, options: Options) -> None:
     write_trained(trained, draft, RUN_FILES)
     config, model = trained.config, trained.config.model
-    about = peft.peft_config(config.lora, public_name(model.decoder), causal=model.causal)
+    base = card.about(trained)["llm"]
+    about = peft.peft_config(config.lora, base, causal=model.causal)
     (draft / peft.FILE).write_text(json.dumps(about, indent=1))
     write_card(trained, draft, CARD + (WHOLE if config.data.parts == "whole" else PARTS))

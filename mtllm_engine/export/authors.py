@@ -17,8 +17,8 @@ from transformers import LlamaConfig, M2M100Config
 
 from mtllm_engine import files
 from mtllm_engine.config import LORA_TARGETS, LoraConfig
+from mtllm_engine.export import Options
 from mtllm_engine.export.models import (
-    Options,
     copy_tokenizer,
     dtype_of,
     encoder_tensors,

@@ -4,8 +4,8 @@ projection in one beside it: what a server needs that takes embeddings in the pl
 
 from pathlib import Path
 
+from mtllm_engine.export import Options
 from mtllm_engine.export.models import (
-    Options,
     copy_tokenizer,
     llm_tensors,
     write_card,

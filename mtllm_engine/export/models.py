@@ -7,12 +7,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from string import Template
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from mtllm_engine.export import card
 from mtllm_engine.export.streaming import Planned, merged, planned, write_safetensors
-from mtllm_engine.model.licences import licences_of, public_name
 from mtllm_engine.model.weights import (
     HEAD_FILE,
     TensorFiles,
@@ -27,14 +27,6 @@ ENCODER_PREFIXES, LLM_PREFIXES = ("model.encoder.", "encoder.", ""), ("model.", 
 SHARED = ("model.shared", "shared")  # the encoder's embedding, where that stands beside it
 PLACES = ("_name_or_path", "name_or_path")
 FIRST = "layers.0.self_attn.q_proj.weight"
-
-
-class Options(Protocol):
-    """What a user asks of an export."""
-
-    @property
-    def dtype(self) -> str:
-        """Of the models' weights; "": as they are stored. What was trained stays fp32."""
 
 
 def encoder_tensors(trained: Trained, dtype: str) -> list[Planned]:
@@ -115,31 +107,29 @@ def write_card(trained: Trained, folder: Path, template: str) -> None:
     Args:
         template: With `$encoder`, `$llm` and so on in it, as below.
     """
-    model, data = trained.config.model, trained.config.data
-    licences = licences_of(trained.config)
+    model, data, about = trained.config.model, trained.config.data, card.about(trained)
     given = {
-        "encoder": public_name(model.encoder),
-        "llm": public_name(model.decoder),
+        "encoder": about["encoder"],
+        "llm": about["llm"],
         "max_length": data.max_length,
         "parts": data.parts,
         "causal": model.causal,
         "attention": "causal" if model.causal else "bidirectional",
-        "licences": "\n".join(f"- {name}: {licence}" for name, licence in licences.items()),
+        "licences": "\n".join(f"- {name}: {each}" for name, each in about["licences"].items()),
         "head": _head_lines(trained),
-        "base": _base_line(trained),
+        "base": _base_line(about["quantization"]),
         "pooling": """ --pooler-config '{"pooling_type": "MEAN"}'""" if model.causal else "",
     }
-    front = {"base_model": list(licences), "tags": ["mt-llm"]}
+    front = {"base_model": list(about["licences"]), "tags": ["mt-llm"]}
     lines = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     text = f"---\n{lines}\n---\n{Template(template).substitute(given)}"
     (folder / "README.md").write_text(text)
 
 
-def _base_line(trained: Trained) -> str:
-    kind = trained.config.model.quantization
-    if kind == "none":
+def _base_line(quantization: str) -> str:
+    if quantization == "none":
         return ""
-    return f"It was trained on weights held as {kind}; here the LLM's own are meant.\n"
+    return f"It was trained on weights held as {quantization}; here the LLM's own are meant.\n"
 
 
 def _head_lines(trained: Trained) -> str:

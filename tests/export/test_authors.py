@@ -13,7 +13,8 @@ from transformers import LlamaModel
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
 from mtllm_engine import cli
-from mtllm_engine.export import authors
+from mtllm_engine.export import authors, export
+from mtllm_engine.files import unsealed
 from mtllm_engine.model.weights import fingerprint
 from mtllm_engine.training.trained import Trained, find_trained
 from tests.support.exports import (
@@ -64,6 +65,15 @@ def test_its_parts_are_transformers_own_models(trained: Trained, exported: Path)
     assert config["nllb_config"]["d_model"] == 16
     assert config["llm2vec_config"]["hidden_size"] == 32
     assert str(trained.student.parent) not in (exported / "config.json").read_text()
+
+
+def test_the_command_writes_the_same(trained, exported, tmp_path):
+    models = trained.config.model
+    options = {"encoder": models.encoder, "decoder": models.decoder}
+    out = export(trained.student, tmp_path / "out", format="authors", **options)
+    for name in ("model.safetensors", "config.json"):
+        assert (out / name).read_bytes() == (exported / name).read_bytes()
+    assert unsealed((out / "export.json").read_bytes())["format"] == "authors"
 
 
 def test_out_and_in_again_gives_the_same_vectors(trained, exported, tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaModel
 
-from mtllm_engine.export import llm, models, streaming
+from mtllm_engine.export import Options, llm, models, streaming
 from mtllm_engine.training.trained import Trained
 from tests.support.exports import (
     AS_STORED,
@@ -78,7 +77,7 @@ def test_weights_are_merged_in_fp32_and_then_cast(stacks: dict[bool, Trained], t
     for dtype in ("", "bfloat16"):
         out = tmp_path / (dtype or "stored")
         out.mkdir()
-        llm.write(stacks[False], out, SimpleNamespace(dtype=dtype))
+        llm.write(stacks[False], out, Options(dtype=dtype))
         written[dtype] = load_file(out / "model.safetensors")
         assert json.loads((out / "config.json").read_text())["dtype"] == (dtype or "float32")
     assert written[""].keys() == written["bfloat16"].keys()

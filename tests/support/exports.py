@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from transformers import LlamaModel
 
 from mtllm_engine.data.annotations import NO_ANNOTATIONS
 from mtllm_engine.data.batch import Document, collate
+from mtllm_engine.export import Options
 from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.training.engine import shard
 from mtllm_engine.training.trained import Trained, find_trained
@@ -23,7 +23,7 @@ from tests.support.tiny import build_decoder, build_encoder, build_world, texts
 
 LANGUAGES = ("swh_Latn", "eng_Latn")
 TEXTS = [*texts(4), "", "</s> <pad> swh_Latn <|begin_of_text|>", "x"]
-AS_STORED = SimpleNamespace(dtype="")
+AS_STORED = Options()
 
 
 def build_trained(folder: Path, *, bias: bool, causal: bool, **keys) -> Trained:
