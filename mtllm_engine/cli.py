@@ -42,6 +42,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_sum(commands)
     _add_export(commands)
     _add_shards(commands)
+    _add_models(commands)
     _add_languages(commands)
     _add_babel(commands)
     return parser
@@ -228,6 +229,34 @@ def _add_shards(commands: argparse._SubParsersAction) -> None:
         action = actions.add_parser(name, help=summary)
         action.add_argument("folder", type=expanded_path, metavar="DIR")
         action.set_defaults(run=run)
+
+
+def _add_models(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("models", help="take in what others trained")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    import_ = actions.add_parser(
+        "import", help="make a checkpoint of a folder in the layout of the paper's authors"
+    )
+    import_.add_argument("folder", type=expand, metavar="DIR", help="folder or hub id")
+    import_.add_argument(
+        "--base", default="", type=expand, metavar="DIR", help="the LLM that its own began with"
+    )
+    import_.add_argument("--out", required=True, type=expanded_path, metavar="DIR")
+    import_.add_argument(
+        "--rank", default=16, type=int, metavar="N", help="of the adapters (default: 16)"
+    )
+    import_.set_defaults(run=_import_model)
+
+
+def _import_model(arguments: argparse.Namespace) -> int:
+    from mtllm_engine.export.authors import adapters_from
+
+    rank = arguments.rank
+    left = adapters_from(arguments.folder, arguments.base, arguments.out, rank=rank)
+    print(f"{arguments.out}: adapters of rank {rank}; of the linears' differences they leave out")
+    for kind, share in left.items():
+        print(f"  {kind:<9}  {share:.2e}")
+    return 0
 
 
 def _add_languages(commands: argparse._SubParsersAction) -> None:

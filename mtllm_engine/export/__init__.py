@@ -15,6 +15,7 @@ from mtllm_engine import files
 from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
 from mtllm_engine.languages import check_language, nllb_token
 from mtllm_engine.model.weights import ADAPTERS, resolve
+from mtllm_engine.training.origins import check_origins
 from mtllm_engine.training.trained import Trained, checkpoint_in, find_trained, head_of
 
 FORMATS = ("folder", "adapters", "llm", "authors")
@@ -77,6 +78,8 @@ def export(
     )
     _check(trained, format, options)
     _check_repository(push)
+    if not trained.is_exported:
+        check_origins(trained.config)
     write = importlib.import_module(f"mtllm_engine.export.{format}").write
     try:
         with files.atomic_folder(out) as draft:

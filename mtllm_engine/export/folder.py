@@ -32,7 +32,6 @@ from mtllm_engine.model.weights import (
     tokenizer_files,
 )
 from mtllm_engine.training.checkpoint import fingerprint_of
-from mtllm_engine.training.origins import check_origins
 from mtllm_engine.training.trained import (
     ENCODER,
     EXPORTED,
@@ -62,11 +61,9 @@ def write(trained: Trained, draft: Path, options: Options) -> None:
     """Fills the folder; `find_trained` reads it.
 
     Raises:
-        ValueError: A model is not the one that was trained with, or a value is not finite.
+        ValueError: A value is not finite.
     """
     model = trained.config.model
-    if not trained.is_exported:
-        check_origins(trained.config)
     is_merged = options.merge or trained.is_merged
     dtype = getattr(torch, options.dtype) if options.dtype else None
     # The two models.
@@ -78,11 +75,12 @@ def write(trained: Trained, draft: Path, options: Options) -> None:
     # What was trained beside them.
     base = public_name(model.decoder)
     kept = (PROJECTION_FILE, HEAD_FILE, *([] if is_merged else [ADAPTERS]))
-    write_checkpoint(trained.student, draft / STUDENT, base, kept)
+    causal = model.causal
+    write_checkpoint(trained.student, draft / STUDENT, base, kept, causal=causal)
     if model.teacher and not is_merged:
-        write_checkpoint(Path(model.teacher), draft / TEACHER, base)
+        write_checkpoint(Path(model.teacher), draft / TEACHER, base, causal=causal)
     for task, folder in options.tasks.items():
-        write_checkpoint(folder, draft / TASKS / task, base)
+        write_checkpoint(folder, draft / TASKS / task, base, causal=causal)
     # What says how it is read, and what it is.
     settings = _settings(trained, options, is_merged=is_merged)
     _write_json(draft / "config.json", settings)
@@ -119,7 +117,12 @@ SENTENCE_TRANSFORMERS: dict[str, Any] = {
 
 
 def write_checkpoint(
-    source: Path, out: Path, base: str, kept: tuple[str, ...] = (ADAPTERS, HEAD_FILE)
+    source: Path,
+    out: Path,
+    base: str,
+    kept: tuple[str, ...] = (ADAPTERS, HEAD_FILE),
+    *,
+    causal: bool,
 ) -> None:
     """A checkpoint's tensors in fp32, by our own names.
 
@@ -134,7 +137,8 @@ def write_checkpoint(
             plans = [planned(tensors, name, dtype=torch.float32) for name in names]
             write_safetensors(out / file, plans)
     if (out / ADAPTERS).is_file():
-        _write_json(out / peft.FILE, peft.peft_config(peft.read_lora(source), base))
+        about = peft.peft_config(peft.read_lora(source), base, causal=causal)
+        _write_json(out / peft.FILE, about)
 
 
 def _encoder_tensors(folder: Path, dtype: torch.dtype | None) -> Iterator[Planned]:

@@ -304,9 +304,12 @@ def _blank() -> Config:
 
 def _reading(config: Config, student: Path) -> Config:
     """The configuration of what only reads."""
+    # Of a checkpoint that no configuration came with its file says it.
+    bias = "bias" in checkpoint_tensors(student).names
     is_merged = not (student / ADAPTERS).is_file() and (student / PROJECTION_FILE).is_file()
     return replace(
         config,
+        model=replace(config.model, projection_bias=bias),
         objective=replace(config.objective, kind="finetune", reader="stack", token_weight=0.0),
         lora=replace(config.lora, target_modules=()) if is_merged else read_lora(student),
         data=replace(config.data, teacher_states="", on_error="raise"),
