@@ -74,7 +74,7 @@ def export(
         dtype=dtype,
         merge=merge,
         default_language=default_language,
-        tasks={**trained.tasks, **checkpoints},
+        tasks={**trained.tasks, **checkpoints} if format == "folder" else checkpoints,
     )
     _check(trained, format, options)
     _check_repository(push)

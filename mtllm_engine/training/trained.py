@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mtllm_engine.model import peft
 from mtllm_engine.model.peft import read_lora
 from mtllm_engine.model.weights import (
     ADAPTERS,
+    FILES,
     HEAD_FILE,
     PROJECTION_FILE,
     RUN_FILES,
@@ -242,7 +244,9 @@ def _exported(name: str, folder: Path) -> Trained:
         record = files.unsealed(path.read_bytes())
     except ValueError:
         raise ValueError(f"{path} is damaged; copy or download the folder again") from None
-    check_files(folder, record["files"])
+    # The card may be rewritten, and a download has only what is read here.
+    read = {name: about for name, about in record["files"].items() if _is_read(name)}
+    check_files(folder, read)
     config = _blank()
     for key, value in record["reads"].items():
         section, _, field = key.partition(".")
@@ -266,6 +270,10 @@ def _exported(name: str, folder: Path) -> Trained:
         tasks=tasks,
         record=record,
     )
+
+
+def _is_read(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in FILES)
 
 
 def check_files(folder: Path, written: Mapping[str, Mapping[str, Any]]) -> None:

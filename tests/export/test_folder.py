@@ -171,6 +171,12 @@ def read_elsewhere(land, stacks, exported) -> dict[str, np.ndarray]:
     job = {"folder": str(land / "merged"), "asked": asked, "classified": {}, "refused": merged}
     export(stacks["taught"], land / "merged", merge=True, default_language="swh_Latn")
     cases["merged"] = job
+    # As the hub's client keeps what it fetched.
+    model = land / "hub" / "hub" / "models--own--stack"
+    shutil.copytree(exported["lines"], model / "snapshots" / f"{1:040x}")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(f"{1:040x}")
+    cases["hub"] = cases["lines"] | {"folder": "own/stack"}
     return run_without_us(READ, land, cases=cases)
 
 
@@ -209,6 +215,11 @@ def test_we_read_the_folder_as_we_read_what_was_trained(name, stacks, exported):
 def test_transformers_users_get_a_clear_line(name, read_elsewhere):
     line = str(read_elsewhere[f"plain/{name}"])
     assert line.startswith(LINES[name]) and "\n" not in line
+
+
+def test_a_hub_id_is_opened_as_a_folder_is(read_elsewhere):
+    for key in ("mixed", "teacher"):
+        assert np.array_equal(read_elsewhere[f"hub/{key}"], read_elsewhere[f"lines/{key}"])
 
 
 def test_what_tokenize_gives_forward_takes(stacks, read_elsewhere):
@@ -299,6 +310,13 @@ def test_the_record_names_every_file_and_a_damaged_one_is_refused(land, exported
     path.unlink()
     with pytest.raises(ValueError, match="student/projection.safetensors is missing"):
         find_trained(folder)
+
+
+def test_a_download_has_what_we_read_and_the_card_may_be_rewritten(land, exported):
+    folder = land / "download"
+    shutil.copytree(exported["plain"], folder, ignore=shutil.ignore_patterns("*.py"))
+    (folder / "README.md").write_text("# Mine\n")
+    assert find_trained(folder).tasks.keys() == {"topic", "nli"}
 
 
 def test_nothing_says_where_things_lay(land, exported):
