@@ -13,12 +13,16 @@ quickstart test check prove: export DS_ACCELERATOR := cpu
 
 install: $(INSTALLED)
 
+# Where exported folders are tested in it. transformers would import scikit-learn into every process that finds it, a second each.
+SENTENCES := sentence-transformers scikit-learn scipy joblib narwhals threadpoolctl cloudpickle
+
 # torch is installed by itself first: the pinned version is the CPU wheel where that is the default.
 $(INSTALLED): setup.py constraints.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel torch numpy
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,quickstart]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --target $(VENV)/sentence-transformers $(SENTENCES)
 	@touch $@
 
 quickstart: $(INSTALLED)

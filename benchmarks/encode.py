@@ -85,6 +85,7 @@ def transformers_sorted(setting: Setting) -> Encode:
 
 
 def sentence_transformers(setting: Setting) -> Encode:
+    sys.path.append(str(Path(sys.prefix, "sentence-transformers")))  # the Makefile puts it there
     from sentence_transformers import SentenceTransformer
 
     options = {"trust_remote_code": True, "model_kwargs": {"dtype": setting.dtype}}

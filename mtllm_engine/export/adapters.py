@@ -1,13 +1,10 @@
 """PEFT's folder: the adapters, with the projection and the head beside them, and a card that says
 what to do with these."""
 
-import json
 from pathlib import Path
 
-from mtllm_engine.export import Options, card
-from mtllm_engine.export.models import write_card, write_trained
-from mtllm_engine.model import peft
-from mtllm_engine.model.weights import RUN_FILES
+from mtllm_engine.export import Options
+from mtllm_engine.export.models import write_card, write_checkpoint
 from mtllm_engine.training.trained import Trained
 
 CARD = """
@@ -72,9 +69,5 @@ a few lines: `mtllm export --format folder` writes a folder that does it.
 
 
 def write(trained: Trained, draft: Path, options: Options) -> None:
-    write_trained(trained, draft, RUN_FILES)
-    config, model = trained.config, trained.config.model
-    base = card.about(trained)["llm"]
-    about = peft.peft_config(config.lora, base, causal=model.causal)
-    (draft / peft.FILE).write_text(json.dumps(about, indent=1))
-    write_card(trained, draft, CARD + (WHOLE if config.data.parts == "whole" else PARTS))
+    write_checkpoint(trained, trained.student, draft)
+    write_card(trained, draft, CARD + (WHOLE if trained.config.data.parts == "whole" else PARTS))

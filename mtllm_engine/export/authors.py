@@ -22,9 +22,10 @@ from mtllm_engine.export.models import (
     copy_tokenizer,
     dtype_of,
     encoder_tensors,
-    llm_tensors,
+    merged_llm,
     read_config,
     write_card,
+    write_json,
 )
 from mtllm_engine.export.streaming import Planned, planned, write_safetensors
 from mtllm_engine.model import peft
@@ -89,13 +90,13 @@ def write(trained: Trained, draft: Path, options: Options) -> None:
         "nllb_config": described[encoder],
         "torch_dtype": described[llm]["dtype"],
     }
-    (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(draft / "config.json", config)
     copy_tokenizer(encoder, draft)
     write_card(trained, draft, CARD)
 
 
 def _tensors(trained: Trained, projection: TensorFiles, dtype: str) -> list[Planned]:
-    parts = {ENCODER: encoder_tensors(trained, dtype), LLM: llm_tensors(trained, dtype)}
+    parts = {ENCODER: encoder_tensors(trained, dtype), LLM: merged_llm(trained, dtype)}
     tensors = [planned(projection, "weight", dtype=dtype_of(dtype), to=PROJECTION)]
     for prefix, each in parts.items():
         tensors += [tensor._replace(name=prefix + tensor.name) for tensor in each]

@@ -3,33 +3,34 @@ transformers, or sentence-transformers.
 """
 
 import itertools
-import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from mtllm_engine.data import parts
 from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
 from mtllm_engine.export import Options, card, seal
-from mtllm_engine.export.streaming import Planned, merged, planned, write_safetensors
+from mtllm_engine.export.models import (
+    copy_tokenizer,
+    llm_tensors,
+    write_checkpoint,
+    write_config,
+    write_encoder,
+    write_json,
+)
+from mtllm_engine.export.streaming import write_safetensors
 from mtllm_engine.inference import MTLLM
 from mtllm_engine.languages import ENGLISH, NAMES, SCRIPTS, codes_of
-from mtllm_engine.model import peft
-from mtllm_engine.model.licences import public_name
 from mtllm_engine.model.weights import (
     ADAPTERS,
     HEAD_FILE,
     PROJECTION_FILE,
-    TensorFiles,
-    checkpoint_tensors,
-    file_of,
+    RUN_FILES,
     resolve,
-    tokenizer_files,
 )
 from mtllm_engine.training.checkpoint import fingerprint_of
 from mtllm_engine.training.trained import (
@@ -49,10 +50,7 @@ from mtllm_engine.training.trained import (
 HERE = Path(__file__).parent
 CODE = [HERE / f"{name}_mtllm.py" for name in ("modeling", "texts", "sentences")]
 CODE += [Path(parts.__file__)]
-EMBEDDINGS = ("model.encoder.embed_tokens", "encoder.embed_tokens", "embed_tokens")
-EMBEDDINGS += ("model.shared", "shared")
 HEAD = ("kind", "num_outputs", "labels")
-PLACES = ("_name_or_path", "name_or_path")
 SENTENCES = 100
 """How many a merged model is looked at with."""
 
@@ -63,29 +61,22 @@ def write(trained: Trained, draft: Path, options: Options) -> None:
     Raises:
         ValueError: A value is not finite.
     """
-    model = trained.config.model
+    teacher = trained.config.model.teacher
     is_merged = options.merge or trained.is_merged
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    # The two models.
-    encoder, llm = resolve(model.encoder), resolve(model.decoder)
-    tensors = list(_encoder_tensors(encoder, dtype))
-    _write_model(encoder, draft / ENCODER, tensors, options, architectures=["M2M100Encoder"])
-    tensors = list(_llm_tensors(llm, dtype, trained.student if options.merge else None))
-    _write_model(llm, draft / LLM, tensors, options, **({} if model.causal else BIDIRECTIONAL))
+    write_encoder(trained, draft / ENCODER, options.dtype)
+    _write_llm(trained, draft / LLM, options)
     # What was trained beside them.
-    base = public_name(model.decoder)
-    kept = (PROJECTION_FILE, HEAD_FILE, *([] if is_merged else [ADAPTERS]))
-    causal = model.causal
-    write_checkpoint(trained.student, draft / STUDENT, base, kept, causal=causal)
-    if model.teacher and not is_merged:
-        write_checkpoint(Path(model.teacher), draft / TEACHER, base, causal=causal)
-    for task, folder in options.tasks.items():
-        write_checkpoint(folder, draft / TASKS / task, base, causal=causal)
+    kept = (PROJECTION_FILE, HEAD_FILE) if is_merged else RUN_FILES
+    write_checkpoint(trained, trained.student, draft / STUDENT, kept)
+    beside = {TEACHER: Path(teacher)} if teacher and not is_merged else {}
+    beside |= {f"{TASKS}/{task}": folder for task, folder in options.tasks.items()}
+    for place, checkpoint in beside.items():
+        write_checkpoint(trained, checkpoint, draft / place, (ADAPTERS, HEAD_FILE))
     # What says how it is read, and what it is.
     settings = _settings(trained, options, is_merged=is_merged)
-    _write_json(draft / "config.json", settings)
+    write_json(draft / "config.json", settings)
     for name, content in SENTENCE_TRANSFORMERS.items():
-        _write_json(draft / name, content)
+        write_json(draft / name, content)
     for path in CODE:
         shutil.copyfile(path, draft / path.name)
     record = _record(trained, options, settings)
@@ -96,7 +87,6 @@ def write(trained: Trained, draft: Path, options: Options) -> None:
     seal(draft, EXPORTED, record)
 
 
-BIDIRECTIONAL = {"is_causal": False}
 SENTENCE_TRANSFORMERS: dict[str, Any] = {
     "modules.json": [
         {
@@ -116,73 +106,16 @@ SENTENCE_TRANSFORMERS: dict[str, Any] = {
 }
 
 
-def write_checkpoint(
-    source: Path,
-    out: Path,
-    base: str,
-    kept: tuple[str, ...] = (ADAPTERS, HEAD_FILE),
-    *,
-    causal: bool,
-) -> None:
-    """A checkpoint's tensors in fp32, by our own names.
-
-    Args:
-        base: What the LLM is called.
-        kept: Files that are taken of it, where it has them.
-    """
-    tensors = checkpoint_tensors(source)
-    for file in kept:
-        names = [name for name in tensors.names if file_of(name) == file]
-        if names:
-            plans = [planned(tensors, name, dtype=torch.float32) for name in names]
-            write_safetensors(out / file, plans)
-    if (out / ADAPTERS).is_file():
-        about = peft.peft_config(peft.read_lora(source), base, causal=causal)
-        _write_json(out / peft.FILE, about)
-
-
-def _encoder_tensors(folder: Path, dtype: torch.dtype | None) -> Iterator[Planned]:
-    """Of transformers' `M2M100Encoder`, whatever was around it."""
-    tensors = TensorFiles(folder)
-    embedding = next(name for each in EMBEDDINGS if (name := f"{each}.weight") in tensors.names)
-    yield planned(tensors, embedding, dtype=dtype, to="embed_tokens.weight")
-    for name in tensors.names:
-        own = name.removeprefix("model.").removeprefix("encoder.")
-        if own.startswith(("layers.", "layer_norm.")):
-            yield planned(tensors, name, dtype=dtype, to=own)
-
-
-def _llm_tensors(
-    folder: Path, dtype: torch.dtype | None, student: Path | None
-) -> Iterator[Planned]:
-    """All that there are. Args: student: whose adapters go into them."""
-    tensors = TensorFiles(folder)
-    adapters = checkpoint_tensors(student) if student else None
-    lora = peft.read_lora(student) if student else None
-    for name in tensors.names:
-        plan = planned(tensors, name, dtype=dtype)
-        saved = f"base_model.model.{name.removeprefix('model.').removesuffix('.weight')}"
-        if adapters and lora and f"{saved}.lora_A.weight" in adapters.names:
-            plan = merged(plan, adapters, saved, lora)
-        yield plan
-
-
-def _write_model(
-    source: Path, out: Path, tensors: list[Planned], options: Options, **changes: Any
-) -> None:
-    """Weights, configuration and tokenizer of a model."""
-    write_safetensors(out / "model.safetensors", tensors)
-    config = _read_json(source / "config.json")
-    if options.dtype:
-        config.pop("torch_dtype", None)
-        changes["dtype"] = options.dtype
-    _write_json(out / "config.json", config | changes)
-    for path in (*tokenizer_files(source), source / "generation_config.json"):
-        if path.is_file():
-            shutil.copyfile(path, out / path.name)
-    # A text is a text: a control token that is spelled in it is its characters.
-    path = out / "tokenizer_config.json"
-    _write_json(path, _read_json(path) | {"split_special_tokens": True})
+def _write_llm(trained: Trained, folder: Path, options: Options) -> None:
+    """An ordinary folder of the LLM as it was, its head for words too, but for how it attends."""
+    source = resolve(trained.config.model.decoder)
+    tensors = llm_tensors(trained, options.dtype, merge=options.merge)
+    write_safetensors(folder / "model.safetensors", tensors)
+    sight = {} if trained.config.model.causal else {"is_causal": False}
+    write_config(source, folder, options.dtype, **sight)
+    copy_tokenizer(source, folder)
+    if (generation := source / "generation_config.json").is_file():
+        shutil.copyfile(generation, folder / generation.name)
 
 
 def _settings(trained: Trained, options: Options, *, is_merged: bool) -> dict[str, Any]:
@@ -270,13 +203,3 @@ def _moved(trained: Trained, draft: Path, dtype: Any) -> dict[str, float]:
     lengths_N = np.linalg.norm(before_ND, axis=1)
     moved_N = np.linalg.norm(after_ND - before_ND, axis=1) / lengths_N
     return {"mean": float(moved_N.mean()), "largest": float(moved_N.max())}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Without what says where the model lay, which is nobody's business."""
-    said = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return {key: value for key, value in said.items() if key not in PLACES}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -7,11 +7,11 @@ from pathlib import Path
 from mtllm_engine.export import Options
 from mtllm_engine.export.models import (
     copy_tokenizer,
-    llm_tensors,
+    merged_llm,
     write_card,
+    write_checkpoint,
     write_config,
     write_encoder,
-    write_trained,
 )
 from mtllm_engine.export.streaming import write_safetensors
 from mtllm_engine.model.weights import HEAD_FILE, PROJECTION_FILE, resolve
@@ -98,11 +98,12 @@ a short client: `mtllm export --format folder` writes a folder that does it.
 def write(trained: Trained, draft: Path, options: Options) -> None:
     causal = trained.config.model.causal
     source, dtype = resolve(trained.config.model.decoder), options.dtype
-    write_safetensors(draft / "model.safetensors", llm_tensors(trained, dtype))
+    write_safetensors(draft / "model.safetensors", merged_llm(trained, dtype))
     changed = {} if causal else {"is_causal": False, "pooling": "avg"}
     architecture = CAUSAL if causal else BIDIRECTIONAL
     write_config(source, draft, dtype, architectures=[architecture], **changed)
     copy_tokenizer(source, draft)
     write_encoder(trained, draft / ENCODER, dtype)
-    write_trained(trained, draft / ENCODER, (PROJECTION_FILE, HEAD_FILE))
+    kept = (PROJECTION_FILE, HEAD_FILE)
+    write_checkpoint(trained, trained.student, draft / ENCODER, kept)
     write_card(trained, draft, CARD + (WHOLE if trained.config.data.parts == "whole" else PARTS))

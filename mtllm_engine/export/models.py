@@ -4,7 +4,7 @@ student's adapters in its weights, and the small files that a run trained.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -13,8 +13,11 @@ import torch
 
 from mtllm_engine.export import card
 from mtllm_engine.export.streaming import Planned, merged, planned, write_safetensors
+from mtllm_engine.model import peft
 from mtllm_engine.model.weights import (
+    ADAPTERS,
     HEAD_FILE,
+    RUN_FILES,
     TensorFiles,
     checkpoint_tensors,
     file_of,
@@ -40,20 +43,29 @@ def encoder_tensors(trained: Trained, dtype: str) -> list[Planned]:
     return [planned(files, name, dtype=dtype_of(dtype), to=to) for name, to in kept.items()]
 
 
-def llm_tensors(trained: Trained, dtype: str) -> Iterator[Planned]:
-    """By the names of transformers' LlamaModel, the student's adapters added to the weights in
-    fp32, and then cast. There is no head for words: what is read are states."""
+def llm_tensors(trained: Trained, dtype: str, *, merge: bool) -> Iterator[Planned]:
+    """All that there are. Args: merge: the student's adapters are added to the weights in fp32,
+    which then are cast."""
     files = TensorFiles(resolve(trained.config.model.decoder))
     adapters = checkpoint_tensors(trained.student)
     prefix = _first_of(files, LLM_PREFIXES, FIRST)
     for name in files.names:
-        to = name.removeprefix(prefix)
-        if not to.startswith(("layers.", "embed_tokens.", "norm.")) or "rotary_emb" in to:
-            continue
-        tensor = planned(files, name, dtype=dtype_of(dtype), to=to)
-        saved = f"base_model.model.{to.removesuffix('.weight')}"
-        is_adapted = f"{saved}.lora_A.weight" in adapters.names
+        tensor = planned(files, name, dtype=dtype_of(dtype))
+        saved = f"base_model.model.{name.removeprefix(prefix).removesuffix('.weight')}"
+        is_adapted = merge and f"{saved}.lora_A.weight" in adapters.names
         yield merged(tensor, adapters, saved, trained.config.lora) if is_adapted else tensor
+
+
+def merged_llm(trained: Trained, dtype: str) -> Iterator[Planned]:
+    """`llm_tensors`, merged, by the names of transformers' LlamaModel. There is no head for words:
+    what is read are states."""
+    tensors = list(llm_tensors(trained, dtype, merge=True))
+    names = [tensor.name for tensor in tensors]
+    prefix = next(each for each in LLM_PREFIXES if each + FIRST in names)
+    for tensor in tensors:
+        to = tensor.name.removeprefix(prefix)
+        if to.startswith(("layers.", "embed_tokens.", "norm.")) and "rotary_emb" not in to:
+            yield tensor._replace(name=to)
 
 
 def write_encoder(trained: Trained, folder: Path, dtype: str) -> None:
@@ -67,7 +79,7 @@ def write_encoder(trained: Trained, folder: Path, dtype: str) -> None:
 def write_config(source: Path, folder: Path, dtype: str, **changed: Any) -> None:
     """A model's config.json with some keys changed."""
     config = read_config(source, dtype) | changed
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
 
 
 def read_config(source: Path, dtype: str) -> dict[str, Any]:
@@ -84,17 +96,32 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
     path = folder / "tokenizer_config.json"
     config = _read_json(path) if path.is_file() else {}
-    path.write_text(json.dumps(config | {"split_special_tokens": True}, indent=2) + "\n")
+    write_json(path, config | {"split_special_tokens": True})
 
 
-def write_trained(trained: Trained, folder: Path, names: tuple[str, ...]) -> None:
-    """Files of `RUN_FILES` that the student has, of those names, in fp32."""
-    tensors = checkpoint_tensors(trained.student)
-    for file in names:
-        kept = [name for name in tensors.names if file_of(name) == file]
-        if kept:
-            every = [planned(tensors, name, dtype=torch.float32) for name in kept]
+def write_checkpoint(
+    trained: Trained, source: Path, folder: Path, kept: Sequence[str] = RUN_FILES
+) -> None:
+    """What a run trained, in fp32, as a checkpoint of its own.
+
+    Args:
+        source: Of what `trained` stands on.
+        kept: Files that are taken of it, where it has them.
+    """
+    tensors = checkpoint_tensors(source)
+    for file in kept:
+        names = [name for name in tensors.names if file_of(name) == file]
+        if names:
+            every = [planned(tensors, name, dtype=torch.float32) for name in names]
             write_safetensors(folder / file, every)
+    if (folder / ADAPTERS).is_file():
+        base, causal = card.about(trained)["llm"], trained.config.model.causal
+        about = peft.peft_config(peft.read_lora(source), base, causal=causal)
+        write_json(folder / peft.FILE, about)
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def dtype_of(name: str) -> torch.dtype | None:
@@ -145,7 +172,7 @@ def _head_lines(trained: Trained) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Without where the model lay, which is nobody's business."""
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text("utf-8"))
     return {key: value for key, value in content.items() if key not in PLACES}
 
 

@@ -1,6 +1,7 @@
 """The exported folder in sentence-transformers, where our package is not."""
 
-import importlib.util
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from tests.support.exported import AWKWARD, run_without_us, write_stack
 from tests.support.tiny import build_decoder, build_encoder, texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-LIBRARY = importlib.util.find_spec("sentence_transformers")
-needs_library = pytest.mark.skipif(LIBRARY is None, reason="needs sentence-transformers 6")
+LIBRARY = Path(sys.prefix, "sentence-transformers")  # the Makefile puts it there
+needs_library = pytest.mark.skipif(not LIBRARY.is_dir(), reason="needs sentence-transformers 6")
 
 TEXTS = [*AWKWARD, *texts(6, seed=5)]
 CASES = {
@@ -54,9 +55,7 @@ def test_sentence_transformers_gives_our_vectors(tmp_path):
         expected |= {f"{name}/{code}": model.encode(TEXTS, code) for code in languages}
         expected |= {f"{name}/default": expected[f"{name}/zho_Hans"]} if default else {}
     options = {"folders": folders, "languages": languages, "texts": TEXTS}
-    # A folder that holds the library alone may be on our path, and not on the other's.
-    path = str(LIBRARY.submodule_search_locations[0]).rpartition("/")[0]
-    results = run_without_us(READ, tmp_path, path=path, **options)
+    results = run_without_us(READ, tmp_path, path=str(LIBRARY), **options)
     for key, vectors in expected.items():
         assert results[key].shape == vectors.shape
         assert np.abs(results[key] - vectors).max() <= 1e-5 * np.abs(vectors).max(), key
