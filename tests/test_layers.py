@@ -26,7 +26,8 @@ LAYERS = (  # from below; rooms of one layer do not know each other
         "babel": ("babel", "babel.*"),
     },
     {"training": ("training", "training.*")},
-    {"evaluation": ("evaluation", "evaluation.*")},
+    {"evaluation": ("evaluation", "evaluation.*"), "inference": ("inference",)},
+    {"export": ("export", "export.*")},
     {"commands": COMMANDS},
     {"benchmarks": ("benchmarks", "benchmarks.*")},
 )

@@ -1,7 +1,11 @@
 """Texts in parts: the encoder reads lines, or sentences, one by one, and the LLM sees where they
-end.
+end; and where a text may be cut.
+
+An exported folder carries this file as it is, so it imports nothing of ours.
 """
 
+import bisect
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -10,8 +14,11 @@ from operator import itemgetter
 import regex
 from tokenizers import Tokenizer
 
-from mtllm_engine.data.annotations import Range
+Range = tuple[int, int]  # characters [start, end) of a text
 
+GRAPHEME = regex.compile(r"\X(?=.)", regex.DOTALL)  # not the last one looked at, which may go on
+WORD_END = re.compile(r"(?<=\S)(?=\s)")
+LONGEST_WORD = 1024  # characters looked at beyond what fits, for the next end of a word
 NEWLINE = r"[\n\v\f\r\x85\u2028\u2029]"
 BREAK = regex.compile(rf"{NEWLINE}(?:\s*{NEWLINE})?")
 CASED = r"[\p{Lu}\p{Ll}--\p{Georgian}]"  # Georgian's one kind of letters is lower case to Unicode
@@ -145,3 +152,21 @@ def _pieces(text: str, kind: str) -> Iterator[Range]:
                 start = match.end()
         yield start, line_end
         start = next_line
+
+
+def cuts(text: str, reach: int) -> Iterator[int]:
+    """Where a text may be cut, best first: ends of words down from `reach`, then of graphemes.
+
+    Cut at the end of a word, what is before has hardly other tokens than in the whole text; cut
+    inside a word, its last characters merge anew, into fewer tokens at times. So one word and two
+    graphemes beyond `reach` are tried too, and the first few candidates nearly always hold the
+    largest that fits.
+    """
+    yield from (end for end in _ends(WORD_END, text, reach, beyond=1) if 2 * end >= reach)
+    yield from _ends(GRAPHEME, text, reach, beyond=2)
+
+
+def _ends(unit: re.Pattern, text: str, reach: int, *, beyond: int) -> list[int]:
+    """Where units of a text end, from the last of `beyond` ones after `reach` down."""
+    ends = [match.end() for match in unit.finditer(text, 0, reach + LONGEST_WORD)]
+    return ends[: bisect.bisect_right(ends, reach) + beyond][::-1]

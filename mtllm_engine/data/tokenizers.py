@@ -1,26 +1,19 @@
 """Text to token ids for both models, cut so that teacher and student read the same characters."""
 
-import bisect
 import copy
 import itertools
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import regex
 from tokenizers import Encoding, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mtllm_engine.data.annotations import Annotations, Range, Removed, token_range, token_spans
-from mtllm_engine.data.parts import Parted, PartsTokenizer
+from mtllm_engine.data.parts import Parted, PartsTokenizer, cuts
 from mtllm_engine.languages import check_language, is_well_formed, nllb_token
-
-GRAPHEME = regex.compile(r"\X(?=.)", regex.DOTALL)  # not the last one looked at, which may go on
-WORD_END = re.compile(r"(?<=\S)(?=\s)")
-LONGEST_WORD = 1024  # characters looked at beyond what fits, for the next end of a word
 
 Encoded = Encoding | Parted
 
@@ -89,6 +82,8 @@ class Reading:
     parts_Q2: np.ndarray | None = None
     """What the encoder reads one by one, the LLM's own tokens being between; None: the text is read
     whole."""
+    is_cut: bool = False
+    """Whether there is more text than this."""
 
 
 class PairTokenizer:
@@ -202,9 +197,9 @@ class PairTokenizer:
         read whole.
         """
         sides = self._sides(language)
-        encodings = self._encode(text, sides)
         student_ids, teacher_ids = (
-            side.ids(encoding, self.max_length) for side, encoding in zip(sides, encodings)
+            side.ids(encoding, self.max_length)
+            for side, (encoding, _) in zip(sides, self._encode(text, sides))
         )
         return student_ids, teacher_ids
 
@@ -226,14 +221,16 @@ class PairTokenizer:
         annotations.check(text)
         sides = self._sides(language)
         fitted = self._fit(text, sides, annotations)
-        offsets = [
-            side.offsets(encoding, self.max_length, removed)
-            for side, (encoding, removed) in zip(sides, fitted)
-        ]
         removed = [each for _, each in fitted]
+        # Of a text that ends early, what is left stands where it stood.
+        moved = removed if annotations.has_ranges else [Removed()] * len(removed)
+        offsets = [
+            side.offsets(encoding, self.max_length, each)
+            for side, (encoding, _), each in zip(sides, fitted, moved)
+        ]
         answers = _kept_answers(annotations.answers, text, offsets, removed)
         readings = []
-        for side, (encoding, _), offsets_S2, answers_A2 in zip(sides, fitted, offsets, answers):
+        for side, (encoding, cut), offsets_S2, answers_A2 in zip(sides, fitted, offsets, answers):
             ids_S = side.ids(encoding, self.max_length)
             spans_P2 = np.array([[0, len(ids_S)]], np.int32)  # the whole
             if annotations.spans:
@@ -245,6 +242,7 @@ class PairTokenizer:
                     spans_P2=spans_P2,
                     answers_A2=answers_A2,
                     parts_Q2=_parts_of(encoding),
+                    is_cut=bool(cut.ranges) or not side.fits(encoding, self.max_length),
                 )
             )
         student, teacher = readings
@@ -255,22 +253,23 @@ class PairTokenizer:
     ) -> list[tuple[Encoded, Removed]]:
         """Each side's encoding, and what was taken out of the text for it: if aligned, the same."""
         if not annotations.has_ranges:
-            return [(encoding, Removed()) for encoding in self._encode(text, sides)]
+            return self._encode(text, sides)
         if self.truncation == "independent":
             alone = [self._encode_shortened(text, [side], annotations) for side in sides]
             return [(encodings[0], removed) for encodings, removed in alone]
         encodings, removed = self._encode_shortened(text, sides, annotations)
         return [(encoding, removed) for encoding in encodings]
 
-    def _encode(self, text: str, sides: Sequence[Side]) -> list[Encoded]:
+    def _encode(self, text: str, sides: Sequence[Side]) -> list[tuple[Encoded, Removed]]:
         encodings, reach = self._encode_head(text, sides)
         if self.truncation == "aligned" and not self._all_fit(sides, encodings):
             return self._encode_cut(text, sides, reach)
+        encoded = [(encoding, Removed()) for encoding in encodings]
         for number, (side, encoding) in enumerate(zip(sides, encodings)):
             if isinstance(encoding, Parted) and not side.fits(encoding, self.max_length):
                 reach = side.reach(encoding, self.max_length, len(text))
-                encodings[number : number + 1] = self._encode_cut(text, [side], reach)
-        return encodings
+                encoded[number : number + 1] = self._encode_cut(text, [side], reach)
+        return encoded
 
     def _encode_head(self, text: str, sides: Sequence[Side]) -> tuple[list[Encoded], int]:
         """Both encodings of a prefix with more text than fits, and their reach.
@@ -290,11 +289,14 @@ class PairTokenizer:
                 return encodings, common(reaches)
             size *= 2
 
-    def _encode_cut(self, text: str, sides: Sequence[Side], reach: int) -> list[Encoded]:
-        for cut in _cuts(text, reach):
+    def _encode_cut(
+        self, text: str, sides: Sequence[Side], reach: int
+    ) -> list[tuple[Encoded, Removed]]:
+        for cut in cuts(text, reach):
             encodings = [side.encode(text[:cut]) for side in sides]
             if self._all_fit(sides, encodings):
-                return encodings
+                removed = Removed(((cut, len(text)),))
+                return [(encoding, removed) for encoding in encodings]
         limit = f"data.max_length={self.max_length}"
         raise ValueError(f"the first character of the text needs more than {limit} tokens")
 
@@ -317,7 +319,7 @@ class PairTokenizer:
             side.reach_within(encoding, self.max_length, (start, end))
             for side, encoding in zip(sides, encodings)
         ]
-        for kept in _cuts(text[start:end], min(reaches)):
+        for kept in cuts(text[start:end], min(reaches)):
             removed = Removed(((start + kept, end),))
             encodings = [side.encode(removed.without(text)) for side in sides]
             if self._all_fit(sides, encodings):
@@ -422,21 +424,3 @@ def _plain_side(tokenizer: PreTrainedTokenizerFast) -> Side:
         raise ValueError(f"{where} makes other tokens of a text when it puts its own around it")
     prefix, suffix = tuple(full[:start]), tuple(full[start + len(bare) :])
     return Side("LLM", tokenizer.backend_tokenizer, prefix, suffix)
-
-
-def _cuts(text: str, reach: int) -> Iterator[int]:
-    """Where a text may be cut, best first: ends of words down from `reach`, then of graphemes.
-
-    Cut at the end of a word, what is before has hardly other tokens than in the whole text; cut
-    inside a word, its last characters merge anew, into fewer tokens at times. So one word and two
-    graphemes beyond `reach` are tried too, and the first few candidates nearly always hold the
-    largest that fits.
-    """
-    yield from (end for end in _ends(WORD_END, text, reach, beyond=1) if 2 * end >= reach)
-    yield from _ends(GRAPHEME, text, reach, beyond=2)
-
-
-def _ends(unit: re.Pattern, text: str, reach: int, *, beyond: int) -> list[int]:
-    """Where units of a text end, from the last of `beyond` ones after `reach` down."""
-    ends = [match.end() for match in unit.finditer(text, 0, reach + LONGEST_WORD)]
-    return ends[: bisect.bisect_right(ends, reach) + beyond][::-1]

@@ -23,13 +23,14 @@ from mtllm_engine.model.weights import (
 
 
 def build_stack(
-    config: Config, *, head: HeadSize | None = None, learns: bool = True
+    config: Config, *, head: HeadSize | None = None, learns: bool = True, device: str = ""
 ) -> tuple[Stack, Weights]:
     """The stack on the meta device, and what fills it (see `engine.shard`).
 
     Args:
         head: Of the task: its kind and number of outputs. Distillation from the bare LLM has none.
         learns: Or nothing is trained, and the head is that of `model.init_from`.
+        device: As `Stack`.
 
     Raises:
         ValueError: A checkpoint is missing, of another architecture, or does not fit its
@@ -62,6 +63,7 @@ def build_stack(
             frozen_rank=frozen.rank if frozen else 0,
             teacher=teacher_lora,
             learns=learns,
+            device=device,
         )
     weights = Weights(
         stack,

@@ -95,13 +95,19 @@ class LoraLinear(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self.members = members
+        self.members, self.in_width, self.layer = members, in_width, layer
         self.weight: nn.Parameter | Quantised = nn.Parameter(
             torch.empty(sum(members.widths), in_width, dtype=dtype)
         )
         self.bias = nn.Parameter(torch.empty(sum(members.widths), dtype=dtype)) if bias else None
         for name, lora in sets.items():
-            self.add_module(name, AdapterSet(in_width, members, lora, layer=layer))
+            self.add(name, lora)
+
+    def add(self, name: str, lora: LoraConfig) -> AdapterSet:
+        """One more set, not filled yet."""
+        added = AdapterSet(self.in_width, self.members, lora, layer=self.layer)
+        self.add_module(name, added)
+        return added
 
     @torch.no_grad()
     def quantise(self, kind: str) -> None:

@@ -3,6 +3,7 @@ task's, as teacher.
 """
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -64,6 +65,7 @@ class Stack(nn.Module):
         frozen_rank: Of the student's adapters, what does not learn.
         teacher: The fine-tuned LLM's adapters; None: the teacher is the bare LLM.
         learns: Or nothing is trained.
+        device: "cpu" or "cuda", whose attention is taken; by default where ranks train.
     """
 
     def __init__(
@@ -76,10 +78,11 @@ class Stack(nn.Module):
         frozen_rank: int = 0,
         teacher: LoraConfig | None = None,
         learns: bool = True,
+        device: str = "",
     ) -> None:
         super().__init__()
         dtype, width = getattr(torch, config.model.dtype), decoder.hidden_size
-        self.attention = select(config.model.attention, device_type())
+        self.attention = select(config.model.attention, device or device_type())
         self.learns, self.reads_stack = learns, config.objective.reader == "stack"
         # What is below the LLM.
         self.encoder = self.projection = None
@@ -119,6 +122,23 @@ class Stack(nn.Module):
             stream = self.decoder.stream(batch.teacher, adapters=self.teacher, grad=False)
             streams.append(stream)
         return self.objective(batch, totals, *self.decoder(hidden, streams))
+
+    def read(
+        self, batch: Batch, *, side: Literal["student", "teacher"], adapters: str | None
+    ) -> torch.Tensor:
+        """The states (S, D) before the final norm, without gradient: the stack's of the student's
+        tokens, or the LLM's of its own.
+
+        Args:
+            adapters: The set that runs; None: the bare LLM.
+        """
+        if side == "student":
+            (hidden_SD,) = self._hidden(batch, teaches=False)
+        else:
+            hidden_SD = self.decoder.embedding(batch.teacher.ids_S)
+        stream = self.decoder.stream(getattr(batch, side), adapters=adapters, grad=False)
+        (hidden_SD,) = self.decoder([hidden_SD], [stream])
+        return hidden_SD
 
     def flops(self, stored_states: bool) -> tuple[int, int]:
         """Of a student's and of a teacher's token, before the stack is sharded; attention and

@@ -5,6 +5,7 @@ what may be shortened.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,20 @@ def _children(parent: Row, column: str, name: str) -> Iterator[Row]:
     return numbered(parent.where, items, name)
 
 
+def compose(key: str, question: str, passage: str) -> Example:
+    """One text of question and passage; what is too long is shortened in the passage."""
+    text = f"{question}{SEPARATOR}{passage}"
+    span = (len(text) - len(passage), len(text))
+    return Example(key=key, text=text, spans=(span,), cut=span)
+
+
 def _example(row: Row, passage: str) -> Example:
-    text = f"{row.text('question')}{SEPARATOR}{passage}"
-    start = len(text) - len(passage)
+    example = compose(row.text("id"), row.text("question"), passage)
+    ((start, _),) = example.spans
     answers = dict.fromkeys(
-        _answer(answer, text, start) for answer in _children(row, "answers", "answer")
+        _answer(answer, example.text, start) for answer in _children(row, "answers", "answer")
     )
-    span = (start, len(text))
-    return Example(key=row.text("id"), text=text, spans=(span,), answers=tuple(answers), cut=span)
+    return replace(example, answers=tuple(answers))
 
 
 def _answer(row: Row, text: str, start: int) -> tuple[int, int]:

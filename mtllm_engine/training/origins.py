@@ -4,7 +4,7 @@ and several of them added up.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +37,32 @@ def check_origins(config: Config) -> None:
     """
     starts = [(folder, config.objective.reader == "stack") for folder in config.model.init_from]
     teachers = [(folder, False) for folder in (config.model.teacher,) if folder]
+    model = config.model
     for folder, reads_stack in (*starts, *teachers):
-        if (Path(folder) / "state.json").exists():
-            _check_origin(config, Path(folder), reads_stack=reads_stack)
+        if not (Path(folder) / "state.json").exists():
+            continue
+        current = {"model.causal": model.causal, "model.decoder": fingerprint_of(model.decoder)}
+        # A projection is of one encoder; who reads the LLM's own tokens has none.
+        if reads_stack and (Path(folder) / PROJECTION_FILE).is_file():
+            current["model.encoder"] = fingerprint_of(model.encoder)
+        names = {f"model.{key}": getattr(model, key) for key in ("causal", "decoder", "encoder")}
+        check_origin(Path(folder), current, names)
 
 
-def _check_origin(config: Config, folder: Path, *, reads_stack: bool) -> None:
-    state = read_record(folder, COPY, names=(*RUN_FILES, peft.FILE))
-    model, saved = config.model, state["identity"]
-    current = {"causal": model.causal, "decoder": fingerprint_of(model.decoder)}
-    # A projection is of one encoder; who reads the LLM's own tokens has none.
-    if reads_stack and PROJECTION_FILE in state["files"]:
-        current["encoder"] = fingerprint_of(model.encoder)
+def check_origin(folder: Path, current: Mapping[str, Any], names: Mapping[str, Any]) -> None:
+    """Looks whether a run's checkpoint is sound and was trained with what it meets.
+
+    Args:
+        current, names: What it meets, by the keys of a checkpoint's identity, and what that is
+            called.
+
+    Raises:
+        ValueError: It is damaged, or was trained with something else.
+    """
+    saved = read_record(folder, COPY, names=(*RUN_FILES, peft.FILE))["identity"]
     for key, value in current.items():
-        if saved.get(f"model.{key}", value) != value:  # a sum may not know it of its parts
-            change = f"another model.{key} than {getattr(model, key)}; set it to that one"
+        if saved.get(key, value) != value:  # a sum may not know it of its parts
+            change = f"another {key} than {names[key]}; set it to that one"
             raise ValueError(f"{folder} was trained with {change}")
 
 

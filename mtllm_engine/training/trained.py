@@ -123,7 +123,7 @@ def find_trained(name: str | Path, *, encoder: str = "", decoder: str = "") -> T
     folder = folder if folder.is_dir() else resolve(str(name))
     if (folder / EXPORTED).is_file():
         return _exported(str(name), folder)
-    return _of_checkpoint(str(name), _checkpoint_in(folder), encoder=encoder, decoder=decoder)
+    return _of_checkpoint(str(name), checkpoint_in(folder), encoder=encoder, decoder=decoder)
 
 
 def head_of(folder: Path, task: str, labels: Sequence[str] = ()) -> Head | None:
@@ -165,8 +165,13 @@ def run_of(folder: Path) -> Path | None:
     return run if (run / "config.toml").is_file() else None
 
 
-def _checkpoint_in(folder: Path) -> Path:
-    """Raises: ValueError: There is none."""
+def checkpoint_in(folder: Path) -> Path:
+    """The checkpoint that a folder is, or the best or else the latest of the run that it is; of a
+    recipe's folder that of stage 2, or of stage 1 where there is none.
+
+    Raises:
+        ValueError: There is none.
+    """
     if any((folder / name).is_file() for name in RUN_FILES):
         return folder
     if not (folder / "checkpoints").is_dir():
