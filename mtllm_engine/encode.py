@@ -162,7 +162,11 @@ def run(request: Request, world: "World") -> None:
         return _print(request, world)
     parts = Parts(Path(request.out), world.on_main(lambda: request.identity))
     world.on_main(parts.make_folder)
-    done = world.together(lambda: _answer(request, parts, world, total))
+    try:
+        done = world.together(lambda: _answer(request, parts, world, total))
+    except ValueError:
+        parts.remove_empty()
+        raise
     texts, seconds = sum(world.gather(done.texts)), max(world.gather(done.seconds))
     cut = world.on_main(lambda: parts.join(done.names))
     if world.is_main:
@@ -271,9 +275,13 @@ class Parts:
         for path in self.folder.iterdir():
             if PART.search(path.name) or path.suffix == ".partial":
                 path.unlink()
-        with contextlib.suppress(OSError):  # what else lies there is not ours
-            self.folder.rmdir()
+        self.remove_empty()
         return sum(counts)
+
+    def remove_empty(self) -> None:
+        """Nothing, where something lies in the folder."""
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     @contextlib.contextmanager
     def _kept(self) -> Iterator[None]:
