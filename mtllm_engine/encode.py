@@ -82,7 +82,7 @@ class Request:
             raise ValueError("several ranks write into a file; name one with --out")
         if self.out and out.suffix not in endings:
             raise ValueError(f"--out {out} must end in {' or '.join(endings)}")
-        if out.is_file():
+        if self.out and out.exists():
             raise ValueError(f"{out} is there already; name another --out")
         if not out.parent.is_dir():
             raise ValueError(f"there is no folder {out.parent} for --out; make it")
