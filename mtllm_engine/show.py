@@ -4,7 +4,7 @@ Small files are read, and no model's weights.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from mtllm_engine import config as configs
 from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
 from mtllm_engine.evaluation.systems import cost
+from mtllm_engine.export.card import WHAT
 from mtllm_engine.languages import readable
 from mtllm_engine.model.licences import licence_of
 from mtllm_engine.model.weights import FILES
@@ -59,20 +60,27 @@ def _models(trained: Trained) -> dict[str, str]:
     kept = model.dtype if model.quantization == "none" else f"{model.dtype}, {model.quantization}"
     parts = {"whole": "whole", "lines": "line by line", "sentences": "sentence by sentence"}
     reads = f"up to {data.max_length} tokens, {data.truncation} truncation"
+    adapters = f"rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.target_modules)}"
     bias = "with a bias" if model.projection_bias else "without a bias"
     return {
-        "encoder": _licensed(trained, model.encoder) if trained.reads_stack else "",
-        "LLM": f"{_licensed(trained, model.decoder)}, {attention}, {kept}",
+        "encoder": _licensed(trained, "encoder") if trained.reads_stack else "",
+        "LLM": f"{_licensed(trained, 'llm')}, {attention}, {kept}",
         "languages": _languages(trained) if trained.reads_stack else "",
         "texts": f"read {parts[data.parts]}, {reads}",
-        "adapters": f"rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.target_modules)}",
+        "adapters": "merged into the LLM's weights" if trained.is_merged else adapters,
         "projection": bias if trained.reads_stack else "none: the LLM reads its own tokens",
     }
 
 
-def _licensed(trained: Trained, model: str) -> str:
-    """A model and its licence; that of an exported folder's stands in its record."""
-    return model if trained.is_exported else f"{model}, licence {licence_of(model)}"
+def _licensed(trained: Trained, which: str) -> str:
+    """A model and its licence; an exported folder's by the name that it had in training."""
+    if trained.is_exported:
+        about = trained.record["about"]
+        name, licences = about[which], about["licences"]
+        return f"{name}, licence {licences[name]}"
+    model = trained.config.model
+    name = model.encoder if which == "encoder" else model.decoder
+    return f"{name}, licence {licence_of(name)}"
 
 
 def _languages(trained: Trained) -> str:
@@ -120,8 +128,8 @@ def _said(task: str, head: Head) -> str:
 def _made(trained: Trained) -> dict[str, str]:
     """How far it came, how good it was found, what that took and with which code."""
     if trained.is_exported:
-        about = trained.record.get("about", {})
-        return {key: _written(value) for key, value in about.items()}
+        runs = trained.record["about"]["runs"]
+        return {f"run {number}": _ran(run) for number, run in enumerate(runs, start=1)}
     rows = {}
     hours, flops = cost([str(trained.folder)])
     if trained.run:
@@ -135,22 +143,25 @@ def _made(trained: Trained) -> dict[str, str]:
     return rows
 
 
+def _ran(about: Mapping[str, Any]) -> str:
+    """A run that an exported folder stands on."""
+    what = " ".join(filter(None, (WHAT[about["what"]], about["task"])))
+    measured = f"; validation {_measured(about['validation'])}" if about["validation"] else ""
+    return f"{what}, {about['steps']:,} steps{measured}; commit {about['commit'] or 'not known'}"
+
+
 def _validation(run: Path, step: int) -> str:
     """What was last measured up to a step."""
-    begins, found = "validation_", {}
+    found: Mapping[str, float] = {}
     for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
-        measured = {key: row[key] for key in row if key.startswith(begins)}
-        if measured and row["step"] <= step:
-            found = {"step": row["step"]} | measured
-    return _written({key.removeprefix(begins): value for key, value in found.items()})
+        if "validation_documents" in row and row["step"] <= step:
+            found = row
+    return _measured(found)
 
 
-def _written(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_written(each)}" for key, each in value.items())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(map(_written, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _measured(row: Mapping[str, float]) -> str:
+    names = {key: key.removeprefix("validation_") for key in row}
+    return ", ".join(f"{names[key]} {value:.4g}" for key, value in row.items())
 
 
 def _size(trained: Trained) -> str:

@@ -22,6 +22,7 @@ from pyarrow import parquet
 from mtllm_engine import encode
 from mtllm_engine.cli import main
 from mtllm_engine.encode import ENDINGS, Parts, Request
+from mtllm_engine.export import export
 from mtllm_engine.finetune import finetune
 from mtllm_engine.inference import MTLLM, Classified
 from mtllm_engine.train import train
@@ -134,6 +135,12 @@ def test_standard_input_is_read_a_text_a_line(models, stack, folder, monkeypatch
     content = b"\xef\xbb\xbf" + "\r\n".join(TEXTS).encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
     assert is_close(encoded(models, "-", "out.npy"), stack.encode(TEXTS, "swh_Latn"))
+
+
+def test_an_exported_folder_knows_its_language(models, stack, folder):
+    export(models / "stage1", "exported", default_language="swh_Latn")
+    assert main(["encode", "a.txt", "--model", "exported", "--out", "out.npy"]) == 0
+    assert is_close(np.load("out.npy"), stack.encode(TEXTS, "swh_Latn"))
 
 
 class Killed(BaseException):
@@ -358,7 +365,7 @@ MISTAKES = [
     (f"classify a.txt --out out.jsonl {RUN}", 1, "task= says which task: {models}/stage1 has none"),
     (f"classify a.txt {RUN} --gpus 2", 1, "several ranks write into a file; name one with --out"),
     (f"classify a.txt {RUN} --field a,b", 1, "a.txt has one text a line; two fields are read of"),
-    (f"classify a.txt {RUN} --adapter x", 2, "argument --adapter: 'x' is not of the form NAME="),
+    (f"classify a.txt {RUN} --adapter x", 2, "argument --adapter: write NAME=CHECKPOINT, not 'x'"),
     (f"classify a.txt {RUN} --adapter x=absent", 1, "absent is neither a run, a checkpoint nor"),
     (
         "classify a.txt --model {models}/stage2-sib200 --language swh_Latn --task nli",

@@ -8,15 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
-from mtllm_engine import files
 from mtllm_engine.cli import main
+from mtllm_engine.export import export
 from mtllm_engine.finetune import finetune
 from mtllm_engine.show import show
 from mtllm_engine.train import train
 from mtllm_engine.training.origins import add_up
-from mtllm_engine.training.trained import EXPORTED, READS
+from mtllm_engine.training.trained import EXPORTED
 from tests.support.machine import ROOT
 from tests.support.stages import (
     ALONE,
@@ -35,8 +34,8 @@ LABELS = "science/technology, travel, politics, sports, health, entertainment, g
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """Stage 1 with a fallback, an LLM fine-tuned on topics, their sum; the encoder has a licence
-    and, beside it, no weights any more."""
+    """Stage 1 with a fallback, an LLM fine-tuned on topics, their sum, and exports; in the end the
+    encoder has a licence, and neither it nor the LLM any weights."""
     folder = build_models(tmp_path_factory.mktemp("show"))
     write_topics(folder, "eng_Latn", train=12, dev=4)
     languages = {"fallback": {"min_Arab": "ind_Latn"}}
@@ -45,9 +44,18 @@ def models(tmp_path_factory) -> Path:
     parts = [checkpoint(folder, "stage1", "latest"), checkpoint(folder, "finetune-sib200")]
     add_up(list(map(str, parts)), folder / "sum")
     (folder / "encoder" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    topics = {"topics": folder / "finetune-sib200"}
+    export(folder / "stage1", folder / "exported", tasks=topics)
+    export(folder / "stage1", folder / "merged", merge=True)
     for name in ("encoder", "decoder"):
         (folder / name / "model.safetensors").unlink()
     return folder
+
+
+@pytest.fixture
+def exported(models: Path, tmp_path: Path) -> Path:
+    """A copy of an exported folder."""
+    return Path(shutil.copytree(models / "exported", tmp_path / "exported"))
 
 
 def shown(name: Path) -> dict[str, str]:
@@ -99,44 +107,21 @@ def test_a_sum(models: Path):
     assert float(table["cost"].split()[0]) == pytest.approx(sum(hours), rel=0.02)
 
 
-@pytest.fixture
-def exported(models: Path, tmp_path: Path) -> Path:
-    """A folder in the form of exported ones, with one task added and no model's weights."""
-    folder = tmp_path / "exported"
-    AutoTokenizer.from_pretrained(models / "encoder").save_pretrained(folder / "encoder")
-    kept = {"student": "stage1", "tasks/topics": "finetune-sib200"}
-    for name, run in kept.items():
-        (folder / name).mkdir(parents=True)
-        for path in checkpoint(models, run, "latest").iterdir():
-            if path.name not in ("state.json", "optimizer.safetensors"):
-                (folder / name / path.name).write_bytes(path.read_bytes())
-    values = (False, "bfloat16", True, 64, "aligned", "sentences", {"qaa_Latn": "ind_Latn"})
-    task = {"kind": "classification", "num_outputs": 7, "labels": list("abcdefg")}
-    written = {
-        str(path.relative_to(folder)): {
-            "bytes": path.stat().st_size,
-            "sha256": files.sha256_of(path),
-        }
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-    about = {"licences": {"NLLB": "CC-BY-NC-4.0"}, "metrics": {"fvu": 0.123456}, "commit": "abc"}
-    record = {"reads": dict(zip(READS, values)), "tasks": {"topics": task}}
-    record |= {"task": "", "files": written, "about": about}
-    (folder / EXPORTED).write_bytes(files.sealed(record))
-    return folder
-
-
-def test_an_exported_folder(exported: Path):
+def test_an_exported_folder(models: Path, exported: Path):
     table = shown(exported)
     assert table["is"] == f"an exported folder, {exported}"
-    assert table["LLM"] == f"{exported}/llm, bidirectional, bfloat16"
-    assert table["languages"].startswith("203: ace_Arab, ")
-    assert table["languages"].endswith("; qaa_Latn as ind_Latn")
-    assert table["texts"].startswith("read sentence by sentence, ")
-    assert table["task topics"] == "classification into 7: a, b, c, d, e, f, g"
-    assert table["licences"] == "NLLB CC-BY-NC-4.0" and table["commit"] == "abc"
-    assert table["metrics"] == "fvu 0.1235"
+    assert table["encoder"] == "encoder, licence cc-by-nc-4.0"
+    assert table["LLM"] == "decoder, licence unknown, bidirectional, float32"
+    assert table["task topics"] == f"classification into 7: {LABELS}"
+    assert table["run 1"].startswith("distillation from the bare LLM (stage 1), 3 steps; commit ")
+    for name in ("languages", "texts", "adapters", "projection"):
+        assert table[name] == shown(models / "stage1")[name]
+
+
+def test_adapters_in_the_weights_are_none(models: Path, exported: Path):
+    table = shown(models / "merged")
+    assert table["adapters"] == "merged into the LLM's weights"
+    assert table["run 1"] == shown(exported)["run 1"]
 
 
 @pytest.mark.parametrize("name", ["absent/at all", "models", "half", "damaged"])

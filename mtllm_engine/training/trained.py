@@ -77,6 +77,11 @@ class Trained:
         return (self.folder / EXPORTED).is_file()
 
     @property
+    def is_merged(self) -> bool:
+        """Whether the student's adapters are in the LLM's weights: its teacher is gone."""
+        return self.is_exported and not (self.student / ADAPTERS).is_file()
+
+    @property
     def student(self) -> Path:
         return Path(self.config.model.init_from[0])
 
@@ -299,10 +304,14 @@ def _blank() -> Config:
 
 def _reading(config: Config, student: Path) -> Config:
     """The configuration of what only reads."""
+    # Of a checkpoint that no configuration came with its file says it.
+    bias = "bias" in checkpoint_tensors(student).names
+    is_merged = not (student / ADAPTERS).is_file() and (student / PROJECTION_FILE).is_file()
     return replace(
         config,
+        model=replace(config.model, projection_bias=bias),
         objective=replace(config.objective, kind="finetune", reader="stack", token_weight=0.0),
-        lora=read_lora(student),
+        lora=replace(config.lora, target_modules=()) if is_merged else read_lora(student),
         data=replace(config.data, teacher_states="", on_error="raise"),
         zero=replace(config.zero, stage=0),
     )
