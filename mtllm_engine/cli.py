@@ -1,10 +1,12 @@
 """The `mtllm` command."""
 
 import argparse
+import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import NoReturn
 
 from mtllm_engine.config import load
@@ -40,6 +42,8 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_launched(commands)
     _add_recipes(commands)
     _add_sum(commands)
+    _add_encode(commands)
+    _add_show(commands)
     _add_export(commands)
     _add_shards(commands)
     _add_models(commands)
@@ -72,14 +76,19 @@ def _launch(arguments: argparse.Namespace) -> int:
     load(arguments.config, arguments.overrides, finetunes=finetunes)
     if arguments.gpus < 1:
         raise ValueError(f"--gpus must be at least 1, not {arguments.gpus}")
+    _become(arguments.module, arguments.gpus, [arguments.config, *arguments.overrides])
+
+
+def _become(module: str, gpus: int, words: Sequence[str]) -> NoReturn:
+    """Replaces this process by the launcher of a module's ranks."""
     # Imports torch, like all that this file's functions import.
     from mtllm_engine.training.launch import launcher
 
-    command = launcher(arguments.module, arguments.gpus)
+    command = launcher(module, gpus)
     sys.stdout.flush()
     # Ctrl-C is for the ranks, which save first: the launcher waits.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.execv(sys.executable, [*command, arguments.config, *arguments.overrides])
+    os.execv(sys.executable, [*command, *words])
 
 
 def _add_recipes(commands: argparse._SubParsersAction) -> None:
@@ -128,6 +137,102 @@ def _sum(arguments: argparse.Namespace) -> int:
     lora = add_up(arguments.parts, arguments.out)
     adapters = f"adapters of rank {lora.rank} on {', '.join(lora.target_modules)}"
     print(f"{arguments.out}: {adapters}")
+    return 0
+
+
+def _add_encode(commands: argparse._SubParsersAction) -> None:
+    """The names of what is typed are those of `encode.Request`."""
+    for name, summary in (
+        ("encode", "vectors of the texts of a file"),
+        ("classify", "labels of the texts of a file, or of pairs of texts"),
+    ):
+        parser = commands.add_parser(name, help=summary)
+        kinds = f"{', '.join(sources.INPUT_SUFFIXES)}; - for standard input, a text a line"
+        parser.add_argument("source", type=expand, metavar="INPUT", help=kinds)
+        models = "run, checkpoint, sum, exported folder or hub id"
+        parser.add_argument("--model", required=True, type=expand, metavar="X", help=models)
+        parser.add_argument("--language", metavar="CODE", help="of the texts, such as swh_Latn")
+        parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU, if any")
+        types = ["bfloat16", "float32"]
+        parser.add_argument("--dtype", choices=types, help="of the models; default: as trained")
+        parser.add_argument(
+            "--max-tokens", type=int, default=8192, metavar="N", help="of a batch (default: 8192)"
+        )
+        parser.add_argument(
+            "--gpus", type=int, default=1, metavar="N", help="ranks on this node (default: 1)"
+        )
+        parser.set_defaults(run=_encode, command=name)
+        (_add_vectors if name == "encode" else _add_labels)(parser)
+
+
+def _add_vectors(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", required=True, type=expand, metavar="FILE", help=".npy or .parquet"
+    )
+    parser.add_argument(
+        "--field",
+        dest="fields",
+        type=lambda field: [field],
+        default=["text"],
+        help="column, or dotted path in a JSON line (default: text)",
+    )
+    parser.add_argument(
+        "--reader",
+        choices=["student", "teacher"],
+        default="student",
+        help="teacher: what the stack learned to be like, the LLM on its own tokens",
+    )
+    parser.add_argument("--normalize", action="store_true", help="vectors of length 1")
+
+
+def _add_labels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out",
+        default="",
+        type=expand,
+        metavar="FILE",
+        help=".jsonl or .parquet (default: lines of label, probability and text are printed)",
+    )
+    parser.add_argument(
+        "--field",
+        dest="fields",
+        type=lambda field: field.split(","),
+        default=["text"],
+        help="as for encode; of a task that compares two texts two, as premise,hypothesis",
+    )
+    parser.add_argument("--task", default="", metavar="NAME", help="which one, of several")
+    parser.add_argument(
+        "--adapter",
+        dest="adapters",
+        action="append",
+        type=_named_path,
+        default=[],
+        metavar="NAME=CHECKPOINT",
+        help="a fine-tuned LLM, whose task is added",
+    )
+
+
+def _encode(arguments: argparse.Namespace) -> int:
+    """Alone in this process, or by the ranks of a launch."""
+    from mtllm_engine import encode
+
+    request = encode.Request.of(vars(arguments))
+    request.check(arguments.gpus)
+    if arguments.gpus == 1:
+        return encode.run_alone(request)
+    return _become("mtllm_engine.encode", arguments.gpus, [json.dumps(asdict(request))])
+
+
+def _add_show(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("show", help="say what a run, checkpoint, sum or export holds")
+    parser.add_argument("model", type=expand, metavar="X")
+    parser.set_defaults(run=_show_trained)
+
+
+def _show_trained(arguments: argparse.Namespace) -> int:
+    from mtllm_engine.show import show
+
+    print(show(arguments.model))
     return 0
 
 

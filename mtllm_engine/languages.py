@@ -164,6 +164,17 @@ def resolve_language(code: str, tokens: Collection[str], fallback: Mapping[str, 
     return Resolved(fallback[code], "fallback")
 
 
+def readable(tokens: Collection[str], fallback: Mapping[str, str]) -> tuple[str, ...]:
+    """The codes that texts of an encoder with these language tokens may have.
+
+    Args:
+        tokens, fallback: As for `resolve_language`.
+    """
+    ours = {code for code in FLORES_200 if nllb_token(code) in tokens}
+    private = set(filter(_PRIVATE.fullmatch, tokens))
+    return tuple(sorted({*ours, *private, *fallback}))
+
+
 def nllb_token(code: str) -> str:
     """The token that NLLB-200 uses for a FLORES-200 code."""
     # NLLB's vocabulary names Santali by the wrong script.

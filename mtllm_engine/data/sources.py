@@ -1,10 +1,13 @@
-"""Documents from text, JSONL and Parquet files, written as a corpus of about equal shards."""
+"""Documents from text, JSONL and Parquet files: one by one, or written as a corpus of about equal
+shards.
+"""
 
 import contextlib
 import gzip
 import itertools
 import json
 import os
+import sys
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,8 +23,10 @@ from mtllm_engine.files import atomic_folder, sync
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _LINE_SUFFIXES = (".txt", *_JSON_SUFFIXES)
 INPUT_SUFFIXES = (*_LINE_SUFFIXES, *(f"{suffix}.gz" for suffix in _LINE_SUFFIXES), ".parquet")
+_ENDINGS = ", ".join(INPUT_SUFFIXES)
 _SMALL_INPUT_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
+STANDARD_INPUT = "-"
 _HEAD_BYTES = 1 << 20  # more than a JSON value needs to show that it goes on over lines
 
 
@@ -103,6 +108,36 @@ def pack_json(
     return manifest
 
 
+def read_texts(source: str, field: str = "text") -> Iterator[str]:
+    """The texts of one file, or of standard input, a line each: every document's, in their order,
+    so that what is made of each stands in a row of its number.
+
+    Args:
+        field: As for `pack`.
+
+    Raises:
+        ValueError: There is no such file, it is of no known kind, or a document has no usable text.
+    """
+    path = Path(source)
+    if source == STANDARD_INPUT:
+        lines = enumerate(sys.stdin.buffer)
+        documents: Iterator[tuple[bytes, float]] = ((_content(*line), 0.0) for line in lines)
+        json_path = None
+    elif path.is_dir():
+        raise ValueError(f"{path} is a folder; name one file that ends in {_ENDINGS}")
+    else:
+        _input_files([path])
+        if _kind(path) in _JSON_SUFFIXES:
+            _check_json_lines(path)
+        documents, json_path = _documents(path, field)
+    for number, (raw, _) in enumerate(documents, start=1):
+        try:
+            yield usable_text(raw, json_path)
+        except BadDocumentError as error:
+            fix = "mend it or take it out"
+            raise BadDocumentError(f"{source}:{number}: {error}; {fix}") from None
+
+
 def _check_unused(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is already there and not empty; remove it or name another --out")
@@ -121,10 +156,9 @@ def _input_files(inputs: Iterable[Path | str]) -> tuple[list[Path], Counter[str]
         known = [file for file in candidates if _is_known(file)]
         others = Counter(_reason(file) for file in candidates if not _is_known(file))
         if not known:
-            endings = ", ".join(INPUT_SUFFIXES)
             has = ", ".join(f"{count} {reason}" for reason, count in sorted(others.items()))
             raise ValueError(
-                f"{path}: neither a file nor a folder with files that end in {endings}"
+                f"{path}: neither a file nor a folder with files that end in {_ENDINGS}"
                 + (f"; it has {has}" if has and path.is_dir() else "")
             )
         files += known
@@ -190,8 +224,7 @@ def _texts(
     """
     start = 0
     for path in paths:
-        json_path = tuple(field.split(".")) if _kind(path) in _JSON_SUFFIXES else None
-        documents = _parquet_column(path, field) if _kind(path) == ".parquet" else _lines(path)
+        documents, json_path = _documents(path, field)
         for number, (raw, before) in enumerate(documents, start=1):
             bar.update(start + before - bar.n)
             try:
@@ -203,6 +236,16 @@ def _texts(
                 skipped[str(error)] += 1
         start += path.stat().st_size
     bar.update(start - bar.n)
+
+
+def _documents(
+    path: Path, field: str
+) -> tuple[Iterator[tuple[bytes, float]], tuple[str, ...] | None]:
+    """Each document with the bytes of the file before it, and where in one its text is, if it is
+    JSON."""
+    if _kind(path) == ".parquet":
+        return _parquet_column(path, field), None
+    return _lines(path), tuple(field.split(".")) if _kind(path) in _JSON_SUFFIXES else None
 
 
 @contextlib.contextmanager
@@ -253,10 +296,15 @@ def _lines(path: Path) -> Iterator[tuple[bytes, float]]:
         scale = num_bytes / max(1, file.seek(0, os.SEEK_END)) if is_small else None
         file.seek(0)
         before = 0.0
-        for line in file:
-            content = line.removesuffix(b"\n").removesuffix(b"\r")
-            yield content.removeprefix(b"" if before else _BOM), before
+        for number, line in enumerate(file):
+            yield _content(number, line), before
             before = raw.tell() if scale is None else file.tell() * scale
+
+
+def _content(number: int, line: bytes) -> bytes:
+    """A line without its end, the first one without the mark that some programs put there."""
+    content = line.removesuffix(b"\n").removesuffix(b"\r")
+    return content if number else content.removeprefix(_BOM)
 
 
 def _parquet_column(path: Path, field: str) -> Iterator[tuple[bytes, float]]:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from mtllm_engine import config as configs
@@ -64,17 +65,31 @@ def run_command(
         usage = f"deepspeed --num_gpus N --module mtllm_engine.{module}"
         print(f"usage: {usage} CONFIG [section.key=value ...]")
         return 0 if words[:1] in (["-h"], ["--help"]) else 2
+
+    def read() -> Callable[[World], None]:
+        # Here, as it imports the engine, which who only launches has no use for.
+        from mtllm_engine.training.checkpoint import follow
+
+        config = configs.load(words[0], words[1:], finetunes=finetunes)
+        return partial(function, follow(config))
+
+    return run_ranks(read)
+
+
+def run_ranks(read: Callable[[], Callable[[World], None]], *, timeout_s: float = 1800.0) -> int:
+    """Runs, on every rank of this process' launcher, what `read` makes of what was typed; returns
+    the exit status.
+
+    Args:
+        timeout_s: So long ranks wait for one another.
+    """
     if "RANK" in os.environ and (above := launchers(os.getpid())):
         leave_with(above)
-    # Here, as it imports the engine, which who only launches has no use for.
-    from mtllm_engine.training.checkpoint import follow
-
     world = None
     try:
-        config = configs.load(words[0], words[1:], finetunes=finetunes)
-        config = follow(config)
-        world = connect()
-        function(config, world)
+        function = read()
+        world = connect(timeout_s=timeout_s)
+        function(world)
     except (ValueError, OSError) as error:
         tell(error, "mtllm", world)
         return 1

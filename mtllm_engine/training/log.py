@@ -220,7 +220,7 @@ def write_header(
     continued = f" (continued after step {start})" if start else ""
     rows = {
         "run": f"{folder}{continued}",
-        "learns": _learns(config),
+        "learns": learns(config),
         "starts from": _starts(config),
         "encoder": f"{model.encoder} (frozen)" if stack.reads_stack else "none",
         "decoder": f"{model.decoder} ({'causal' if model.causal else 'bidirectional'})",
@@ -236,7 +236,7 @@ def write_header(
     print_table({name: value for name, value in rows.items() if value})
 
 
-def _learns(config: Config) -> str:
+def learns(config: Config) -> str:
     """What the run does, in words."""
     learner = "the stack" if config.objective.reader == "stack" else "the LLM"
     if config.objective.kind == "finetune":
