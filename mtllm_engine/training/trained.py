@@ -146,11 +146,13 @@ def head_of(folder: Path, task: str, labels: Sequence[str] = ()) -> Head | None:
         if outputs != (1 if kind == "choice" else count):
             has = f"{folder / HEAD_FILE} has {outputs} outputs"
             raise ValueError(f"{has}, and task {task} asks for {count}; name its own task")
-        return Head(kind=kind, num_outputs=count, labels=tuple(labels) or family.labels)
-    if labels and len(labels) != outputs:
-        raise ValueError(f"{folder / HEAD_FILE} has {outputs} outputs, not {len(labels)} labels")
-    named = tuple(labels) or tuple(map(str, range(outputs)))
-    return Head(kind="classification", num_outputs=outputs, labels=named)
+        names = family.labels
+    else:
+        kind, count, names = "classification", outputs, tuple(map(str, range(outputs)))
+    if labels and len(labels) != len(names):
+        wrong = f"has {len(names)} classes, and there are {len(labels)} labels"
+        raise ValueError(f"{folder / HEAD_FILE} {wrong}; name each class, or none")
+    return Head(kind=kind, num_outputs=count, labels=tuple(labels) or names)
 
 
 def task_of(folder: Path) -> str:
