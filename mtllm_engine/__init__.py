@@ -1,6 +1,6 @@
 """MT-LLM: an MT encoder under an LLM, trained by self-distillation.
 
-    from mtllm_engine import MTLLM
+from mtllm_engine import MTLLM
 """
 
 import importlib
