@@ -13,7 +13,7 @@ from mtllm_engine import config as configs
 from mtllm_engine import files
 from mtllm_engine.config import LORA_TARGETS, Config
 from mtllm_engine.model.build import load_config
-from mtllm_engine.training.checkpoint import fingerprint_of
+from mtllm_engine.training.checkpoint import IDENTITY, fingerprint_of
 
 
 def write_adapters(
@@ -62,7 +62,9 @@ def write_run(config: Config, *, outputs: int = 0, seed: int = 0) -> Path:
     keys = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora}
     keys |= {"target_modules": list(lora.target_modules), "base_model_name_or_path": model.decoder}
     write_adapters(folder, llm, seed=seed, **keys)
-    identity = {"model.causal": model.causal, "model.decoder": fingerprint_of(model.decoder)}
+    flat = configs.flatten(config)
+    identity = {key: flat[key] for key in flat if key.startswith(IDENTITY)}
+    identity["model.decoder"] = fingerprint_of(model.decoder)
     width = llm.config.hidden_size
     if config.objective.reader == "stack":
         encoder = load_config(Path(model.encoder), M2M100Config, "model.encoder")
