@@ -264,12 +264,18 @@ def test_licences_are_those_of_its_models(model: MTLLM):
     assert model.licences == {"encoder": "cc-by-nc-4.0", "decoder": "unknown"}
 
 
-def test_control_tokens_in_a_text_are_its_characters(model: MTLLM):
-    """`</s>` is no end: what is behind it counts, and so does how it is spelled."""
+def test_control_tokens_in_a_text_are_its_characters(folder: Path, model: MTLLM):
+    """What is behind `</s>` counts, and what is spelled is no token of its own."""
+    peers = Peers(configure(folder, "bidirectional"))
     texts = ["a", "a</s>", "a</s> b", "a<pad>", "a <unk>", "a <s>", "swh_Latn a"]
-    texts += ["a<|begin_of_text|>"]
-    for reader in ("student", "teacher"):
-        vectors_ND = model.encode(texts, "deu_Latn", reader=reader)
+    texts += ["a<|begin_of_text|>", SPELLED]
+    codes = ["deu_Latn"] * len(texts)
+    for reader, tokenizer in (("student", peers.nllb), ("teacher", peers.llama)):
+        control = {*tokenizer.all_special_ids, tokenizer.convert_tokens_to_ids("swh_Latn")}
+        ids = [getattr(peers, f"{reader}_ids")(text, "deu_Latn")[1:-1].tolist() for text in texts]
+        assert not control.intersection(itertools.chain(*ids))
+        vectors_ND = model.encode(texts, codes, reader=reader)
+        assert_close(vectors_ND, peers.encode(texts, codes, reader))
         assert len({vector.round(4).tobytes() for vector in vectors_ND}) == len(texts)
 
 
