@@ -216,7 +216,7 @@ BITS = ["", "a", "the ", "end", " ", "\n", "the end " * 9, *SENTENCES["jpn_Jpan"
 ANY = st.lists(st.sampled_from([*BITS, *TEXTS]), max_size=4).map("".join)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     pairs=st.lists(st.tuples(ANY, st.sampled_from(CODES)), min_size=1, max_size=9),
     order=st.randoms(use_true_random=False),
