@@ -40,7 +40,9 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_launched(commands)
     _add_recipes(commands)
     _add_sum(commands)
+    _add_export(commands)
     _add_shards(commands)
+    _add_models(commands)
     _add_languages(commands)
     _add_babel(commands)
     return parser
@@ -129,6 +131,65 @@ def _sum(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "export", help="what was trained as a folder for transformers and others"
+    )
+    parser.add_argument(
+        "name", type=expand, metavar="X", help="run, checkpoint, sum, recipe's or exported folder"
+    )
+    parser.add_argument("--out", required=True, type=expanded_path, metavar="DIR")
+    parser.add_argument(
+        "--format", default="folder", help="folder (default), adapters, llm or authors"
+    )
+    parser.add_argument(
+        "--dtype", default="", help="of the two models' weights: float32 or bfloat16"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="put the adapters into the LLM's weights"
+    )
+    parser.add_argument(
+        "--language", default="", metavar="CODE", help="of texts whose language nobody says"
+    )
+    parser.add_argument(
+        "--task",
+        action="append",
+        default=[],
+        type=_named_path,
+        metavar="NAME=CHECKPOINT",
+        help="a fine-tuned LLM's, to travel along",
+    )
+    parser.add_argument(
+        "--push", default="", metavar="REPO", help="on the hub; a new one is private"
+    )
+    parser.set_defaults(run=_export)
+
+
+def _named_path(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"write NAME=CHECKPOINT, not {text!r}")
+    return name, expand(path)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from mtllm_engine.export import export
+
+    out = export(
+        arguments.name,
+        arguments.out,
+        format=arguments.format,
+        dtype=arguments.dtype,
+        merge=arguments.merge,
+        push=arguments.push,
+        default_language=arguments.language,
+        tasks=dict(arguments.task),
+    )
+    num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"{out}: {num_bytes / 1e9:.2f} GB")
+    return 0
+
+
 def _add_shards(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("shards", help="make, import, check and show corpora")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
@@ -168,6 +229,34 @@ def _add_shards(commands: argparse._SubParsersAction) -> None:
         action = actions.add_parser(name, help=summary)
         action.add_argument("folder", type=expanded_path, metavar="DIR")
         action.set_defaults(run=run)
+
+
+def _add_models(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("models", help="take in what others trained")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    import_ = actions.add_parser(
+        "import", help="make a checkpoint of a folder in the layout of the paper's authors"
+    )
+    import_.add_argument("folder", type=expand, metavar="DIR", help="folder or hub id")
+    import_.add_argument(
+        "--base", default="", type=expand, metavar="DIR", help="the LLM that its own began with"
+    )
+    import_.add_argument("--out", required=True, type=expanded_path, metavar="DIR")
+    import_.add_argument(
+        "--rank", default=16, type=int, metavar="N", help="of the adapters (default: 16)"
+    )
+    import_.set_defaults(run=_import_model)
+
+
+def _import_model(arguments: argparse.Namespace) -> int:
+    from mtllm_engine.export.authors import adapters_from
+
+    rank = arguments.rank
+    left = adapters_from(arguments.folder, arguments.base, arguments.out, rank=rank)
+    print(f"{arguments.out}: adapters of rank {rank}; of the linears' differences they leave out")
+    for kind, share in left.items():
+        print(f"  {kind:<9}  {share:.2e}")
+    return 0
 
 
 def _add_languages(commands: argparse._SubParsersAction) -> None:

@@ -44,9 +44,12 @@ class Side:
 
         Those of special tokens are empty.
         """
-        body_S2 = np.array(encoding.offsets[: limit - self.num_special], np.int32).reshape(-1, 2)
-        special = (len(self.prefix), len(self.suffix))
-        return np.pad(removed.restored(body_S2), (special, (0, 0))).astype(np.int32)
+        body = encoding.offsets[: limit - self.num_special]
+        offsets_S2 = np.zeros((self.num_special + len(body), 2), np.int32)
+        if body:
+            body_S2 = np.array(body, np.int32)
+            offsets_S2[len(self.prefix) :][: len(body)] = removed.restored(body_S2)
+        return offsets_S2
 
     def fits(self, encoding: Encoded, limit: int) -> bool:
         return len(encoding.ids) + self.num_special <= limit
@@ -186,22 +189,23 @@ class PairTokenizer:
         other.reader, other.truncation = reader, truncation or self.truncation
         return other
 
-    def _sides(self, language: str) -> tuple[Side, Side]:
+    def _sides(self, language: str) -> tuple[Side, ...]:
+        """Who reads: student and teacher, or the one that stands for both."""
         if self.reader == "llm":
-            return self.teacher, self.teacher
+            return (self.teacher,)
         student = self.student(language)
-        return student, student if self.reader == "stack" else self.teacher
+        return (student,) if self.reader == "stack" else (student, self.teacher)
 
     def __call__(self, text: str, language: str) -> tuple[np.ndarray, np.ndarray]:
         """Student ids (S,) and teacher ids (T,), int32: all there is to say of a document that is
         read whole.
         """
         sides = self._sides(language)
-        student_ids, teacher_ids = (
+        ids = [
             side.ids(encoding, self.max_length)
             for side, (encoding, _) in zip(sides, self._encode(text, sides))
-        )
-        return student_ids, teacher_ids
+        ]
+        return ids[0], ids[-1]
 
     def example(
         self, text: str, language: str, annotations: Annotations
@@ -245,8 +249,7 @@ class PairTokenizer:
                     is_cut=bool(cut.ranges) or not side.fits(encoding, self.max_length),
                 )
             )
-        student, teacher = readings
-        return student, teacher
+        return readings[0], readings[-1]
 
     def _fit(
         self, text: str, sides: Sequence[Side], annotations: Annotations

@@ -113,7 +113,7 @@ class DecoderLayer(nn.Module):
         attended_SD = self.out(context_SD, **call)
         normed_SD, hidden_SD = rms_norm(attended_SD, self.mlp_norm, self.eps, hidden_SD)
         normed = self._normed(hidden_SD, self.mlp_norm)
-        return hidden_SD + self._feed_forward(normed_SD, normed, call, rebuilt)
+        return self._feed_forward(normed_SD, normed, call, rebuilt).add_(hidden_SD)
 
     def _feed_forward(
         self, normed_SD: torch.Tensor, normed: Recompute, call: dict, rebuilt: Callable

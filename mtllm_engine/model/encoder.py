@@ -10,7 +10,7 @@ from transformers import M2M100Config
 from mtllm_engine.data.batch import Tokens
 from mtllm_engine.kernels.contract import Kernel
 
-ACTIVATIONS = {"relu": functional.relu, "gelu": functional.gelu}
+ACTIVATIONS = {"relu": torch.relu_, "gelu": functional.gelu}
 
 
 class EncoderLayer(nn.Module):
@@ -34,9 +34,10 @@ class EncoderLayer(nn.Module):
         q_SHK, k_SHK, v_SHK = qkv_S3HK.unbind(1)
         packing = {"cu_seqlens": tokens.cu_seqlens, "lengths": tokens.lengths}
         context_SHK = self.attention(q_SHK, k_SHK, v_SHK, **packing, causal=False)
-        hidden_SE = hidden_SE + self.out(context_SHK.flatten(1))
+        # Nothing is kept for a backward, so sums are made in place.
+        hidden_SE = self.out(context_SHK.flatten(1)).add_(hidden_SE)
         inner_SF = self.activation(self.up(self.feed_forward_norm(hidden_SE)))
-        return hidden_SE + self.down(inner_SF)
+        return self.down(inner_SF).add_(hidden_SE)
 
 
 class Encoder(nn.Module):

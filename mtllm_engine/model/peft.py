@@ -4,6 +4,7 @@ influence, or is refused by name.
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ WITHOUT_INFLUENCE = (  # on what adapters with given weights make of a text
     "revision",
     "task_type",
 )
+OPENED_ON = {False: "(?#on AutoModel with is_causal=False)", True: "(?#on AutoModel)"}
+"""What a checkpoint's target_modules say first, a comment to Python: where its adapters belong, by
+whether attention is causal. PEFT's error shows it where they are opened on another model."""
+LAYERS = r"layers\.\d+\.(?:self_attn|mlp)\."
 NEUTRAL: dict[str, tuple] = {  # values that ask for nothing, besides empty ones
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -49,6 +54,7 @@ def read_lora(folder: Path) -> LoraConfig:
             raise ValueError(f"{path}: {key}={_short(value)} is not implemented; {applied}: {fix}")
     # What is applied is of its kind.
     rank, alpha, names = (_value(saved, key, path) for key in ("r", "lora_alpha", "target_modules"))
+    names = _listed(names)
     is_stabilised = saved.get("use_rslora") or False
     kinds = {
         "r": (type(rank) is int and rank >= 1, "a whole number above 0"),
@@ -71,8 +77,16 @@ def read_base(folder: Path) -> str:
     return json.loads((folder / FILE).read_bytes()).get("base_model_name_or_path") or ""
 
 
-def peft_config(lora: LoraConfig, base: str) -> dict[str, Any]:
-    """What `PeftModel.from_pretrained` needs to know of adapters. Args: base: the LLM's name."""
+def peft_config(lora: LoraConfig, base: str, *, causal: bool) -> dict[str, Any]:
+    """What `PeftModel.from_pretrained` needs to know of adapters.
+
+    Their tensors are named as in LlamaModel. On LlamaForCausalLM PEFT would find none of them and
+    give the bare LLM, with a warning: an expression that matches LlamaModel's names alone makes
+    that an error.
+
+    Args:
+        base: The LLM's name.
+    """
     return {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",
@@ -81,10 +95,24 @@ def peft_config(lora: LoraConfig, base: str) -> dict[str, Any]:
         "lora_alpha": lora.alpha,
         "use_rslora": lora.rslora,
         "lora_dropout": lora.dropout,
-        "target_modules": list(lora.target_modules),
+        "target_modules": _expression(lora.target_modules, causal=causal),
         "bias": "none",
         "inference_mode": True,
     }
+
+
+def _expression(targets: Sequence[str], *, causal: bool) -> str:
+    """The full names, within LlamaModel, of these linears of every layer."""
+    return f"{OPENED_ON[causal]}{LAYERS}(?:{'|'.join(targets)})"
+
+
+def _listed(names: Any) -> Any:
+    """The linears of `_expression`; whatever else target_modules may be, as it is."""
+    if isinstance(names, str):
+        targets = names.removesuffix(")").rpartition("(?:")[2].split("|")
+        if any(names == _expression(targets, causal=causal) for causal in OPENED_ON):
+            return targets
+    return names
 
 
 def _is_neutral(key: str, value: Any) -> bool:

@@ -312,8 +312,8 @@ def _write(config: Config, state: TrainedState, record: dict[str, Any]) -> Path:
 
 
 def _contents(config: Config, state: TrainedState) -> dict[str, bytes]:
-    """File name -> bytes. The folder is also a PEFT adapter of the bare LLM; a head that was copied
-    comes along."""
+    """File name -> bytes. The folder is also a PEFT adapter of the bare LLM without its head
+    (`AutoModel`); a head that was copied comes along."""
     values: dict[str, dict[str, torch.Tensor]] = {}
     moments: dict[str, torch.Tensor] = {}
     _, frozen = open_start(config, learns=True)
@@ -326,9 +326,9 @@ def _contents(config: Config, state: TrainedState) -> dict[str, bytes]:
     contents = {name: safetensors.torch.save(part, FORMAT) for name, part in values.items()}
     contents[OPTIMIZER] = safetensors.torch.save(moments)
     if ADAPTERS in contents:
-        contents[peft.FILE] = json.dumps(
-            peft.peft_config(config.lora, config.model.decoder), indent=1
-        ).encode()
+        model = config.model
+        about = peft.peft_config(config.lora, model.decoder, causal=model.causal)
+        contents[peft.FILE] = json.dumps(about, indent=1).encode()
     copied = Path(config.model.teacher) / HEAD_FILE
     if config.model.teacher and copied.is_file():
         contents[HEAD_FILE] = copied.read_bytes()

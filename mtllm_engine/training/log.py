@@ -18,9 +18,11 @@ from tqdm import tqdm
 
 from mtllm_engine import kernels
 from mtllm_engine.config import Config, dumps
+from mtllm_engine.data.shards import Manifest
 from mtllm_engine.data.stream import GlobalBatch
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.files import write_text
+from mtllm_engine.model.licences import licence_of, public_name
 from mtllm_engine.model.lora import quantised_weights
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.training.checkpoint import Progress
@@ -228,6 +230,7 @@ def write_header(
         "device": f"{world.size} x {machine['device']}, ZeRO stage {config.zero.stage}",
         "step": f"{data.lanes} packs of {pack}, {micro_batches}",
         "corpora": ", ".join(data.train),
+        "licences": _licences(config, stack),
         "kernels": _kernels(stack, world.device.type),
     }
     print_table({name: value for name, value in rows.items() if value})
@@ -250,6 +253,15 @@ def _starts(config: Config) -> str:
         return "".join(origins)
     learns = f", of which {origins[0]} learns" if lora.train == "first" else ""
     return f"{' + '.join(origins)}: adapters of rank {lora.rank}{learns}"
+
+
+def _licences(config: Config, stack: Stack) -> str:
+    """Of the models and the corpora that are read, which what comes out is bound by too."""
+    model = config.model
+    models = (*([model.encoder] if stack.reads_stack else []), model.decoder)
+    corpora = {Path(folder).name: Manifest.load(folder).licence for folder in config.data.train}
+    licences = {public_name(each): licence_of(each) for each in models} | corpora
+    return ", ".join(f"{name}: {licence}" for name, licence in licences.items())
 
 
 def _parameters(config: Config, stack: Stack) -> str:

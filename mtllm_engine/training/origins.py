@@ -92,7 +92,8 @@ def add_up(folders: Sequence[str], out: Path) -> LoraConfig:
         contents.setdefault(file_of(name), {})[name] = value
     with files.atomic_folder(out) as draft:
         saved = {name: safetensors.torch.save(each, FORMAT) for name, each in contents.items()}
-        config = peft.peft_config(lora, peft.read_base(parts[0]))
+        causal = record["identity"].get("model.causal") is not False
+        config = peft.peft_config(lora, peft.read_base(parts[0]), causal=causal)
         saved[peft.FILE] = json.dumps(config, indent=1).encode()
         hashes = {name: write_file(draft / name, content) for name, content in saved.items()}
         write_file(draft / "state.json", files.sealed(record | {"files": hashes}))

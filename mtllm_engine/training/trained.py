@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mtllm_engine.model import peft
 from mtllm_engine.model.peft import read_lora
 from mtllm_engine.model.weights import (
     ADAPTERS,
+    FILES,
     HEAD_FILE,
     PROJECTION_FILE,
     RUN_FILES,
@@ -75,6 +77,11 @@ class Trained:
     @property
     def is_exported(self) -> bool:
         return (self.folder / EXPORTED).is_file()
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the student's adapters are in the LLM's weights: its teacher is gone."""
+        return self.is_exported and not (self.student / ADAPTERS).is_file()
 
     @property
     def student(self) -> Path:
@@ -242,7 +249,9 @@ def _exported(name: str, folder: Path) -> Trained:
         record = files.unsealed(path.read_bytes())
     except ValueError:
         raise ValueError(f"{path} is damaged; copy or download the folder again") from None
-    check_files(folder, record["files"])
+    # The card may be rewritten, and a download has only what is read here.
+    read = {name: about for name, about in record["files"].items() if _is_read(name)}
+    check_files(folder, read)
     config = _saying(record["reads"])
     teacher = folder / TEACHER
     model = replace(
@@ -262,6 +271,10 @@ def _exported(name: str, folder: Path) -> Trained:
         tasks=tasks,
         record=record,
     )
+
+
+def _is_read(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in FILES)
 
 
 def check_files(folder: Path, written: Mapping[str, Mapping[str, Any]]) -> None:
@@ -305,10 +318,14 @@ def _saying(reads: Mapping[str, Any]) -> Config:
 
 def _reading(config: Config, student: Path) -> Config:
     """The configuration of what only reads."""
+    # Of a checkpoint that no configuration came with its file says it.
+    bias = "bias" in checkpoint_tensors(student).names
+    is_merged = not (student / ADAPTERS).is_file() and (student / PROJECTION_FILE).is_file()
     return replace(
         config,
+        model=replace(config.model, projection_bias=bias),
         objective=replace(config.objective, kind="finetune", reader="stack", token_weight=0.0),
-        lora=read_lora(student),
+        lora=replace(config.lora, target_modules=()) if is_merged else read_lora(student),
         data=replace(config.data, teacher_states="", on_error="raise"),
         zero=replace(config.zero, stage=0),
     )

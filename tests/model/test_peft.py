@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, LlamaModel
 
-from mtllm_engine.config import LORA_TARGETS, Config
+from mtllm_engine.config import LORA_TARGETS, Config, LoraConfig
 from mtllm_engine.data.batch import Document, collate
 from mtllm_engine.model.build import build_stack
-from mtllm_engine.model.peft import read_lora
+from mtllm_engine.model.peft import peft_config, read_lora
 from mtllm_engine.training.engine import shard
 from tests.support.padded import assert_close, attention_mask, load_llm
 from tests.support.tiny import build_config, build_decoder, build_encoder, build_world
@@ -330,3 +330,34 @@ def test_adapters_of_a_causal_lm_are_those_of_its_llm(
     )
     with pytest.raises(ValueError, match=f"has the tensor {re.escape(one)}, and so has"):
         our_states(models, tmp_path / "outer", role)
+
+
+@given(names=NAMES, causal=st.booleans())
+def test_what_is_written_is_read(tmp_path_factory, names: list[str], causal: bool):
+    lora = LoraConfig(rank=4, alpha=6.0, rslora=True, target_modules=tuple(names))
+    path = tmp_path_factory.getbasetemp() / FILE
+    saved = peft_config(lora, "", causal=causal)
+    path.write_text(json.dumps(saved))
+    assert read_lora(path.parent) == lora
+    # An expression that is not just ours is not taken for it.
+    path.write_text(json.dumps(saved | {"target_modules": saved["target_modules"] + "?"}))
+    with pytest.raises(ValueError, match="target_modules=.* is not implemented"):
+        read_lora(path.parent)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_our_adapters_open_on_the_llm_and_fail_by_name_on_what_is_around_it(
+    models: Config, llm: LlamaModel, tmp_path: Path, causal: bool
+):
+    """PEFT itself would find no tensor for LlamaForCausalLM's linears, and leave them bare."""
+    make(llm, tmp_path, **PLAIN)
+    listed = our_states(models, tmp_path, "init_from")
+    lora = read_lora(tmp_path)
+    edit(tmp_path, **peft_config(lora, models.model.decoder, causal=causal))
+    ours = our_states(models, tmp_path, "init_from")
+    assert torch.equal(ours, listed)
+    assert_same_states(models, llm, tmp_path, ours)
+    outer = LlamaForCausalLM.from_pretrained(models.model.decoder)
+    where = "on AutoModel)" if causal else "on AutoModel with is_causal=False)"
+    with pytest.raises(ValueError, match=re.escape(where)):
+        peft.PeftModel.from_pretrained(outer, tmp_path)

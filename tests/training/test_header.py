@@ -28,6 +28,16 @@ def test_the_header_shows_what_is_put_around_a_text(tmp_path: Path, capsys, lost
     assert row.split(maxsplit=1)[1] == f"encoder: LANGUAGE ... </s>; LLM: {teacher}"
 
 
+def test_the_header_says_what_may_be_done_with_what_comes_out(tmp_path: Path, capsys):
+    build_models(tmp_path)
+    (tmp_path / "encoder" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    train(stage1_config(tmp_path, optim={"steps": 1}), ALONE)
+    printed = capsys.readouterr().out.splitlines()
+    (row,) = [line for line in printed if line.startswith("licences ")]
+    said = "encoder: cc-by-nc-4.0, decoder: unknown, train: unknown"
+    assert row.split(maxsplit=1)[1] == said
+
+
 def test_the_header_says_what_is_added_up(tmp_path: Path, capsys):
     build_models(tmp_path)
     config = stage1_config(tmp_path, optim={"steps": 1})

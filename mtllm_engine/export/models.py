@@ -1,0 +1,161 @@
+"""What a stack is made of, as tensors to write: the encoder's half of NLLB, the LLM with the
+student's adapters in its weights, and the small files that a run trained.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+
+from mtllm_engine.export import card
+from mtllm_engine.export.streaming import Planned, merged, planned, write_safetensors
+from mtllm_engine.model.weights import (
+    HEAD_FILE,
+    TensorFiles,
+    checkpoint_tensors,
+    file_of,
+    resolve,
+    tokenizer_files,
+)
+from mtllm_engine.training.trained import Trained
+
+ENCODER_PREFIXES, LLM_PREFIXES = ("model.encoder.", "encoder.", ""), ("model.", "")
+SHARED = ("model.shared", "shared")  # the encoder's embedding, where that stands beside it
+PLACES = ("_name_or_path", "name_or_path")
+FIRST = "layers.0.self_attn.q_proj.weight"
+
+
+def encoder_tensors(trained: Trained, dtype: str) -> list[Planned]:
+    """By the names of transformers' M2M100Encoder."""
+    files = TensorFiles(resolve(trained.config.model.encoder))
+    prefix = _first_of(files, ENCODER_PREFIXES, FIRST)
+    ours = {name: name.removeprefix(prefix) for name in files.names if name.startswith(prefix)}
+    kept = {name: to for name, to in ours.items() if to.startswith(("layers.", "layer_norm."))}
+    where = _first_of(files, (f"{prefix}embed_tokens", *SHARED), ".weight")
+    kept[f"{where}.weight"] = "embed_tokens.weight"
+    return [planned(files, name, dtype=dtype_of(dtype), to=to) for name, to in kept.items()]
+
+
+def llm_tensors(trained: Trained, dtype: str) -> Iterator[Planned]:
+    """By the names of transformers' LlamaModel, the student's adapters added to the weights in
+    fp32, and then cast. There is no head for words: what is read are states."""
+    files = TensorFiles(resolve(trained.config.model.decoder))
+    adapters = checkpoint_tensors(trained.student)
+    prefix = _first_of(files, LLM_PREFIXES, FIRST)
+    for name in files.names:
+        to = name.removeprefix(prefix)
+        if not to.startswith(("layers.", "embed_tokens.", "norm.")) or "rotary_emb" in to:
+            continue
+        tensor = planned(files, name, dtype=dtype_of(dtype), to=to)
+        saved = f"base_model.model.{to.removesuffix('.weight')}"
+        is_adapted = f"{saved}.lora_A.weight" in adapters.names
+        yield merged(tensor, adapters, saved, trained.config.lora) if is_adapted else tensor
+
+
+def write_encoder(trained: Trained, folder: Path, dtype: str) -> None:
+    """An ordinary folder for `M2M100Encoder.from_pretrained`, with the tokenizer."""
+    source = resolve(trained.config.model.encoder)
+    write_safetensors(folder / "model.safetensors", encoder_tensors(trained, dtype))
+    write_config(source, folder, dtype, architectures=["M2M100Encoder"])
+    copy_tokenizer(source, folder)
+
+
+def write_config(source: Path, folder: Path, dtype: str, **changed: Any) -> None:
+    """A model's config.json with some keys changed."""
+    config = read_config(source, dtype) | changed
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_config(source: Path, dtype: str) -> dict[str, Any]:
+    """A model's config.json for weights of another dtype; ""; of their own."""
+    config = _read_json(source / "config.json")
+    stored = config.pop("torch_dtype", None)  # transformers' older name
+    kept = dtype or config.get("dtype") or stored
+    return config | ({"dtype": kept} if kept else {})
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """A tokenizer, told that the control tokens that a text spells are its characters."""
+    for path in tokenizer_files(source):
+        shutil.copyfile(path, folder / path.name)
+    path = folder / "tokenizer_config.json"
+    config = _read_json(path) if path.is_file() else {}
+    path.write_text(json.dumps(config | {"split_special_tokens": True}, indent=2) + "\n")
+
+
+def write_trained(trained: Trained, folder: Path, names: tuple[str, ...]) -> None:
+    """Files of `RUN_FILES` that the student has, of those names, in fp32."""
+    tensors = checkpoint_tensors(trained.student)
+    for file in names:
+        kept = [name for name in tensors.names if file_of(name) == file]
+        if kept:
+            every = [planned(tensors, name, dtype=torch.float32) for name in kept]
+            write_safetensors(folder / file, every)
+
+
+def dtype_of(name: str) -> torch.dtype | None:
+    return getattr(torch, name) if name else None
+
+
+def write_card(trained: Trained, folder: Path, template: str) -> None:
+    """README.md: what a format says of itself, and what every card says of a stack.
+
+    Args:
+        template: With `$encoder`, `$llm` and so on in it, as below.
+    """
+    model, data, about = trained.config.model, trained.config.data, card.about(trained)
+    given = {
+        "encoder": about["encoder"],
+        "llm": about["llm"],
+        "max_length": data.max_length,
+        "parts": data.parts,
+        "causal": model.causal,
+        "attention": "causal" if model.causal else "bidirectional",
+        "licences": "\n".join(f"- {name}: {each}" for name, each in about["licences"].items()),
+        "head": _head_lines(trained),
+        "base": _base_line(about["quantization"]),
+        "pooling": """ --pooler-config '{"pooling_type": "MEAN"}'""" if model.causal else "",
+    }
+    front = {"base_model": list(about["licences"]), "tags": ["mt-llm"]}
+    lines = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
+    text = f"---\n{lines}\n---\n{Template(template).substitute(given)}"
+    (folder / "README.md").write_text(text)
+
+
+def _base_line(quantization: str) -> str:
+    if quantization == "none":
+        return ""
+    return f"It was trained on weights held as {quantization}; here the LLM's own are meant.\n"
+
+
+def _head_lines(trained: Trained) -> str:
+    if not (head := trained.head):
+        return ""
+    where = f"`{HEAD_FILE}` holds `head.weight` of the task {trained.task}"
+    if head.kind == "span":
+        return f"{where}: every state's scores of being the answer's first token, and its last.\n"
+    if head.kind == "choice":
+        return f"{where}: a choice's score, from the mean of its own states.\n"
+    return f"{where}: the scores of {', '.join(head.labels)} are `vectors @ head.weight.T`.\n"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Without where the model lay, which is nobody's business."""
+    content = json.loads(path.read_text())
+    return {key: value for key, value in content.items() if key not in PLACES}
+
+
+def _first_of(files: TensorFiles, candidates: tuple[str, ...], name: str) -> str:
+    """The candidate that a tensor's name begins with.
+
+    Raises:
+        ValueError: It is there with none of them.
+    """
+    for each in candidates:
+        if each + name in files.names:
+            return each
+    raise ValueError(f"{files.folder} has no tensor {candidates[0]}{name}")
