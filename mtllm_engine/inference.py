@@ -37,7 +37,13 @@ from mtllm_engine.model.lora import LoraLinear
 from mtllm_engine.model.objective import best_answers, build_head
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.sums import AdapterSum, lora_of, sum_of
-from mtllm_engine.model.weights import check_finite, checkpoint_tensors, saved_name
+from mtllm_engine.model.weights import (
+    ADAPTERS,
+    check_finite,
+    checkpoint_tensors,
+    file_of,
+    saved_name,
+)
 from mtllm_engine.tasks import belebele, xquad
 from mtllm_engine.training.engine import shard
 from mtllm_engine.training.origins import check_origin, check_origins
@@ -258,8 +264,8 @@ class MTLLM:
             normed_SD, _ = rms_norm(hidden_SD, objective.norm, objective.eps)
             return best_answers(known.module(normed_SD), batch.student_spans)
 
-        ((_, (document,), ((start, end),)),) = self._read(asked, side, find, MAX_TOKENS, None)
-        characters = document.student_offsets_S2[start:end].ravel()
+        ((_, (document,), ((first, last),)),) = self._read(asked, side, find, MAX_TOKENS, None)
+        characters = document.student_offsets_S2[first : last + 1].ravel()
         return example.text[characters[0] : characters[-1]].strip()
 
     def add_task(self, name: str, adapter: str | Path, *, labels: Sequence[str] = ()) -> None:
@@ -289,8 +295,12 @@ class MTLLM:
             fix = "it takes a run of `mtllm finetune`, or that file beside PEFT's own"
             raise ValueError(f"{folder} has no head.safetensors; {fix}")
         self._check_base(folder)
-        self._add_sum(f"task_{name}", folder)
         self._know(name, head, folder, f"task_{name}")
+        try:
+            self._add_sum(f"task_{name}", folder)
+        except ValueError:
+            self._forget(name)
+            raise
 
     @property
     def _width(self) -> int:
@@ -422,6 +432,13 @@ class MTLLM:
         module.weight = nn.Parameter(check_finite(weight, folder, "head.weight"), False)
         self._tasks[name] = _Task(head, module.to(self.device), adapters)
 
+    def _forget(self, name: str) -> None:
+        """Takes back a task whose adapters could not be added, and those of them that were."""
+        adapters = self._tasks.pop(name).adapters
+        for linear in self._linears.values():
+            if hasattr(linear, adapters):
+                delattr(linear, adapters)
+
     def _check_base(self, folder: Path) -> None:
         """Raises: ValueError: The adapters were trained on another LLM, or another attention."""
         trained = self.trained
@@ -440,9 +457,8 @@ class MTLLM:
         parts = [checkpoint_tensors(each) for each in (self.trained.student, folder)]
         lora = sum_of([lora_of(each) for each in (self.trained.student, folder)])
         total = AdapterSum(parts, scale=lora.scale, seed=None)
-        for path, linear in self.stack.decoder.named_modules():
-            if not isinstance(linear, LoraLinear):
-                continue
+        left = {saved for saved in total.names if file_of(saved) == ADAPTERS}
+        for path, linear in self._linears.items():
             for member, adapter in linear.add(name, lora).eval().items():
                 for matrix, parameter in list(adapter.named_parameters()):
                     saved = saved_name(f"decoder.{path}.student.{member}.{matrix}")
@@ -452,6 +468,15 @@ class MTLLM:
                         raise ValueError(f"{folder}: {saved} adds up to {shape}; {ours}")
                     value = total.read(saved, 0, math.prod(shape)).view(shape)
                     setattr(adapter, matrix, nn.Parameter(value.to(self.device), False))
+                    left.discard(saved)
+        if left:
+            raise ValueError(f"{folder}: this LLM has no linear for {min(left)}; it is of another")
+
+    @property
+    def _linears(self) -> dict[str, LoraLinear]:
+        """The LLM's, by their path in it."""
+        named = self.stack.decoder.named_modules()
+        return {path: each for path, each in named if isinstance(each, LoraLinear)}
 
 
 @dataclass(frozen=True)

@@ -153,11 +153,13 @@ def head_of(folder: Path, task: str, labels: Sequence[str] = ()) -> Head | None:
         if outputs != (1 if kind == "choice" else count):
             has = f"{folder / HEAD_FILE} has {outputs} outputs"
             raise ValueError(f"{has}, and task {task} asks for {count}; name its own task")
-        return Head(kind=kind, num_outputs=count, labels=tuple(labels) or family.labels)
-    if labels and len(labels) != outputs:
-        raise ValueError(f"{folder / HEAD_FILE} has {outputs} outputs, not {len(labels)} labels")
-    named = tuple(labels) or tuple(map(str, range(outputs)))
-    return Head(kind="classification", num_outputs=outputs, labels=named)
+        names = family.labels
+    else:
+        kind, count, names = "classification", outputs, tuple(map(str, range(outputs)))
+    if labels and len(labels) != len(names):
+        wrong = f"has {len(names)} classes, and there are {len(labels)} labels"
+        raise ValueError(f"{folder / HEAD_FILE} {wrong}; name each class, or none")
+    return Head(kind=kind, num_outputs=count, labels=tuple(labels) or names)
 
 
 def task_of(folder: Path) -> str:
@@ -209,7 +211,10 @@ def _of_checkpoint(name: str, folder: Path, *, encoder: str, decoder: str) -> Tr
         lack = "there is no config.toml of its run beside it"
         fix = "copy the run's folder as it is, or say encoder= and decoder="
         raise ValueError(f"{folder}: {lack}, so what it was trained with is not known; {fix}")
-    config = checkpoint.follow(configs.load(trained / "config.toml")) if trained else _blank()
+    if trained:
+        config = checkpoint.follow(configs.load(trained / "config.toml"))
+    else:
+        config = _saying(record.get("identity", {}))
     # A sum's teacher is the part that learned the task.
     learned = [part for part in parts if (part / HEAD_FILE).is_file()]
     teacher = str(learned[0]) if learned else "" if parts else config.model.teacher
@@ -247,11 +252,7 @@ def _exported(name: str, folder: Path) -> Trained:
     # The card may be rewritten, and a download has only what is read here.
     read = {name: about for name, about in record["files"].items() if _is_read(name)}
     check_files(folder, read)
-    config = _blank()
-    for key, value in record["reads"].items():
-        section, _, field = key.partition(".")
-        part = replace(getattr(config, section), **{field: value})
-        config = replace(config, **{section: part})
+    config = _saying(record["reads"])
     teacher = folder / TEACHER
     model = replace(
         config.model,
@@ -299,15 +300,20 @@ SMALL = 1 << 28
 """Bytes of a file that is read whole to see that it is sound: all but the models themselves."""
 
 
-def _blank() -> Config:
-    """Of what nobody says how it was trained: each key's default."""
+def _saying(reads: Mapping[str, Any]) -> Config:
+    """Of what has no configuration: each key's default, but for those of `READS` that are here."""
     tree = {
         "run": {"dir": "-"},
         "model": {"encoder": "-", "decoder": "-"},
         "data": {"train": ["-"], "pack_documents": 1},
         "optim": {"steps": 1},
     }
-    return configs.from_dict(tree)
+    config = configs.from_dict(tree)
+    for key in (each for each in READS if each in reads):
+        section, _, field = key.partition(".")
+        part = replace(getattr(config, section), **{field: reads[key]})
+        config = replace(config, **{section: part})
+    return config
 
 
 def _reading(config: Config, student: Path) -> Config:
