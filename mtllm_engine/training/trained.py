@@ -37,7 +37,7 @@ READS += ("data.max_length", "data.truncation", "data.parts", "languages.fallbac
 """Keys of the configuration that say how a text is read."""
 ENCODER, LLM, STUDENT, TEACHER, TASKS = "encoder", "llm", "student", "teacher", "tasks"
 """The folders of an exported folder: two models, and checkpoints beside them."""
-LAST_FIRST = ("stage2", "stage1")  # a recipe's runs that have a projection
+STACKS = ("stage2", "stage2-*", "stage1")  # a recipe's runs that have a projection, best first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,20 +184,29 @@ def checkpoint_in(folder: Path) -> Path:
     if any((folder / name).is_file() for name in RUN_FILES):
         return folder
     if not (folder / "checkpoints").is_dir():
-        runs = [folder / name for name in LAST_FIRST if (folder / name / "checkpoints").is_dir()]
-        several = sorted(folder.glob("stage2-*/checkpoints"))
-        if several and not (folder / "stage2").is_dir():
-            names = ", ".join(str(path.parent) for path in several)
-            raise ValueError(f"{folder} has several stacks; name one of {names}")
-        if not runs:
-            lack = "neither a run, a checkpoint nor an exported folder"
-            raise ValueError(f"{folder} is {lack}: it has no {EXPORTED}, {ADAPTERS} or checkpoints")
-        folder = runs[0]
+        folder = _stack_in(folder)
     saved = folder / "checkpoints"
     chosen = checkpoint.best(saved) or checkpoint.latest(saved)
     if chosen is None:
         raise ValueError(f"{folder} has no complete checkpoint yet")
     return chosen
+
+
+def _stack_in(recipe: Path) -> Path:
+    """The run of a recipe's folder that is its stack.
+
+    Raises:
+        ValueError: There is none, or there are several, one for each seed.
+    """
+    for names in STACKS:
+        runs = sorted(path.parent for path in recipe.glob(f"{names}/checkpoints"))
+        if len(runs) > 1:
+            stacks = ", ".join(map(str, runs))
+            raise ValueError(f"{recipe} has several stacks; name one of {stacks}")
+        if runs:
+            return runs[0]
+    lack = "neither a run, a checkpoint nor an exported folder"
+    raise ValueError(f"{recipe} is {lack}: it has no {EXPORTED}, {ADAPTERS} or checkpoints")
 
 
 def _of_checkpoint(name: str, folder: Path, *, encoder: str, decoder: str) -> Trained:
