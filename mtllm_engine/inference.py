@@ -24,13 +24,7 @@ from mtllm_engine.data.annotations import NO_ANNOTATIONS, Annotations
 from mtllm_engine.data.batch import Batch, Document, collate
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.kernels.rms_norm import rms_norm
-from mtllm_engine.languages import (
-    FLORES_200,
-    check_language,
-    nearest,
-    nllb_token,
-    resolve_language,
-)
+from mtllm_engine.languages import check_language, nearest, readable, resolve_language
 from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.model.licences import licences_of
 from mtllm_engine.model.lora import LoraLinear
@@ -145,8 +139,7 @@ class MTLLM:
     def languages(self) -> tuple[str, ...]:
         """The codes of the languages that it reads."""
         tokens = self._sides["student"].tokenizer.languages
-        known = (code for code in {*FLORES_200, *tokens} if nllb_token(code) in tokens)
-        return tuple(sorted({*filter(_is_known, known), *self.trained.config.languages.fallback}))
+        return readable(tokens, self.trained.config.languages.fallback)
 
     @property
     def licences(self) -> dict[str, str]:
@@ -559,13 +552,6 @@ def _batches(documents: Sequence[_Tokenised], max_tokens: int) -> Iterator[list[
         room -= lengths[number]
     if batch:
         yield batch
-
-
-def _is_known(code: str) -> bool:
-    try:
-        return bool(check_language(code))
-    except ValueError:
-        return False
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:

@@ -181,12 +181,6 @@ def nllb_token(code: str) -> str:
     return "sat_Beng" if code == "sat_Olck" else code
 
 
-def codes_of(tokens: Collection[str]) -> tuple[str, ...]:
-    """The codes of the languages that an encoder with these tokens reads, sorted."""
-    private = filter(_PRIVATE.fullmatch, tokens)
-    return tuple(sorted({*private, *(code for code in FLORES_200 if nllb_token(code) in tokens)}))
-
-
 def check_language(code: str, known: Collection[str] = FLORES_200) -> str:
     """Returns the code; one of ISO 639-3's private range passes where those of FLORES-200 do.
 

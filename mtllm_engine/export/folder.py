@@ -24,7 +24,7 @@ from mtllm_engine.export.models import (
 )
 from mtllm_engine.export.streaming import write_safetensors
 from mtllm_engine.inference import MTLLM
-from mtllm_engine.languages import ENGLISH, NAMES, SCRIPTS, codes_of
+from mtllm_engine.languages import ENGLISH, NAMES, SCRIPTS, readable
 from mtllm_engine.model.weights import (
     ADAPTERS,
     HEAD_FILE,
@@ -141,7 +141,7 @@ def _settings(trained: Trained, options: Options, *, is_merged: bool) -> dict[st
         "truncation": data.truncation,
         "parts": data.parts,
         "dtype": options.dtype or model.dtype,
-        "languages": codes_of(tokens),
+        "languages": readable(tokens, {}),
         "fallback": dict(config.languages.fallback),
         "default_language": default,
         "teacher": "" if is_merged else TEACHER if model.teacher else LLM,
