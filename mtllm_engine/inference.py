@@ -123,12 +123,15 @@ class MTLLM:
         model = trained.config.model
         kept = {"dtype": dtype or model.dtype, "quantization": quantization or model.quantization}
         config = replace(trained.config, model=replace(model, **kept))
+        trained = replace(trained, config=config)
+        if trained.without_teacher:  # which vectors of the student need not
+            config = replace(config, model=replace(config.model, teacher=""))
         if not trained.is_exported:
             check_origins(config)
         device = torch.device(device or device_type())
         stack, weights = build_stack(config, learns=False, device=device.type)
         world = World(rank=0, size=1, local_rank=0, device=device)
-        loaded = cls(replace(trained, config=config), shard(stack, weights, config, world), device)
+        loaded = cls(trained, shard(stack, weights, config, world), device)
         if trained.head:
             loaded._know(trained.task or "task", trained.head, trained.student, "student")
         for task, folder in trained.tasks.items():
@@ -178,6 +181,8 @@ class MTLLM:
         """
         if reader not in self._sides:
             raise ValueError(f'reader must be "student" or "teacher", not {reader!r}')
+        if reader == "teacher" and self.trained.without_teacher:
+            raise ValueError(f'reader="teacher": {self.trained.without_teacher}')
         side = self._sides[reader]
         asked = self._ask(texts, language, side)
         vectors_ND = np.zeros((len(asked), self._width), np.float32)

@@ -32,12 +32,11 @@ from mtllm_engine.model.weights import (
     RUN_FILES,
     resolve,
 )
-from mtllm_engine.training.checkpoint import fingerprint_of
+from mtllm_engine.training.checkpoint import READS, fingerprint_of
 from mtllm_engine.training.trained import (
     ENCODER,
     EXPORTED,
     LLM,
-    READS,
     STUDENT,
     TASKS,
     TEACHER,

@@ -49,6 +49,9 @@ IDENTITY = (
     *("lora.", "objective.", "run.seed", "task.name"),
 )
 """Beginnings of the keys that a run must keep to be continued."""
+READS = ("model.causal", "model.dtype", "model.projection_bias")
+READS += ("data.max_length", "data.truncation", "data.parts", "languages.fallback")
+"""Keys that say how a text is read, whatever is learned from it."""
 EARLIER = {"lora.rslora": False, "lora.train": "all", "data.parts": "whole", "data.pairs": 0.0}
 """Keys that older checkpoints lack, and what they were then."""
 

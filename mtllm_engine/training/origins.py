@@ -18,6 +18,7 @@ from mtllm_engine.model.sums import AdapterSum, lora_of, sum_of
 from mtllm_engine.model.weights import PROJECTION_FILE, RUN_FILES, checkpoint_tensors, file_of
 from mtllm_engine.training.checkpoint import (
     FORMAT,
+    READS,
     fingerprint_of,
     read_record,
     record_of,
@@ -113,10 +114,15 @@ def _origins(parts: Sequence[Path]) -> dict[str, Any]:
         if not (part / "state.json").exists():
             continue
         state = read_record(part, COPY, names=(*RUN_FILES, peft.FILE))
+        # What they must have in common, and what one of them alone says.
         keys = ["model.causal", "model.decoder"]
-        keys += ["model.encoder"] if PROJECTION_FILE in state["files"] else []
-        for key in keys:
-            value = state["identity"].get(key)
+        has_projection, has_head = (name in state["files"] for name in RUN_FILES[1:])
+        alone = ["model.encoder", *READS[1:]] if has_projection else []
+        alone += ["task.name"] if has_head else []
+        for key in (*keys, *alone):
+            if key not in state["identity"]:
+                continue
+            value = state["identity"][key]
             if identity.setdefault(key, value) != value:
                 raise ValueError(f"{said_by[key]} and {part} were trained with another {key} each")
             said_by.setdefault(key, part)

@@ -27,14 +27,12 @@ from mtllm_engine.model.weights import (
 )
 from mtllm_engine.tasks import load_task, task_names
 from mtllm_engine.training import checkpoint
+from mtllm_engine.training.checkpoint import READS
 from mtllm_engine.training.origins import COPY, summed_in
 
 EXPORTED = "mtllm.json"
-"""The sealed record of an exported folder: {"reads": see `READS`, "tasks": {name: head}, "files":
-{path: {"bytes", "sha256"}}, "about": what a person wants to know}."""
-READS = ("model.causal", "model.dtype", "model.projection_bias")
-READS += ("data.max_length", "data.truncation", "data.parts", "languages.fallback")
-"""Keys of the configuration that say how a text is read."""
+"""The sealed record of an exported folder: {"reads": the keys `checkpoint.READS`, "tasks": {name:
+head}, "files": {path: {"bytes", "sha256"}}, "about": what a person wants to know}."""
 ENCODER, LLM, STUDENT, TEACHER, TASKS = "encoder", "llm", "student", "teacher", "tasks"
 """The folders of an exported folder: two models, and checkpoints beside them."""
 STACKS = ("stage2", "stage2-*", "stage1")  # a recipe's runs that have a projection, best first
@@ -82,6 +80,15 @@ class Trained:
     def is_merged(self) -> bool:
         """Whether the student's adapters are in the LLM's weights: its teacher is gone."""
         return self.is_exported and not (self.student / ADAPTERS).is_file()
+
+    @property
+    def without_teacher(self) -> str:
+        """Why the LLM that it learned from cannot be read any more; "" where it can."""
+        if self.is_merged:
+            return "the adapters are merged into the LLM's weights; use a folder that is not merged"
+        teacher = self.config.model.teacher
+        is_gone = teacher and not Path(teacher).is_dir()
+        return f"its teacher, {teacher}, is not there; copy it to that place" if is_gone else ""
 
     @property
     def student(self) -> Path:
@@ -224,10 +231,13 @@ def _of_checkpoint(name: str, folder: Path, *, encoder: str, decoder: str) -> Tr
         config = checkpoint.follow(configs.load(trained / "config.toml"))
     else:
         config = _saying(record.get("identity", {}))
-    # A sum's teacher is the part that learned the task.
-    learned = [part for part in parts if (part / HEAD_FILE).is_file()]
-    teacher = str(learned[0]) if learned else "" if parts else config.model.teacher
-    task = task_of(learned[0]) if learned else config.task.name
+    has_task = (folder / HEAD_FILE).is_file()
+    if parts:  # its teacher is the part that learned the task, if that is still there
+        learned = [part for part in parts if (part / HEAD_FILE).is_file() or not part.is_dir()]
+        teacher = str(learned[0]) if has_task and learned else ""
+    else:
+        teacher = config.model.teacher
+    task = record.get("identity", {}).get("task.name", config.task.name)
     model = replace(
         config.model,
         encoder=encoder or config.model.encoder,
@@ -236,7 +246,6 @@ def _of_checkpoint(name: str, folder: Path, *, encoder: str, decoder: str) -> Tr
         teacher=teacher,
     )
     config = replace(config, model=model)
-    has_task = (folder / HEAD_FILE).is_file()
     return Trained(
         name=name,
         folder=folder,
