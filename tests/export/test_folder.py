@@ -253,6 +253,8 @@ def test_merged_adapters_leave_the_vectors_where_they_were(land, stacks, read_el
     card = (land / "merged" / "README.md").read_text()
     assert "100 sentences by " in card and "% of their length" in card
     assert after.trained.is_merged
+    with pytest.raises(ValueError, match="the adapters are merged into the LLM's weights"):
+        after.encode(TEXTS[:1], reader="teacher")
     for options in ({"merge": True}, {"format": "adapters"}):
         with pytest.raises(ValueError, match="is merged: its adapters are in the LLM's weights"):
             export(land / "merged", land / "again", **options)

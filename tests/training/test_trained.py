@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mtllm_engine import files
+from mtllm_engine import MTLLM, files
 from mtllm_engine.config import LORA_TARGETS, Config
 from mtllm_engine.tasks.nli import LABELS
 from mtllm_engine.training.checkpoint import fingerprint_of
@@ -182,6 +182,23 @@ def test_a_sum_reads_as_its_stack_and_knows_its_task(recipe: Path, tmp_path: Pat
         assert found.task == "nli" and found.head and found.head.labels == LABELS
         assert found.config.lora.rank == 7
         assert {key: getattr(found.config.data, key) for key in READ} == READ
+
+
+def test_a_sum_far_from_its_parts_says_itself_how_texts_are_read(recipe: Path, tmp_path: Path):
+    parts = [shutil.copytree(recipe / name, tmp_path / name) for name in ("stage1", "finetune")]
+    add_up([str(step(part)) for part in parts], tmp_path / "sum")
+    for part in parts:
+        shutil.rmtree(part)
+    models = {key: str(recipe / key) for key in ("encoder", "decoder")}
+    found = find_trained(tmp_path / "sum", **models)
+    assert {key: getattr(found.config.data, key) for key in READ} == READ
+    assert not found.config.model.projection_bias
+    assert found.task == "nli" and found.head and found.head.labels == LABELS
+    # Its teacher is not there, and is no bare LLM.
+    assert str(parts[1]) in found.without_teacher
+    model = MTLLM.from_pretrained(tmp_path / "sum", **models)
+    assert model.classify(["a b"], "swh_Latn").names == LABELS
+    assert str(parts[1]) in error_of(lambda: model.encode(["a b"], reader="teacher"))
 
 
 def test_a_checkpoint_without_its_run_needs_its_models_named(recipe: Path, tmp_path: Path):
