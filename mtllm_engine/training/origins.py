@@ -15,7 +15,13 @@ from mtllm_engine import files
 from mtllm_engine.config import Config, LoraConfig
 from mtllm_engine.model import peft
 from mtllm_engine.model.sums import AdapterSum, lora_of, sum_of
-from mtllm_engine.model.weights import PROJECTION_FILE, RUN_FILES, checkpoint_tensors, file_of
+from mtllm_engine.model.weights import (
+    HEAD_FILE,
+    PROJECTION_FILE,
+    RUN_FILES,
+    checkpoint_tensors,
+    file_of,
+)
 from mtllm_engine.training.checkpoint import (
     FORMAT,
     READS,
@@ -126,7 +132,9 @@ def _origins(parts: Sequence[Path]) -> dict[str, Any]:
             if identity.setdefault(key, value) != value:
                 raise ValueError(f"{said_by[key]} and {part} were trained with another {key} each")
             said_by.setdefault(key, part)
-    return {"identity": identity, "sum_of": [str(part.resolve()) for part in parts]}
+    learned = [str(part.resolve()) for part in parts if (part / HEAD_FILE).is_file()]
+    summed = [str(part.resolve()) for part in parts]
+    return {"identity": identity, "sum_of": summed, "teacher": next(iter(learned), "")}
 
 
 def summed_in(folder: Path) -> list[Path]:

@@ -232,9 +232,9 @@ def _of_checkpoint(name: str, folder: Path, *, encoder: str, decoder: str) -> Tr
     else:
         config = _saying(record.get("identity", {}))
     has_task = (folder / HEAD_FILE).is_file()
-    if parts:  # its teacher is the part that learned the task, if that is still there
-        learned = [part for part in parts if (part / HEAD_FILE).is_file() or not part.is_dir()]
-        teacher = str(learned[0]) if has_task and learned else ""
+    if parts:  # its teacher is the part that learned the task
+        learned = [str(part) for part in parts if (part / HEAD_FILE).is_file()]
+        teacher = record.get("teacher", next(iter(learned), ""))
     else:
         teacher = config.model.teacher
     task = record.get("identity", {}).get("task.name", config.task.name)
