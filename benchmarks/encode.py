@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.documents import SIGMA
 from benchmarks.measure import spread
+from benchmarks.tables import draw as draw_bars
 from benchmarks.tables import table
 from mtllm_engine import MTLLM
 from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
@@ -109,7 +110,7 @@ def _auto_model(setting: Setting) -> Any:
     return AutoModel.from_pretrained(setting.folder, **options).to(setting.device)
 
 
-def draw(words: Sequence[str], lengths: str, count: int, longest: int) -> list[str]:
+def draw_texts(words: Sequence[str], lengths: str, count: int, longest: int) -> list[str]:
     """Texts of random words, which are a token each at least.
 
     Args:
@@ -226,6 +227,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if arguments.out:
         arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        caption = f"{rows[0]['device']}, {rows[0]['dtype']}, commit {rows[0]['commit']}"
+        draw_bars(rows, arguments.out.with_suffix(".png"), unit="texts", caption=caption)
     return 0
 
 
@@ -248,7 +251,7 @@ def _run(arguments: argparse.Namespace, command: str) -> list[Row]:
     longest = trained.config.data.max_length // 2
     rows: list[Row] = []
     for lengths in arguments.lengths.split(","):
-        texts = draw(words, lengths, arguments.texts, longest)
+        texts = draw_texts(words, lengths, arguments.texts, longest)
         group = compare(setting, texts, arguments.repeats)
         rows += [about | {"lengths": lengths} | row for row in group]
         print(f"\n{len(texts)} texts, lengths {lengths}, {setting.dtype}, {about['device']}")
@@ -269,7 +272,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=list(TOLERANCE), default="float32", help="default: float32")
     add("--device", choices=["cpu", "cuda"], help="default: the GPU if there is one")
     add("--threads", type=int, metavar="N", help="on a CPU (default: its cores)")
-    add("--out", type=Path, metavar="FILE", help="a JSON line for each variant")
+    add("--out", type=Path, metavar="FILE", help="a JSON line for each variant, and a chart beside")
     return parser
 
 

@@ -77,8 +77,15 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     )
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Bars: pairs/s and peak memory of each variant, by lengths."""
+def draw(
+    rows: Sequence[Row], path: Path, *, unit: str = "pairs", caption: str | None = None
+) -> None:
+    """Bars: a rate and the peak memory of each variant, by lengths.
+
+    Args:
+        unit: Of the rate, which stands in the rows as `UNIT_per_s`.
+        caption: By default what a step's rows say.
+    """
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if "peak_bytes" in row]
@@ -88,7 +95,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, title, value in (
-        (axes[0], "pairs/s", lambda row: row["pairs_per_s"]["median"]),
+        (axes[0], f"{unit}/s", lambda row: row[f"{unit}_per_s"]["median"]),
         (axes[1], "peak memory of a rank, MiB", lambda row: row["peak_bytes"] / 2**20),
     ):
         for number, name in enumerate(names):
@@ -103,7 +110,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     below = {"loc": "outside lower center", "ncols": len(names), "frameon": False}
     figure.legend(*axes[0].get_legend_handles_labels(), **below)
-    figure.suptitle(_caption(rows[0]), fontsize=9)
+    figure.suptitle(_caption(rows[0]) if caption is None else caption, fontsize=9)
     figure.savefig(path, dpi=150)
     print(f"\nchart: {path}")
 

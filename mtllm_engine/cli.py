@@ -156,7 +156,7 @@ def _add_encode(commands: argparse._SubParsersAction) -> None:
         types = ["bfloat16", "float32"]
         parser.add_argument("--dtype", choices=types, help="of the models; default: as trained")
         parser.add_argument(
-            "--max-tokens", type=int, default=8192, metavar="N", help="of a batch (default: 8192)"
+            "--max-tokens", type=int, default=4096, metavar="N", help="of a batch (default: 4096)"
         )
         parser.add_argument(
             "--gpus", type=int, default=1, metavar="N", help="ranks on this node (default: 1)"

@@ -57,7 +57,7 @@ class Request:
     """A file that is not there; empty: the terminal."""
     device: str | None = None
     dtype: Literal["bfloat16", "float32"] | None = None
-    max_tokens: int = 8192
+    max_tokens: int = 4096
     reader: Literal["student", "teacher"] = "student"
     normalize: bool = False
     task: str = ""

@@ -52,7 +52,7 @@ from mtllm_engine.training.trained import (
 from mtllm_engine.world import World, device_type
 
 WINDOW = 4096  # texts that are sorted by length together; while they are read, the next are cut up
-MAX_TOKENS = 8192  # of a batch
+MAX_TOKENS = 4096  # of a batch: on a CPU more is no faster, and takes memory
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 Text = str | tuple[str, str]
 """A text, or the two of a task that compares two."""
