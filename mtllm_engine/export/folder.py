@@ -17,6 +17,7 @@ from mtllm_engine.export import Options, card, seal
 from mtllm_engine.export.models import (
     copy_tokenizer,
     llm_tensors,
+    read_json,
     write_checkpoint,
     write_config,
     write_encoder,
@@ -114,7 +115,7 @@ def _write_llm(trained: Trained, folder: Path, options: Options) -> None:
     write_config(source, folder, options.dtype, **sight)
     copy_tokenizer(source, folder)
     if (generation := source / "generation_config.json").is_file():
-        shutil.copyfile(generation, folder / generation.name)
+        write_json(folder / generation.name, read_json(generation))
 
 
 def _settings(trained: Trained, options: Options, *, is_merged: bool) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def write_config(source: Path, folder: Path, dtype: str, **changed: Any) -> None
 
 def read_config(source: Path, dtype: str) -> dict[str, Any]:
     """A model's config.json for weights of another dtype; ""; of their own."""
-    config = _read_json(source / "config.json")
+    config = read_json(source / "config.json")
     stored = config.pop("torch_dtype", None)  # transformers' older name
     kept = dtype or config.get("dtype") or stored
     return config | ({"dtype": kept} if kept else {})
@@ -95,7 +95,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for path in tokenizer_files(source):
         shutil.copyfile(path, folder / path.name)
     path = folder / "tokenizer_config.json"
-    config = _read_json(path) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     write_json(path, config | {"split_special_tokens": True})
 
 
@@ -170,7 +170,7 @@ def _head_lines(trained: Trained) -> str:
     return f"{where}: the scores of {', '.join(head.labels)} are `vectors @ head.weight.T`.\n"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Without where the model lay, which is nobody's business."""
     content = json.loads(path.read_text("utf-8"))
     return {key: value for key, value in content.items() if key not in PLACES}

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import LlamaModel
 
 from mtllm_engine import config as configs
-from tests.support.adapters import write_adapters, write_head
+from tests.support.adapters import write_adapters
 from tests.support.tiny import build_config
 
 AWKWARD = [
@@ -71,7 +71,9 @@ def write_task(folder: Path, outputs: int, *, seed: int = 5, **keys: Any) -> Pat
     """A fine-tuned LLM of random values, as PEFT saves it, with a head."""
     decoder = LlamaModel.from_pretrained(folder.parent / "decoder")
     write_adapters(folder, decoder, seed=seed, **{"r": 2, "lora_alpha": 4.0} | keys)
-    write_head(folder, outputs, 48)
+    generator = torch.Generator().manual_seed(seed)
+    head = {"head.weight": torch.randn(outputs, 48, generator=generator)}
+    save_file(head, folder / "head.safetensors")
     return folder
 
 
