@@ -451,10 +451,12 @@ class MTLLM:
         check_origins(replace(trained.config, model=model, objective=objective))
 
     def _add_sum(self, name: str, folder: Path) -> None:
-        """One more set of adapters for the LLM: the student's and those of a folder, added up."""
-        parts = [checkpoint_tensors(each) for each in (self.trained.student, folder)]
-        lora = sum_of([lora_of(each) for each in (self.trained.student, folder)])
-        total = AdapterSum(parts, scale=lora.scale, seed=None)
+        """One more set of adapters for the LLM: the student's, where these are not in its weights,
+        and those of a folder, added up.
+        """
+        folders = [folder] if self.trained.is_merged else [self.trained.student, folder]
+        lora = sum_of([lora_of(each) for each in folders])
+        total = AdapterSum(list(map(checkpoint_tensors, folders)), scale=lora.scale, seed=None)
         left = {saved for saved in total.names if file_of(saved) == ADAPTERS}
         for path, linear in self._linears.items():
             for member, adapter in linear.add(name, lora).eval().items():

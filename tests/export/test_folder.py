@@ -263,6 +263,19 @@ def test_merged_adapters_leave_the_vectors_where_they_were(land, stacks, read_el
             export(land / "merged", land / "again", **options)
 
 
+def test_added_tasks_answer_beside_merged_adapters(land, stacks):
+    tasks = {"topic": land / "topic", "nli": land / "two"}
+    export(stacks["plain"], land / "merged tasks", merge=True, tasks=tasks)
+    before, after = (
+        MTLLM.from_pretrained(each) for each in (stacks["plain"], land / "merged tasks")
+    )
+    for task, folder in tasks.items():
+        before.add_task(task, folder)
+        options = {"texts": TEXTS, "language": "swh_Latn", "task": task}
+        scores = [each.classify(**options).probabilities for each in (before, after)]
+        np.testing.assert_allclose(*scores, atol=1e-5)
+
+
 def test_the_models_are_what_they_were(land, exported):
     folder = exported["plain"]
     llm = load_file(land / "decoder" / "model.safetensors")
