@@ -150,7 +150,7 @@ def compare(setting: Setting, texts: Sequence[str], repeats: int) -> list[Row]:
     return [
         {
             "variant": name,
-            "batch": sizes[name],
+            "batch": sizes[name] if name != "ours" else "by tokens",
             "texts_per_s": spread(rates[name]),
             "peak_bytes": _peak_apart(setting, name, texts, sizes[name]),
             "error": errors[name],
@@ -209,7 +209,7 @@ def _shown(rows: Sequence[Row]) -> Iterator[dict[str, str]]:
             "texts/s": f"{rate['median']:.1f}",
             "p20-p80": f"{rate['p20']:.1f}-{rate['p80']:.1f}",
             "ours is": f"{ours_per_s / rate['median']:.2f} x",
-            "batch": str(row["batch"]) if row["variant"] != "ours" else "by tokens",
+            "batch": str(row["batch"]),
             "peak MiB": f"{row['peak_bytes'] / 2**20:.0f}",
             "error": f"{row['error']:.0e}",
         }

@@ -263,12 +263,10 @@ def test_merged_adapters_leave_the_vectors_where_they_were(land, stacks, read_el
             export(land / "merged", land / "again", **options)
 
 
-def test_added_tasks_answer_beside_merged_adapters(land, stacks):
-    tasks = {"topic": land / "topic", "nli": land / "two"}
-    export(stacks["plain"], land / "merged tasks", merge=True, tasks=tasks)
-    before, after = (
-        MTLLM.from_pretrained(each) for each in (stacks["plain"], land / "merged tasks")
-    )
+def test_added_tasks_answer_beside_merged_adapters(land, stacks, exported):
+    tasks = {task: exported["plain"] / "tasks" / task for task in ("topic", "nli")}
+    out = export(stacks["plain"], land / "merged tasks", merge=True, tasks=tasks)
+    before, after = map(MTLLM.from_pretrained, (stacks["plain"], out))
     for task, folder in tasks.items():
         before.add_task(task, folder)
         options = {"texts": TEXTS, "language": "swh_Latn", "task": task}
