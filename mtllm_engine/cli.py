@@ -161,8 +161,15 @@ def _add_encode(commands: argparse._SubParsersAction) -> None:
         parser.add_argument(
             "--gpus", type=int, default=1, metavar="N", help="ranks on this node (default: 1)"
         )
+        _add_places(parser)
         parser.set_defaults(run=_encode, command=name)
         (_add_vectors if name == "encode" else _add_labels)(parser)
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    for model in ("encoder", "decoder"):
+        moved = f"the {model} that X was trained with, where it lies elsewhere now"
+        parser.add_argument(f"--{model}", default="", type=expand, metavar="DIR", help=moved)
 
 
 def _add_vectors(parser: argparse.ArgumentParser) -> None:
@@ -226,13 +233,14 @@ def _encode(arguments: argparse.Namespace) -> int:
 def _add_show(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("show", help="say what a run, checkpoint, sum or export holds")
     parser.add_argument("model", type=expand, metavar="X")
+    _add_places(parser)
     parser.set_defaults(run=_show_trained)
 
 
 def _show_trained(arguments: argparse.Namespace) -> int:
     from mtllm_engine.show import show
 
-    print(show(arguments.model))
+    print(show(arguments.model, encoder=arguments.encoder, decoder=arguments.decoder))
     return 0
 
 
@@ -267,6 +275,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--push", default="", metavar="REPO", help="on the hub; a new one is private"
     )
+    _add_places(parser)
     parser.set_defaults(run=_export)
 
 
@@ -289,6 +298,8 @@ def _export(arguments: argparse.Namespace) -> int:
         push=arguments.push,
         default_language=arguments.language,
         tasks=dict(arguments.task),
+        encoder=arguments.encoder,
+        decoder=arguments.decoder,
     )
     num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {num_bytes / 1e9:.2f} GB")

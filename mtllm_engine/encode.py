@@ -50,6 +50,9 @@ class Request:
     source: str
     """A file, or `-`."""
     model: str
+    encoder: str = ""
+    decoder: str = ""
+    """The models that it was trained with, where they lie elsewhere now."""
     language: str | None = None
     fields: Sequence[str] = ("text",)
     """Two, where a task compares two texts."""
@@ -123,14 +126,19 @@ class Request:
             folder = checkpoint_in(Path(files.expand(name)))
             paths = [path for each in (*RUN_FILES, FILE) if (path := folder / each).is_file()]
             settings[name] = [files.sha256_of(path) for path in paths]
-        return json.dumps([find_trained(self.model).identity, settings])
+        return json.dumps([find_trained(self.model, **self._places).identity, settings])
+
+    @property
+    def _places(self) -> dict[str, str]:
+        return {"encoder": self.encoder, "decoder": self.decoder}
 
     def load(self, world: "World") -> "MTLLM":
         """Raises: ValueError: As `MTLLM.from_pretrained` and `MTLLM.add_task`."""
         from mtllm_engine.inference import MTLLM
 
         device = self.device if self.device == "cpu" else world.device
-        model = MTLLM.from_pretrained(self.model, device=device, dtype=self.dtype)
+        options = {"device": device, "dtype": self.dtype, **self._places}
+        model = MTLLM.from_pretrained(self.model, **options)
         for name, checkpoint in self.adapters:
             model.add_task(name, files.expand(checkpoint))
         return model

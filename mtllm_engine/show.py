@@ -26,13 +26,13 @@ WIDEST = 160  # characters of a row
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
-def show(name: str) -> str:
-    """A table of names and values.
+def show(name: str, *, encoder: str = "", decoder: str = "") -> str:
+    """A table of names and values. Args: as `find_trained`.
 
     Raises:
         ValueError: As `find_trained`.
     """
-    trained = find_trained(name)
+    trained = find_trained(name, encoder=encoder, decoder=decoder)
     rows = {**_what(trained), **_models(trained), **_tasks(trained), **_made(trained)}
     rows["size"] = _size(trained)
     width = max(map(len, rows))

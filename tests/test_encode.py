@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -145,6 +146,19 @@ def test_an_exported_folder_knows_its_language(models, stack, folder):
 
 class Killed(BaseException):
     """What no code of ours expects."""
+
+
+def test_models_that_have_moved_are_named(models, stack, folder, capfd):
+    shutil.copytree((models / "stage1" / "checkpoints" / "latest").resolve(), "alone")
+    places = ["--encoder", str(models / "encoder"), "--decoder", str(models / "decoder")]
+    command = ["encode", "a.txt", "--model", "alone", *LANGUAGE, "--out", "out.npy"]
+    assert main(command) == 1
+    assert "there is no config.toml of its run beside it" in capfd.readouterr().err
+    assert main([*command, *places]) == 0
+    np.testing.assert_allclose(np.load("out.npy"), stack.encode(TEXTS, "swh_Latn"), atol=1e-5)
+    assert main(["show", "alone", *places]) == 0
+    assert str(models / "encoder") in capfd.readouterr().out
+    assert main(["export", "alone", *places, "--out", "exported"]) == 0
 
 
 def test_the_same_command_goes_on_where_it_broke(models, stack, folder, calls, monkeypatch):
