@@ -266,6 +266,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--task",
+        dest="tasks",
         action="append",
         default=[],
         type=_named_path,
@@ -297,7 +298,7 @@ def _export(arguments: argparse.Namespace) -> int:
         merge=arguments.merge,
         push=arguments.push,
         default_language=arguments.language,
-        tasks=dict(arguments.task),
+        tasks=dict(arguments.tasks),
         encoder=arguments.encoder,
         decoder=arguments.decoder,
     )

@@ -23,6 +23,7 @@ from mtllm_engine import tasks
 from mtllm_engine.data.annotations import NO_ANNOTATIONS, Annotations
 from mtllm_engine.data.batch import Batch, Document, collate
 from mtllm_engine.data.tokenizers import PairTokenizer
+from mtllm_engine.files import expanded_path
 from mtllm_engine.kernels.rms_norm import rms_norm
 from mtllm_engine.languages import check_language, nearest, readable, resolve_language
 from mtllm_engine.model.build import build_stack, build_tokenizer
@@ -287,7 +288,7 @@ class MTLLM:
         if name in self._tasks or not NAME.fullmatch(name):
             wrong = "is taken" if name in self._tasks else "must be letters, digits, - and _"
             raise ValueError(f"the task's name {name!r} {wrong}")
-        folder = checkpoint_in(Path(adapter).expanduser())
+        folder = checkpoint_in(expanded_path(str(adapter)))
         head = head_of(folder, task_of(folder) or name, labels)
         if head is None:
             fix = "it takes a run of `mtllm finetune`, or that file beside PEFT's own"

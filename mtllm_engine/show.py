@@ -45,7 +45,8 @@ def _what(trained: Trained) -> dict[str, str]:
     if trained.is_exported:
         return {"is": f"an exported folder, {trained.folder}"}
     if parts := summed_in(trained.folder):
-        return {"is": f"a sum, {trained.folder}", "of": ", ".join(map(str, parts))}
+        rows = {f"part {number}": str(part) for number, part in enumerate(parts, start=1)}
+        return {"is": f"a sum, {trained.folder}", **rows}
     if not trained.run:
         return {"is": f"a checkpoint, {trained.folder}"}
     name = trained.folder.resolve().name

@@ -502,7 +502,9 @@ def command_words(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
             yield action
 
 
-NO_PATH_WORDS = {"overrides", "field", "language", "licence", "size"}
+NO_PATH_WORDS = {"overrides", "field", "fields", "language", "licence", "size", "task"}
+NO_PATH_WORDS |= {"format", "dtype", "push"}
+NAMED = {"adapters", "tasks"}  # NAME=PATH
 
 
 def test_a_home_is_expanded_in_every_path_of_a_command_line():
@@ -512,6 +514,9 @@ def test_a_home_is_expanded_in_every_path_of_a_command_line():
     assert {action.dest for action in paths} >= {"config", "recipe", "inputs", "out", "folder"}
     for action in paths:
         assert action.type is not None, action.dest
+        if action.dest in NAMED:
+            assert action.type("a=~/x y") == ("a", f"{HOME}/x y")
+            continue
         assert str(action.type("~/x y")) == f"{HOME}/x y" and str(action.type("a/~")) == "a/~"
 
 

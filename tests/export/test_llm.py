@@ -88,7 +88,7 @@ def test_weights_are_merged_in_fp32_and_then_cast(stacks: dict[bool, Trained], t
 
 def test_no_tensor_is_held_whole(stacks: dict[bool, Trained], monkeypatch):
     monkeypatch.setattr(streaming, "PIECE", 100)
-    tensors = [*models.llm_tensors(stacks[False], ""), *models.encoder_tensors(stacks[False], "")]
+    tensors = [*models.merged_llm(stacks[False], ""), *models.encoder_tensors(stacks[False], "")]
     assert max(math.prod(tensor.shape) for tensor in tensors) > 10_000
     for tensor in tensors:
         pieces = [piece.numel() for piece in tensor.read()]
