@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides += rest
     try:
         return arguments.run(arguments)
+    except BrokenPipeError:  # who read has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         print("mtllm: error:", " ".join(str(error).split()), file=sys.stderr)
         return 1

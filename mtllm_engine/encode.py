@@ -6,15 +6,17 @@ it leaves out the chunks whose results it finds. Of several ranks each makes eve
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -128,6 +130,16 @@ class Request:
             settings[name] = [files.sha256_of(path) for path in paths]
         return json.dumps([find_trained(self.model, **self._places).identity, settings])
 
+    def found(self) -> str:
+        """The folder that the model's name means now.
+
+        Raises:
+            ValueError: There is none.
+        """
+        from mtllm_engine.training.trained import find_trained
+
+        return str(find_trained(self.model, **self._places).folder)
+
     @property
     def _places(self) -> dict[str, str]:
         return {"encoder": self.encoder, "decoder": self.decoder}
@@ -166,10 +178,18 @@ def run(request: Request, world: "World") -> None:
     # What is wrong with the last text is said before the first is read.
     is_file = request.source != STANDARD_INPUT
     total = world.on_main(lambda: sum(map(len, request.chunks()))) if is_file else None
+    # All ranks, and all that follows, mean the same checkpoint, whatever is saved meanwhile.
+    request = replace(request, model=world.on_main(lambda: request.found()))
     if not request.out:
         return _print(request, world)
     parts = Parts(Path(request.out), world.on_main(lambda: request.identity))
-    world.on_main(parts.make_folder)
+    with contextlib.ExitStack() as claims:
+        world.on_main(lambda: claims.enter_context(parts.claimed()))
+        _make(request, parts, world, total)
+
+
+def _make(request: Request, parts: "Parts", world: "World", total: int | None) -> None:
+    """Makes the chunks that are not there, and joins them."""
     try:
         done = world.together(lambda: _answer(request, parts, world, total))
     except ValueError:
@@ -236,9 +256,27 @@ class Parts:
         self.folder = out.with_name(f"{out.name}.parts")
         self._write, self._join = FORMATS[out.suffix]
 
-    def make_folder(self) -> None:
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Makes the folder, and meanwhile keeps others out of it.
+
+        Raises:
+            ValueError: Another process is at work in it.
+        """
         with self._kept():
             self.folder.mkdir(exist_ok=True)
+            claim = os.open(self.folder, os.O_RDONLY)
+        try:
+            self._lock(claim)
+            yield
+        finally:
+            os.close(claim)
+
+    def _lock(self, claim: int) -> None:
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another command is writing {self.out}; wait for it") from None
 
     def name(self, number: int, texts: Sequence[Text]) -> str:
         """What a chunk is called that has these texts, if nothing else is changed."""

@@ -25,7 +25,7 @@ from mtllm_engine.data.batch import Batch, Document, collate
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.files import expanded_path
 from mtllm_engine.kernels.rms_norm import rms_norm
-from mtllm_engine.languages import check_language, nearest, readable, resolve_language
+from mtllm_engine.languages import NAMES, check_language, nearest, readable, resolve_language
 from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.model.licences import licences_of
 from mtllm_engine.model.lora import LoraLinear
@@ -34,6 +34,7 @@ from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.sums import AdapterSum, lora_of, sum_of
 from mtllm_engine.model.weights import (
     ADAPTERS,
+    PROJECTION_FILE,
     check_finite,
     checkpoint_tensors,
     file_of,
@@ -54,6 +55,7 @@ from mtllm_engine.world import World, device_type
 
 WINDOW = 4096  # texts that are sorted by length together; while they are read, the next are cut up
 MAX_TOKENS = 4096  # of a batch: on a CPU more is no faster, and takes memory
+DTYPES, QUANTIZATIONS = ("bfloat16", "float32"), ("none", "fp8", "nf4")
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 Text = str | tuple[str, str]
 """A text, or the two of a task that compares two."""
@@ -117,7 +119,12 @@ class MTLLM:
             ValueError: There is no such thing, it has no projection, or it is damaged or does not
                 fit its models.
         """
+        for value, known in ((dtype, DTYPES), (quantization, QUANTIZATIONS)):
+            if value not in (None, *known):
+                raise ValueError(f"{value!r} is none of {', '.join(known)}")
         trained = find_trained(name, encoder=encoder, decoder=decoder)
+        if trained.is_exported and (encoder or decoder):
+            raise ValueError(f"{name} has its own encoder and LLM; leave out encoder= and decoder=")
         if not trained.reads_stack:
             fix = "load the stage 1 of its LLM, and give it this with add_task"
             raise ValueError(f"{name} is a fine-tuned LLM without a projection; {fix}")
@@ -129,7 +136,7 @@ class MTLLM:
             config = replace(config, model=replace(config.model, teacher=""))
         if not trained.is_exported:
             check_origins(config)
-        device = torch.device(device or device_type())
+        device = _device(device or device_type())
         stack, weights = build_stack(config, learns=False, device=device.type)
         world = World(rank=0, size=1, local_rank=0, device=device)
         loaded = cls(trained, shard(stack, weights, config, world), device)
@@ -289,6 +296,9 @@ class MTLLM:
             wrong = "is taken" if name in self._tasks else "must be letters, digits, - and _"
             raise ValueError(f"the task's name {name!r} {wrong}")
         folder = checkpoint_in(expanded_path(str(adapter)))
+        if (folder / PROJECTION_FILE).is_file():
+            fix = "name the run of `mtllm finetune` that it learned from"
+            raise ValueError(f"{folder} is a stack itself, with a projection; {fix}")
         head = head_of(folder, task_of(folder) or name, labels)
         if head is None:
             fix = "it takes a run of `mtllm finetune`, or that file beside PEFT's own"
@@ -339,7 +349,8 @@ class MTLLM:
         tokens = self._sides["student"].tokenizer.languages
         given = resolve_language(language, tokens, fallback).given
         if given is None:
-            check_language(language)
+            if language not in NAMES:
+                check_language(language, self.languages)
             near = ", ".join(nearest(language, self.languages))
             raise ValueError(f"the encoder has no token for {language}; the nearest are {near}")
         return given
@@ -382,7 +393,8 @@ class MTLLM:
             for number in range(len(windows)):
                 documents = coming[number].result()
                 if number + 1 < len(windows):
-                    coming.append(ahead.submit(side.documents, windows[number + 1]))
+                    first = (number + 1) * WINDOW
+                    coming.append(ahead.submit(side.documents, windows[number + 1], first))
                 coming[number] = None
                 self._count(documents)
                 for places in _batches(documents, max_tokens):
@@ -512,8 +524,19 @@ class _Side:
     tokenizer: PairTokenizer
     adapters: str | None
 
-    def documents(self, asked: Sequence[_Asked]) -> list[_Tokenised]:
-        return [self._document(each) for each in asked]
+    def documents(self, asked: Sequence[_Asked], first: int = 0) -> list[_Tokenised]:
+        """Args: first: The number of the first text.
+
+        Raises:
+            ValueError: A text cannot be made short enough.
+        """
+        documents = []
+        for number, each in enumerate(asked, start=first):
+            try:
+                documents.append(self._document(each))
+            except ValueError as error:
+                raise ValueError(f"texts[{number}]: {error}") from None
+        return documents
 
     def _document(self, asked: _Asked) -> _Tokenised:
         read, _ = self.tokenizer.example(asked.text, asked.language, asked.annotations)
@@ -528,6 +551,17 @@ class _Side:
             parts_Q2=read.parts_Q2,
         )
         return _Tokenised(document, read.is_cut)
+
+
+def _device(name: str | torch.device) -> torch.device:
+    """Raises: ValueError: There is no such device."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={name!r}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError('there is no GPU that torch sees; use device="cpu"')
+    return device
 
 
 def _checked(number: int, text: Text, language: str, annotations: Annotations) -> _Asked:

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from mtllm_engine import encode
+from mtllm_engine import encode, files
 from mtllm_engine.cli import main
 from mtllm_engine.encode import ENDINGS, Parts, Request
 from mtllm_engine.export import export
@@ -148,6 +148,38 @@ class Killed(BaseException):
     """What no code of ours expects."""
 
 
+def test_one_command_at_a_time_writes_a_file(models, folder, capfd):
+    """Another would take its finished chunks for those of a request that is not its own."""
+    parts = Parts(Path("out.npy"), "another request")
+    finished = parts.folder / f"{0:08d}-{0:032x}-0.npy"
+    command = ["encode", "a.txt", "--model", str(models / "stage1"), *LANGUAGE, "--out", "out.npy"]
+    with parts.claimed():
+        finished.write_bytes(b"finished")
+        assert main(command) == 1
+        message = capfd.readouterr().err
+        assert message.endswith("another command is writing out.npy; wait for it\n")
+        assert finished.read_bytes() == b"finished"
+    assert main(command) == 0 and not parts.folder.exists()
+
+
+def test_all_chunks_are_of_one_checkpoint(models, stack, folder, monkeypatch):
+    """Of that which was the run's when the command began."""
+    run = Path(shutil.copytree(models / "stage1", "run", symlinks=True))
+    load = Request.load
+
+    def loading(self, world):
+        newer = run / "checkpoints" / "step-00000009"
+        shutil.copytree((run / "checkpoints" / "latest").resolve(), newer)
+        files.link(run / "checkpoints" / "latest", newer.name)
+        (newer / "projection.safetensors").unlink()
+        return load(self, world)
+
+    monkeypatch.setattr(Request, "load", loading)
+    command = ["encode", "a.txt", "--model", "run", *LANGUAGE, "--out", "out.npy"]
+    assert main(command) == 0
+    np.testing.assert_allclose(np.load("out.npy"), stack.encode(TEXTS, "swh_Latn"), atol=1e-5)
+
+
 def test_models_that_have_moved_are_named(models, stack, folder, capfd):
     shutil.copytree((models / "stage1" / "checkpoints" / "latest").resolve(), "alone")
     places = ["--encoder", str(models / "encoder"), "--decoder", str(models / "decoder")]
@@ -273,7 +305,7 @@ def test_joined_parts_are_what_one_part_would_be(sizes, ending, classes, seed):
         contents = []
         for name, pieces in (("many", sizes), ("one", [sum(sizes)])):
             parts = Parts(Path(folder, f"{name}{ending}"), "identity")
-            parts.make_folder()
+            parts.folder.mkdir()
             called, start = [], 0
             for number, size in enumerate(pieces):
                 chunk = words[start : start + size]
@@ -373,10 +405,14 @@ MISTAKES = [
     (
         "encode a.txt --out out.npy --model {models}/finetune-sib200 --language swh_Latn",
         1,
-        "{models}/finetune-sib200 is a fine-tuned LLM without a projection",
+        "{models}/finetune-sib200/checkpoints/step-",
     ),
     (f"classify a.txt --out out.npy {RUN}", 1, "--out out.npy must end in .jsonl or .parquet"),
-    (f"classify a.txt --out out.jsonl {RUN}", 1, "task= says which task: {models}/stage1 has none"),
+    (
+        f"classify a.txt --out out.jsonl {RUN}",
+        1,
+        "task= says which task: {models}/stage1/checkpoints",
+    ),
     (f"classify a.txt {RUN} --gpus 2", 1, "several ranks write into a file; name one with --out"),
     (f"classify a.txt {RUN} --field a,b", 1, "a.txt has one text a line; two fields are read of"),
     (f"classify a.txt {RUN} --adapter x", 2, "argument --adapter: write NAME=CHECKPOINT, not 'x'"),
@@ -384,7 +420,7 @@ MISTAKES = [
     (
         "classify a.txt --model {models}/stage2-sib200 --language swh_Latn --task nli",
         1,
-        "there is no task 'nli': {models}/stage2-sib200 has sib200 (classification)",
+        "there is no task 'nli': {models}/stage2-sib200/checkpoints/step-",
     ),
 ]
 

@@ -436,7 +436,7 @@ def refused(folder: Path, tmp_path: Path) -> dict[str, tuple[Path, dict, str]]:
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     cases["damaged"] = (damaged, mine, "adapter_model.safetensors is damaged")
-    cases["a stack"] = (folder / "stack nli", mine, "have a projection each")
+    cases["a stack"] = (folder / "stack nli", mine, "is a stack itself")
     sound = folder / "llm nli"
     cases["taken"] = (sound, {"name": "sib200"}, "name 'sib200' is taken")
     for name in ("", "a b", "../a", "a.b"):

@@ -3,8 +3,13 @@ what to do with these."""
 
 from pathlib import Path
 
+from mtllm_engine.config import flatten
 from mtllm_engine.export import Options
 from mtllm_engine.export.models import write_card, write_checkpoint
+from mtllm_engine.files import sealed, sha256_of
+from mtllm_engine.model import peft
+from mtllm_engine.model.weights import RUN_FILES
+from mtllm_engine.training.checkpoint import READS
 from mtllm_engine.training.trained import Trained
 
 CARD = """
@@ -70,4 +75,12 @@ a few lines: `mtllm export --format folder` writes a folder that does it.
 
 def write(trained: Trained, draft: Path, options: Options) -> None:
     write_checkpoint(trained, trained.student, draft)
+    flat, said = flatten(trained.config), trained.record.get("identity", {})
+    identity = {key: flat[key] for key in READS}
+    identity |= {key: said[key] for key in ("model.encoder", "model.decoder") if key in said}
+    identity |= {"task.name": trained.task, "model.teacher": trained.config.model.teacher and "-"}
+    written = (*RUN_FILES, peft.FILE)
+    hashes = {name: sha256_of(draft / name) for name in written if (draft / name).is_file()}
+    record = {"identity": identity, "files": hashes}
+    (draft / "state.json").write_bytes(sealed(record))
     write_card(trained, draft, CARD + (WHOLE if trained.config.data.parts == "whole" else PARTS))

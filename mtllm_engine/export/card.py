@@ -36,8 +36,13 @@ def about(trained: Trained) -> dict[str, Any]:
         "licences": licences_of(trained.config),
         "quantization": model.quantization,
         "is_sum": bool(summed_in(trained.folder)),
-        "runs": list(_runs(trained.folder)),
+        "runs": _distinct(_runs(trained.folder)),
     }
+
+
+def _distinct(runs: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Several may stand on the same one."""
+    return list({json.dumps(run, sort_keys=True): run for run in runs}.values())
 
 
 def _runs(checkpoint: Path) -> Iterator[dict[str, Any]]:
@@ -128,7 +133,7 @@ def _licences(about: Mapping[str, Any]) -> str:
 
 
 def _summary(about: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    known = [NAMES[code] for code in settings["languages"] if code in NAMES]
+    known = [NAMES.get(code, code) for code in settings["languages"]]
     reads = f"{len(settings['languages'])} languages"
     if settings["parts"] != "whole":
         reads += f", {settings['parts']} one by one"
@@ -150,6 +155,7 @@ def _summary(about: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 def _use(settings: Mapping[str, Any]) -> str:
     codes = settings["languages"]
     code = "swh_Latn" if "swh_Latn" in codes or not codes else codes[0]
+    text = {"swh_Latn": "Habari ya dunia", "eng_Latn": "Hello, world"}.get(code, "...")
     return f"""## Use
 
 With mtllm-engine, which trained it:
@@ -158,7 +164,7 @@ With mtllm-engine, which trained it:
 from mtllm_engine import MTLLM
 
 model = MTLLM.from_pretrained(DIR)
-vectors = model.encode(["Habari ya dunia"], language="{code}")  # float32 (1, D)
+vectors = model.encode(["{text}"], language="{code}")  # float32 (1, D)
 ```
 
 With transformers 5 alone:
@@ -167,7 +173,7 @@ With transformers 5 alone:
 from transformers import AutoModel
 
 model = AutoModel.from_pretrained(DIR, trust_remote_code=True)
-vectors = model.encode(["Habari ya dunia"], language="{code}")
+vectors = model.encode(["{text}"], language="{code}")
 ```
 
 With sentence-transformers 6, one language a call:
@@ -176,7 +182,7 @@ With sentence-transformers 6, one language a call:
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer(DIR, trust_remote_code=True)
-vectors = model.encode(["Habari ya dunia"], language="{code}")
+vectors = model.encode(["{text}"], language="{code}")
 ```
 
 `DIR` is this folder, or its name on the hub. Languages are codes of FLORES-200."""

@@ -52,6 +52,7 @@ projection = load_file(f"{HERE}/projection.safetensors")
 
 @torch.no_grad()
 def embed(text, language):
+    assert tokenizer.convert_tokens_to_ids(language) != tokenizer.unk_token_id, language
     tokenizer.src_lang = language  # NLLB's code, such as swh_Latn (sat_Olck is sat_Beng there)
     ids = tokenizer(text, truncation=True, max_length=$max_length, return_tensors="pt").input_ids
     states = encoder(input_ids=ids).last_hidden_state[0]

@@ -280,6 +280,12 @@ class MTLLMModel(PreTrainedModel):
     ) -> list[tuple[list[int], list[int]]]:
         if isinstance(texts, str):
             raise ValueError("texts is one text; write a list: [text]")
+        texts = list(texts)
+        for number, text in enumerate(texts):
+            is_pair = isinstance(text, tuple | list) and len(text) == 2
+            if not all(isinstance(each, str) for each in (text if is_pair else [text])):
+                kind = type(text).__name__
+                raise ValueError(f"texts[{number}] is neither a text nor a pair of two, but {kind}")
         if reader not in ("student", "teacher"):
             raise ValueError(f'reader must be "student" or "teacher", not {reader!r}')
         is_one = language is None or isinstance(language, str) or reader == "teacher"

@@ -50,6 +50,8 @@ class MTLLMSentences(InputModule):
         if language is not None and not isinstance(language, str):
             # Texts are sorted by length before they come here, so languages would be mixed up.
             raise ValueError("language= is one language; call encode once for each")
+        if not all(isinstance(text, str) for text in inputs):
+            raise ValueError("texts are strings; pairs are for the model's own classify")
         return self.model.tokenize([f"{prompt or ''}{text}" for text in inputs], language)
 
     def forward(
@@ -67,6 +69,10 @@ class MTLLMSentences(InputModule):
     @property
     def max_seq_length(self) -> int:
         return self.model.config.max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, tokens: int) -> None:
+        self.model.config.max_length = tokens
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:
         raise NotImplementedError("copy the folder that this was opened from: it is all there is")

@@ -163,6 +163,8 @@ def head_of(folder: Path, task: str, labels: Sequence[str] = ()) -> Head | None:
         names = family.labels
     else:
         kind, count, names = "classification", outputs, tuple(map(str, range(outputs)))
+    if isinstance(labels, str) or len(set(labels)) < len(labels):
+        raise ValueError(f"labels must be a list of different names, not {labels!r}")
     if labels and len(labels) != len(names):
         wrong = f"has {len(names)} classes, and there are {len(labels)} labels"
         raise ValueError(f"{folder / HEAD_FILE} {wrong}; name each class, or none")
@@ -229,8 +231,10 @@ def _of_checkpoint(name: str, folder: Path, *, encoder: str, decoder: str) -> Tr
         raise ValueError(f"{folder}: {lack}, so what it was trained with is not known; {fix}")
     if trained:
         config = checkpoint.follow(configs.load(trained / "config.toml"))
-    else:
+    else:  # others' folders say nothing of how texts are read
         config = _saying(record.get("identity", {}))
+        if record.get("identity", {}).get("model.teacher"):  # which is somewhere else
+            config = replace(config, model=replace(config.model, teacher=str(folder / TEACHER)))
     has_task = (folder / HEAD_FILE).is_file()
     if parts:  # its teacher is the part that learned the task
         learned = [str(part) for part in parts if (part / HEAD_FILE).is_file()]

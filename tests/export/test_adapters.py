@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mtllm_engine.export import adapters
+from mtllm_engine.training.trained import find_trained
 from tests.support.adapters import write_head
 from tests.support.exports import (
     AS_STORED,
@@ -20,6 +21,17 @@ from tests.support.exports import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_an_export_says_how_texts_are_read(tmp_path, causal: bool):
+    trained, out = build_trained(tmp_path, bias=True, causal=causal), tmp_path / "out"
+    out.mkdir()
+    adapters.write(trained, out, AS_STORED)
+    model = trained.config.model
+    places = {"encoder": model.encoder, "decoder": model.decoder}
+    again = find_trained(out, **places).config
+    assert (again.model.causal, again.data.max_length) == (causal, trained.config.data.max_length)
 
 
 def test_the_cards_program_gives_our_vectors(tmp_path):

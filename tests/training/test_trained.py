@@ -214,6 +214,18 @@ def test_a_checkpoint_without_its_run_needs_its_models_named(recipe: Path, tmp_p
     assert {key: getattr(data, key) for key in READ} == READ
 
 
+def test_the_teacher_of_a_checkpoint_without_its_run_is_no_bare_llm(recipe: Path, tmp_path: Path):
+    alone = shutil.copytree(step(recipe / "stage2"), tmp_path / "alone")
+    record = json.loads((alone / "state.json").read_text())
+    del record["sha256"]
+    identity = record["identity"] | {"model.teacher": "of its adapters"}
+    seal(alone, record | {"identity": identity})
+    models = {key: str(recipe / key) for key in ("encoder", "decoder")}
+    assert str(alone / "teacher") in find_trained(alone, **models).without_teacher
+    shutil.copytree(step(recipe / "finetune"), alone / "teacher")
+    assert not find_trained(alone, **models).without_teacher
+
+
 def test_models_may_be_named(recipe: Path):
     """Each alone; what is not named is where it was."""
     found = find_trained(recipe / "stage1", encoder="elsewhere")
