@@ -15,7 +15,8 @@ from mtllm_engine.config import Config
 from mtllm_engine.model.build import build_stack
 from mtllm_engine.model.lora import quantised_weights
 from mtllm_engine.model.stack import Stack
-from mtllm_engine.model.weights import TensorFiles, Weights, resolve
+from mtllm_engine.model.tensors import TensorFiles, resolve
+from mtllm_engine.model.weights import Weights
 from mtllm_engine.training.engine import MOMENTS, TrainedState, shard
 from mtllm_engine.world import World
 

@@ -12,14 +12,8 @@ from mtllm_engine.model.objective import HeadSize
 from mtllm_engine.model.peft import read_lora
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.sums import open_start, settle
-from mtllm_engine.model.weights import (
-    ADAPTERS,
-    TensorFiles,
-    Weights,
-    checkpoint_tensors,
-    has_head,
-    resolve,
-)
+from mtllm_engine.model.tensors import TensorFiles, resolve
+from mtllm_engine.model.weights import ADAPTERS, Weights, checkpoint_tensors, has_head
 
 
 def build_stack(

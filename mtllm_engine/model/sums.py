@@ -15,14 +15,8 @@ import torch
 from mtllm_engine.config import LORA_TARGETS, Config, LoraConfig
 from mtllm_engine.model.lora import initial_adapter
 from mtllm_engine.model.peft import read_lora
-from mtllm_engine.model.weights import (
-    ADAPTERS,
-    HEAD_FILE,
-    TensorFiles,
-    check_finite,
-    checkpoint_tensors,
-    generator_of,
-)
+from mtllm_engine.model.tensors import TensorFiles, check_finite
+from mtllm_engine.model.weights import ADAPTERS, HEAD_FILE, checkpoint_tensors, generator_of
 
 
 class AdapterSum:
