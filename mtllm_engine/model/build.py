@@ -181,6 +181,9 @@ def load_config(folder: Path, kind: type[PreTrainedConfig], key: str) -> PreTrai
 
 
 def _check_configs(config: Config, encoder: PreTrainedConfig, decoder: DecoderSpec) -> None:
+    if config.model.causal and decoder.is_bidirectional:
+        trained = "model.decoder was trained with attention from both sides"
+        raise ValueError(f"model.causal=true, and {trained}; set it to false")
     length, positions = config.data.max_length, None
     if isinstance(encoder, M2M100Config):
         positions = encoder.max_position_embeddings
