@@ -202,7 +202,7 @@ class PaddedEncoder:
     @property
     def padding(self) -> float:
         """The share of all tokens run until now that was padding."""
-        return 1 - self.num_read / self.num_run if self.num_run else 0.0
+        return (self.num_run - self.num_read) / max(1, self.num_run)
 
     def most_tokens(self, max_tokens: int) -> int:
         """Of the largest group of a micro-batch, padding included."""
