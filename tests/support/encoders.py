@@ -16,6 +16,7 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
+    AutoTokenizer,
     BertTokenizer,
     MBart50Tokenizer,
     PreTrainedTokenizerBase,
@@ -23,7 +24,7 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
-from tests.support.tiny import texts
+from tests.support.tiny import build_encoder, texts
 
 LONGEST = 30  # tokens, of the kinds that have a limit
 WIDTH, LAYERS, HEADS, INNER = 16, 2, 4, 24
@@ -172,6 +173,13 @@ def build_padded_encoder(folder: Path, kind: str, *, vocab_size: int = 0, **opti
                 parameter.normal_(std=std)
     model.save_pretrained(folder)
     return folder
+
+
+def build_under_nllb(folder: Path) -> Path:
+    """An XLM-R for up to 64 tokens, whose tokenizer and so languages are NLLB's."""
+    build_encoder(folder)
+    sizes = {"vocab_size": len(AutoTokenizer.from_pretrained(folder))}
+    return build_padded_encoder(folder, "e5-large", **sizes, max_position_embeddings=66)
 
 
 def read_by_transformers(folder: Path, kind: str) -> nn.Module:
