@@ -64,6 +64,7 @@ RANDOM_CASES = {  # small: the interpreter takes about 40 us for each operation 
                 "teacher": lengths(count, 90),
                 "gap": st.integers(0, 2),
                 "aligned": st.booleans(),
+                "fp32_weight": st.booleans(),
             }
         )
     ),
@@ -88,19 +89,31 @@ RANDOM_CASES = {  # small: the interpreter takes about 40 us for each operation 
         }
     ),
     "rms_norm": st.fixed_dictionaries(
-        {"tokens": st.integers(1, 9), "width": st.integers(4, 300), "residual": st.booleans()}
+        {
+            "tokens": st.integers(1, 9),
+            "width": st.integers(4, 300),
+            "residual": st.booleans(),
+            "fp32_weight": st.booleans(),
+        }
     ),
-    "rope": st.integers(1, 6).flatmap(
-        lambda heads: st.fixed_dictionaries(
+    "rope": st.tuples(st.integers(1, 6), st.integers(1, 40)).flatmap(
+        lambda sizes: st.fixed_dictionaries(
             {
                 "tokens": st.integers(1, 9),
-                "heads": st.just(heads),
-                "rotated": st.integers(0, heads),
-                "width": integers(2, 80, 2),
+                "heads": st.just(sizes[0]),
+                "rotated": st.integers(0, sizes[0]),
+                "width": st.just(2 * sizes[1]),
+                "pairs": st.none() | st.integers(1, sizes[1]),
             }
         )
     ),
-    "swiglu": st.fixed_dictionaries({"tokens": st.integers(1, 9), "width": st.integers(1, 300)}),
+    "swiglu": st.fixed_dictionaries(
+        {
+            "tokens": st.integers(1, 9),
+            "width": st.integers(1, 300),
+            "activation": st.sampled_from(["silu", "gelu_tanh"]),
+        }
+    ),
 }
 EXTREME_CASES = {  # wider than a block can be: right, or refused by name
     "distill_loss": {"width": 2**15, "student": (2,), "teacher": (1,), "gap": 0, "aligned": False},
@@ -257,6 +270,50 @@ def test_each_moment_is_right(subject):
             for each in (subject.function, subject.kernel.reference)
         )
         torch.testing.assert_close(ours["moments"][:4], theirs["moments"][:4], rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize(("op", "label"), [each for each in OURS if each.values[0] == "rms_norm"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_norm_with_a_weight_in_fp32_rounds_once(subject, residual):
+    """As Gemma, whose weight is 1 + what is stored: in half precision it would lose that."""
+    case = {"tokens": 12, "width": 160, "residual": residual, "fp32_weight": True}
+    arguments = subject.inputs(torch.float16, case)
+    y_SD, hidden_SD = subject.function(**arguments)
+    hidden64_SD = hidden_SD.double()
+    scale_S1 = (hidden64_SD.square().mean(-1, keepdim=True) + arguments["eps"]).rsqrt()
+    exact_SD = hidden64_SD * scale_S1 * arguments["weight_D"].double()
+    half_unit = torch.finfo(torch.float16).eps / 2
+    assert ((y_SD - exact_SD).abs() <= 1.001 * half_unit * exact_SD.abs() + 1e-7).all()
+
+
+@pytest.mark.parametrize(("op", "label"), [each for each in OURS if each.values[0] == "rope"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_what_does_not_turn_stays_bit_for_bit(subject, dtype):
+    case = {"tokens": 5, "heads": 5, "rotated": 3, "width": 20, "pairs": 3}
+    arguments = subject.inputs(dtype, case)
+    upstream = random_upstream(subject.kernel.reference, arguments)
+    outputs, gradients = run(subject.function, arguments, upstream)
+    forward = outputs[""], arguments["heads_SXK"]
+    backward = gradients["heads_SXK"], upstream[""]
+    for ours, theirs in (forward, backward):
+        assert torch.equal(ours[:, 3:], theirs[:, 3:])
+        assert torch.equal(ours[:, :3, 6:], theirs[:, :3, 6:])
+        assert not torch.isclose(ours[:, :3, :6], theirs[:, :3, :6]).all(dim=-1).any()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter's
+@pytest.mark.parametrize(("op", "label"), [each for each in OURS if each.values[0] == "swiglu"])
+def test_gelu_of_large_numbers_and_what_is_no_activation(subject):
+    """A cube of them would be infinite, and infinity times 0 is NaN; a NaN stays."""
+    gate_S = torch.tensor([1e30, -1e30, 3e38, -3e38, 30.0, -30.0, float("nan")])
+    gate_up_S2 = torch.stack([gate_S, torch.ones_like(gate_S)], dim=1).requires_grad_()
+    y_S1 = subject.function(gate_up_S2, "gelu_tanh")
+    y_S1.sum().backward()
+    assert torch.equal(y_S1[:-1, 0], gate_S[:-1].clamp(min=0))
+    assert gate_up_S2.grad[:-1, 0].tolist() == [1.0, 0.0] * 3
+    assert y_S1[-1].isnan() and gate_up_S2.grad[-1].isnan().all()
+    with pytest.raises(ValueError, match="activation is 'relu'; choose one of silu, gelu_tanh"):
+        subject.function(gate_up_S2, "relu")
 
 
 @pytest.mark.parametrize(("op", "label"), OURS)
