@@ -5,6 +5,9 @@ truncated when stored.
 """
 
 import dataclasses
+import itertools
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -415,6 +418,60 @@ def test_first_importable_implementation_runs_and_the_label_says_why():
 def test_attention_backends(backend, device, label):
     selected = select(backend, device).label(device)
     assert selected.removesuffix(" (not yet run by its authors)") == label
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "message"),
+    [
+        ("auto", "cpu", "torch SDPA cannot do: set model.attention to 'reference'$"),
+        ("torch", "cpu", "torch SDPA cannot do: set model.attention to 'reference'$"),
+        ("auto", "cuda", "varlen_attn cannot do: set .* to 'reference' or 'flash_attn'"),
+    ],
+)
+def test_attention_without_a_soft_cap_is_refused_to_models_that_have_one(backend, device, message):
+    with pytest.raises(ValueError, match=f"model.decoder caps its attention's scores, .*{message}"):
+        select(backend, device, softcap=50.0)
+    assert select("reference", device, softcap=50.0).label(device) == "reference"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_soft_cap_is_its_formula(causal):
+    """Entry by entry, and its gradients by finite differences; 1.5 bends most scores."""
+    case = {"lengths": (3, 1, 4), "heads": 4, "kv_heads": 2, "width": 3, "causal": causal}
+    arguments = attention.inputs(torch.Generator().manual_seed(0), torch.float32, **case)
+    states = [arguments.pop(name).detach().double() for name in ("q_SHK", "k_SGK", "v_SGK")]
+    q_SHK, k_SGK, v_SGK = (2 * x for x in states)
+    ours_SHK = attention.reference(q_SHK, k_SGK, v_SGK, **arguments, softcap=1.5)
+    bounds = [(0, 3)] * 3 + [(3, 4)] + [(4, 8)] * 4
+    for token, head in itertools.product(range(8), range(4)):
+        start, end = bounds[token]
+        seen = slice(start, token + 1 if causal else end)
+        scores = k_SGK[seen, head // 2] @ q_SHK[token, head] / 3**0.5
+        weights = torch.exp(1.5 * torch.tanh(scores / 1.5))
+        expected_K = weights @ v_SGK[seen, head // 2] / weights.sum()
+        torch.testing.assert_close(ours_SHK[token, head], expected_K)
+    plain_SHK = attention.reference(q_SHK, k_SGK, v_SGK, **arguments)
+    assert (ours_SHK - plain_SHK).abs().max() > 0.1
+
+    def capped(*states: torch.Tensor) -> torch.Tensor:
+        return attention.reference(*states, **arguments, softcap=1.5)
+
+    assert torch.autograd.gradcheck(capped, [x.requires_grad_() for x in (q_SHK, k_SGK, v_SGK)])
+
+
+@pytest.mark.parametrize("softcap", [0.0, 50.0])
+def test_flash_attn_is_told_of_a_soft_cap_if_there_is_one(softcap, monkeypatch):
+    """Versions before 2.6 have no word for it."""
+    called = {}
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_varlen_func = lambda q_SHK, *_, **options: called.update(options) or q_SHK
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    kernel = select("flash_attn", "cuda", softcap)
+    inputs = attention.inputs(torch.Generator(), torch.bfloat16, **attention.cases[1])
+    flash_attn = kernel.implementations["flash-attn"].function
+    flash_attn(**inputs, **({"softcap": softcap} if softcap else {}))
+    expected = {"causal": True, "deterministic": False}
+    assert called == (expected | {"softcap": softcap} if softcap else expected)
 
 
 @pytest.mark.parametrize("is_grouped", [False, True])
