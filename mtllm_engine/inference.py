@@ -32,10 +32,10 @@ from mtllm_engine.model.lora import LoraLinear
 from mtllm_engine.model.objective import best_answers, build_head
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.sums import AdapterSum, lora_of, sum_of
+from mtllm_engine.model.tensors import check_finite
 from mtllm_engine.model.weights import (
     ADAPTERS,
     PROJECTION_FILE,
-    check_finite,
     checkpoint_tensors,
     file_of,
     saved_name,

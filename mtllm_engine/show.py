@@ -16,7 +16,7 @@ from mtllm_engine.evaluation.systems import cost
 from mtllm_engine.export.card import WHAT
 from mtllm_engine.languages import readable
 from mtllm_engine.model.licences import licence_of
-from mtllm_engine.model.weights import FILES
+from mtllm_engine.model.tensors import FILES
 from mtllm_engine.training.log import learns
 from mtllm_engine.training.origins import summed_in
 from mtllm_engine.training.trained import Head, Trained, find_trained, head_of

@@ -22,7 +22,8 @@ from typing import Any, Literal
 from mtllm_engine.config import Config, flatten
 from mtllm_engine.evaluation.predictions import Predictions
 from mtllm_engine.files import sha256_of
-from mtllm_engine.model.weights import RUN_FILES, fingerprint, resolve
+from mtllm_engine.model.tensors import fingerprint, resolve
+from mtllm_engine.model.weights import RUN_FILES
 from mtllm_engine.training.log import commit
 
 SETTINGS = ("model.causal", "model.dtype", "model.quantization")

@@ -30,7 +30,8 @@ from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.model.objective import Outputs
 from mtllm_engine.model.peft import read_lora
 from mtllm_engine.model.sums import sum_of
-from mtllm_engine.model.weights import checkpoint_tensors, has_head, resolve
+from mtllm_engine.model.tensors import resolve
+from mtllm_engine.model.weights import checkpoint_tensors, has_head
 from mtllm_engine.tasks import Dataset, Example, Task, digest_of, find_dataset, load_task, pack
 from mtllm_engine.training.engine import build_engine, shard
 from mtllm_engine.training.origins import check_origins, summed_in

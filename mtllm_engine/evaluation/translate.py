@@ -26,7 +26,7 @@ from mtllm_engine.data.tokenizers import load_tokenizer
 from mtllm_engine.files import sync
 from mtllm_engine.languages import ENGLISH, check_language, nllb_token
 from mtllm_engine.model.build import load_config
-from mtllm_engine.model.weights import TensorFiles, check_finite, fingerprint, resolve
+from mtllm_engine.model.tensors import TensorFiles, check_finite, fingerprint, resolve
 from mtllm_engine.tasks import Example
 from mtllm_engine.world import World
 

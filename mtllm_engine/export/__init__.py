@@ -14,7 +14,8 @@ from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_re
 from mtllm_engine import files
 from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
 from mtllm_engine.languages import check_language, nllb_token
-from mtllm_engine.model.weights import ADAPTERS, resolve
+from mtllm_engine.model.tensors import resolve
+from mtllm_engine.model.weights import ADAPTERS
 from mtllm_engine.training.origins import check_origins
 from mtllm_engine.training.trained import Trained, checkpoint_in, find_trained, head_of
 

@@ -30,15 +30,8 @@ from mtllm_engine.export.models import (
 from mtllm_engine.export.streaming import Planned, planned, write_safetensors
 from mtllm_engine.model import peft
 from mtllm_engine.model.build import load_config
-from mtllm_engine.model.weights import (
-    ADAPTERS,
-    PROJECTION_FILE,
-    TensorFiles,
-    check_finite,
-    checkpoint_tensors,
-    fingerprint,
-    resolve,
-)
+from mtllm_engine.model.tensors import TensorFiles, check_finite, fingerprint, resolve
+from mtllm_engine.model.weights import ADAPTERS, PROJECTION_FILE, checkpoint_tensors
 from mtllm_engine.training.checkpoint import FORMAT, write_file
 from mtllm_engine.training.trained import Trained
 

@@ -26,13 +26,8 @@ from mtllm_engine.export.models import (
 from mtllm_engine.export.streaming import write_safetensors
 from mtllm_engine.inference import MTLLM
 from mtllm_engine.languages import ENGLISH, NAMES, SCRIPTS, readable
-from mtllm_engine.model.weights import (
-    ADAPTERS,
-    HEAD_FILE,
-    PROJECTION_FILE,
-    RUN_FILES,
-    resolve,
-)
+from mtllm_engine.model.tensors import resolve
+from mtllm_engine.model.weights import ADAPTERS, HEAD_FILE, PROJECTION_FILE, RUN_FILES
 from mtllm_engine.training.checkpoint import READS, fingerprint_of
 from mtllm_engine.training.trained import (
     ENCODER,

@@ -14,7 +14,8 @@ from mtllm_engine.export.models import (
     write_encoder,
 )
 from mtllm_engine.export.streaming import write_safetensors
-from mtllm_engine.model.weights import HEAD_FILE, PROJECTION_FILE, resolve
+from mtllm_engine.model.tensors import resolve
+from mtllm_engine.model.weights import HEAD_FILE, PROJECTION_FILE
 from mtllm_engine.training.trained import Trained
 
 ENCODER = "encoder"

@@ -14,16 +14,8 @@ import torch
 from mtllm_engine.export import card
 from mtllm_engine.export.streaming import Planned, merged, planned, write_safetensors
 from mtllm_engine.model import peft
-from mtllm_engine.model.weights import (
-    ADAPTERS,
-    HEAD_FILE,
-    RUN_FILES,
-    TensorFiles,
-    checkpoint_tensors,
-    file_of,
-    resolve,
-    tokenizer_files,
-)
+from mtllm_engine.model.tensors import TensorFiles, resolve, tokenizer_files
+from mtllm_engine.model.weights import ADAPTERS, HEAD_FILE, RUN_FILES, checkpoint_tensors, file_of
 from mtllm_engine.training.trained import Trained
 
 ENCODER_PREFIXES, LLM_PREFIXES = ("model.encoder.", "encoder.", ""), ("model.", "")

@@ -10,7 +10,7 @@ import torch
 
 from mtllm_engine import files
 from mtllm_engine.config import LoraConfig
-from mtllm_engine.model.weights import Tensors, check_finite
+from mtllm_engine.model.tensors import Tensors, check_finite
 
 PIECE = 1 << 24
 """Elements read at once."""

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints as memory maps: which tensor goes where, read slice by slice.
+"""Which of the stack's parameters comes from which tensors.
 
 Nothing here holds a model: `Weights.read(name, start, stop)` gives a flat slice of one of the
 stack's parameters, cast after slicing, so that W ZeRO-3 ranks together read each file once.
@@ -6,128 +6,26 @@ stack's parameters, cast after slicing, so that W ZeRO-3 ranks together read eac
 
 import hashlib
 import itertools
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from safetensors import safe_open
 
-from mtllm_engine.files import sha256_of
+from mtllm_engine.model.families import DecoderSpec
 from mtllm_engine.model.lora import initial_adapter
 from mtllm_engine.model.stack import Stack
+from mtllm_engine.model.tensors import TensorFiles, Tensors, check_finite
 
-FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "*.model")
-TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.model")
 RUN_FILES = ("adapter_model.safetensors", "projection.safetensors", "head.safetensors")
 ADAPTERS, PROJECTION_FILE, HEAD_FILE = RUN_FILES
-FLOATS = {"F64", "F32", "BF16", "F16"}  # by safetensors' names
-FLOATS |= {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 HEAD = "objective.head.weight"
 PROJECTION = ("projection.weight", "projection.bias")
 EMBEDDING = "decoder.embedding.weight"
 EMBEDDING_SAMPLE = 1 << 24  # numbers of the LLM's embedding that stand for all of it
-LINEARS = {  # our fused linears and what they hold, by Llama's names
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "out": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
-
-
-class Tensors(Protocol):
-    """Named tensors, read slice by slice: a folder's (`TensorFiles`), or a sum of several's."""
-
-    folder: Path | str
-    names: list[str]
-
-    def path(self, name: str) -> Path: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor: ...
-
-    def adapts(self, linear: str) -> bool: ...
-
-
-class TensorFiles:
-    """The tensors of a folder.
-
-    Args:
-        files: By default those of a Hugging Face model: `model.safetensors`, its sharded form, or
-            `pytorch_model.bin`.
-        rename: Our name of a tensor, by the file's.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        files: Sequence[Path] | None = None,
-        rename: Callable[[str], str] = str,
-    ) -> None:
-        self.folder = folder
-        self.paths = list(_weight_files(folder) if files is None else files)
-        self._files: dict[str, tuple[Path, str]] = {}
-        for path in self.paths:
-            for theirs in _tensor_names(path):
-                name = rename(theirs)
-                if files and name in self._files:
-                    earlier = self._files[name][0]
-                    raise ValueError(f"{path} has the tensor {name}, and so has {earlier}")
-                self._files[name] = (path, theirs)
-        self._open: dict[Path, Mapping] = {}
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._files)
-
-    def path(self, name: str) -> Path:
-        """The file that a tensor is in."""
-        return self._files[name][0]
-
-    def adapts(self, linear: str) -> bool:
-        """Whether linears of a name get their adapters from here: of one checkpoint, all do."""
-        return True
-
-    def check(self, name: str) -> None:
-        """Raises: ValueError: There is no such tensor, or none of plain floats."""
-        self._tensor(name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Raises: ValueError: There is no such tensor, or none of plain floats."""
-        tensor = self._tensor(name)
-        return tuple(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
-
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened tensor, in the file's dtype; touches only the
-        rows they lie in.
-        """
-        tensor, shape = self._tensor(name), self.shape(name)
-        if not hasattr(tensor, "get_shape"):
-            return tensor.reshape(-1)[start:stop]
-        row = math.prod(shape[1:])
-        first = start // row
-        rows = tensor[first : -(-stop // row)]
-        return rows.reshape(-1)[start - first * row : stop - first * row]
-
-    def _tensor(self, name: str):
-        if name not in self._files:
-            raise ValueError(f"{self.folder} has no tensor {name}")
-        path, theirs = self._files[name]
-        if path not in self._open:
-            self._open[path] = _open(path)
-        opened = self._open[path]
-        tensor = opened[theirs] if isinstance(opened, dict) else opened.get_slice(theirs)
-        # What is packed or scaled by another tensor would be taken for the numbers themselves.
-        dtype = tensor.get_dtype() if hasattr(tensor, "get_dtype") else tensor.dtype
-        if dtype not in FLOATS:
-            takes = "this takes float32, float64, bfloat16 or float16"
-            raise ValueError(f"{path}: {name} has the dtype {dtype}; {takes}")
-        return tensor
+DECODER_PREFIXES = ("model.", "", "model.language_model.", "language_model.model.")
+DECODER_PREFIXES += ("language_model.",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +34,8 @@ class Source:
 
     files: Tensors
     names: tuple[str, ...]
+    offset: float = 0.0
+    """What is added to every number, in fp32."""
 
     def check(self, parameter_name: str, shape: Sequence[int]) -> None:
         """Raises: ValueError: A tensor is missing or does not fit."""
@@ -157,9 +57,8 @@ class Source:
             size = math.prod(self.files.shape(name))
             low, high = max(start - offset, 0), min(stop - offset, size)
             if low < high:
-                pieces.append(
-                    check_finite(self.files.read(name, low, high), self.files.folder, name)
-                )
+                values = check_finite(self.files.read(name, low, high), self.files.folder, name)
+                pieces.append(values.float() + self.offset if self.offset else values)
             offset += size
         return torch.cat(pieces) if pieces else torch.empty(0)
 
@@ -181,7 +80,7 @@ class Weights:
         self,
         stack: Stack,
         encoder: TensorFiles,
-        decoder: TensorFiles,
+        decoder: Tensors,
         *,
         seed: int,
         projection_init: str,
@@ -192,7 +91,8 @@ class Weights:
         self.seed, self.projection_init = seed, projection_init
         self.starts: dict[str, torch.Tensor] = {}
         self.shapes = {name: parameter.shape for name, parameter in stack.named_parameters()}
-        self.sources = _decoder_sources(decoder, len(stack.decoder.layers))
+        self.embedding_scale = stack.decoder.embedding_scale
+        self.sources = _decoder_sources(decoder, stack.decoder.spec)
         if stack.reads_stack:
             self.sources |= _encoder_sources(encoder, len(stack.encoder.layers))
         if start:
@@ -247,7 +147,8 @@ class Weights:
         shapes = self.shapes
         size, width = math.prod(shapes[EMBEDDING]), shapes["projection.weight"][1]
         first = max(0, (size - EMBEDDING_SAMPLE) // 2)
-        embedding_rms = _rms(self.read(EMBEDDING, first, min(first + EMBEDDING_SAMPLE, size)))
+        sample = self.read(EMBEDDING, first, min(first + EMBEDDING_SAMPLE, size))
+        embedding_rms = _rms(sample) * self.embedding_scale
         # Of the encoder's states after its last LayerNorm.
         norm = [self.read(f"projection.norm_{part}", 0, width) for part in ("weight", "bias")]
         normed_rms = math.hypot(*map(_rms, norm))
@@ -259,15 +160,6 @@ def generator_of(seed: int, name: str) -> torch.Generator:
     """What a parameter's start is drawn from: the same on any number of ranks."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def check_finite(values: torch.Tensor, folder: Path, name: str) -> torch.Tensor:
-    """The values of a folder's tensor as they are. Raises: ValueError: One is NaN or infinite."""
-    # Both ends are NaN where a value is; `isfinite` would take sixty times as long.
-    if not all(math.isfinite(value) for value in torch.aminmax(values)):
-        fix = "the file is damaged, or training it failed"
-        raise ValueError(f"{folder}: {name} has values that are NaN or infinite; {fix}")
-    return values
 
 
 def _rms(values: torch.Tensor) -> float:
@@ -299,43 +191,6 @@ def has_head(files: Tensors) -> bool:
     return saved_name(HEAD) in files.names
 
 
-def resolve(name: str) -> Path:
-    """A folder as it is, or a hub id's snapshot, downloaded if need be.
-
-    Raises:
-        ValueError: Neither exists.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download  # only here is a network wanted
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
-    except Exception as error:  # the client raises a dozen unrelated types
-        kind = type(error).__name__
-        raise ValueError(
-            f"{name} is neither a folder nor a model the hub gives ({kind})"
-        ) from error
-
-
-def fingerprint(folder: Path) -> str:
-    """A name for a checkpoint's content, that is its configuration, tokenizer and weights: reads
-    every byte, on several cores.
-    """
-    config = json.loads((folder / "config.json").read_text())
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    with ThreadPoolExecutor() as pool:
-        for sha256 in pool.map(sha256_of, [*_weight_files(folder), *tokenizer_files(folder)]):
-            digest.update(sha256.encode())
-    return digest.hexdigest()
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """What a checkpoint's tokenizer is read from."""
-    return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)})
-
-
 def saved_name(name: str) -> str:
     """A trained parameter's name in a run's checkpoint: PEFT's for adapters, plain ones for
     projection and head.
@@ -343,9 +198,9 @@ def saved_name(name: str) -> str:
     if ".student." not in name and ".teacher." not in name:
         return name.removeprefix("projection.").removeprefix("objective.")
     _, _, layer, fused, _, linear, matrix = name.split(".")
-    original = next(item for item in LINEARS[fused] if item.endswith(linear))
+    half = "self_attn" if fused in ("qkv", "out") else "mlp"
     matrix = matrix.replace("frozen_", "lora_")  # which is of another checkpoint
-    return f"base_model.model.layers.{layer}.{original}.{matrix}.weight"
+    return f"base_model.model.layers.{layer}.{half}.{linear}.{matrix}.weight"
 
 
 def file_of(saved: str) -> str:
@@ -406,66 +261,40 @@ def _encoder_sources(files: TensorFiles, num_layers: int) -> dict[str, Source]:
     return _sources(files, names)
 
 
-def _decoder_sources(files: TensorFiles, num_layers: int) -> dict[str, Source]:
-    prefix = _prefix(files, ("model.", ""), "layers.0.self_attn.q_proj.weight")
-    names = {
-        EMBEDDING: [f"{prefix}embed_tokens.weight"],
-        "objective.norm": [f"{prefix}norm.weight"],
-    }
-    for layer in range(num_layers):
+def _decoder_sources(files: Tensors, spec: DecoderSpec) -> dict[str, Source]:
+    first = f"layers.0.{spec.linears['down'][0]}.weight"
+    prefix = _prefix(files, DECODER_PREFIXES, first)
+    names = {EMBEDDING: [f"{prefix}embed_tokens.weight"]}
+    norms = {"objective.norm": [f"{prefix}norm.weight"]}
+    for layer in range(spec.num_layers):
         ours, theirs = f"decoder.layers.{layer}", f"{prefix}layers.{layer}"
-        names[f"{ours}.attention_norm"] = [f"{theirs}.input_layernorm.weight"]
-        names[f"{ours}.mlp_norm"] = [f"{theirs}.post_attention_layernorm.weight"]
-        for (fused, linears), kind in itertools.product(LINEARS.items(), ("weight", "bias")):
-            names[f"{ours}.{fused}.{kind}"] = [f"{theirs}.{linear}.{kind}" for linear in linears]
-    return _sources(files, names)
+        for name, norm in spec.norms.items():
+            norms[f"{ours}.{name}"] = [f"{theirs}.{norm}.weight"]
+        for fused, linears in spec.linears.items():
+            for kind in ("weight", *["bias"] * (fused in spec.biases)):
+                names[f"{ours}.{fused}.{kind}"] = [
+                    f"{theirs}.{linear}.{kind}" for linear in linears
+                ]
+    return _sources(files, names) | _sources(files, norms, spec.norm_offset)
 
 
-def _sources(files: TensorFiles, names: Mapping[str, Sequence[str]]) -> dict[str, Source]:
+def _sources(
+    files: Tensors, names: Mapping[str, Sequence[str]], offset: float = 0.0
+) -> dict[str, Source]:
     """Args: names: of a parameter -> of the tensors that are stacked in it."""
-    return {name: Source(files=files, names=tuple(stacked)) for name, stacked in names.items()}
+    return {
+        name: Source(files=files, names=tuple(stacked), offset=offset)
+        for name, stacked in names.items()
+    }
 
 
-def _prefix(files: TensorFiles, candidates: Sequence[str], name: str) -> str:
+def _prefix(files: Tensors, candidates: Sequence[str], name: str) -> str:
     return _first_of(files, [prefix + name for prefix in candidates]).removesuffix(name)
 
 
-def _first_of(files: TensorFiles, candidates: Sequence[str]) -> str:
+def _first_of(files: Tensors, candidates: Sequence[str]) -> str:
     known = set(files.names)
     for name in candidates:
         if name in known:
             return name
     raise ValueError(f"{files.folder} has no tensor {candidates[0]}")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    # In transformers' order: an index beside a single file is an older one.
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        index = f"{single}.index.json"
-        if (folder / single).is_file():
-            return [folder / single]
-        if (folder / index).is_file():
-            try:
-                weight_map = json.loads((folder / index).read_text())["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{folder / index} cannot be read: {error}") from error
-            files = [folder / name for name in sorted(set(weight_map.values()))]
-            missing = [path.name for path in files if not path.is_file()]
-            if missing:
-                raise ValueError(f"{folder} lacks {', '.join(missing)}, which {index} names")
-            return files
-    raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
-
-
-def _tensor_names(path: Path) -> list[str]:
-    return list(_open(path).keys())
-
-
-def _open(path: Path):
-    """The file's tensors by name, memory-mapped."""
-    try:
-        if path.suffix == ".safetensors":
-            return safe_open(path, framework="pt")
-        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-    except Exception as error:  # each library has its own types for a cut or damaged file
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error

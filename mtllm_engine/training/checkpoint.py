@@ -24,16 +24,8 @@ from mtllm_engine.data.stream import Stream
 from mtllm_engine.files import sha256_of
 from mtllm_engine.model import peft
 from mtllm_engine.model.sums import open_start
-from mtllm_engine.model.weights import (
-    ADAPTERS,
-    HEAD_FILE,
-    RUN_FILES,
-    file_of,
-    fingerprint,
-    resolve,
-    saved_name,
-    tokenizer_files,
-)
+from mtllm_engine.model.tensors import fingerprint, resolve, tokenizer_files
+from mtllm_engine.model.weights import ADAPTERS, HEAD_FILE, RUN_FILES, file_of, saved_name
 from mtllm_engine.training.engine import MOMENTS, PlainEngine, TrainedState, ZeroEngine
 from mtllm_engine.world import World
 

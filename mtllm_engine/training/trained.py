@@ -15,15 +15,14 @@ from mtllm_engine import files
 from mtllm_engine.config import Config, flatten
 from mtllm_engine.model import peft
 from mtllm_engine.model.peft import read_lora
+from mtllm_engine.model.tensors import FILES, resolve
 from mtllm_engine.model.weights import (
     ADAPTERS,
-    FILES,
     HEAD_FILE,
     PROJECTION_FILE,
     RUN_FILES,
     checkpoint_tensors,
     has_head,
-    resolve,
 )
 from mtllm_engine.tasks import load_task, task_names
 from mtllm_engine.training import checkpoint

@@ -15,7 +15,7 @@ from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 from mtllm_engine import cli
 from mtllm_engine.export import authors, export
 from mtllm_engine.files import unsealed
-from mtllm_engine.model.weights import fingerprint
+from mtllm_engine.model.tensors import fingerprint
 from mtllm_engine.training.trained import Trained, find_trained
 from tests.support.exports import (
     AS_STORED,

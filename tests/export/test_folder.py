@@ -18,7 +18,7 @@ from mtllm_engine import MTLLM, files
 from mtllm_engine.cli import main
 from mtllm_engine.export import export, streaming
 from mtllm_engine.languages import FLORES_200
-from mtllm_engine.model.weights import TensorFiles
+from mtllm_engine.model.tensors import TensorFiles
 from mtllm_engine.training.trained import find_trained
 from tests.support.exported import AWKWARD, run_without_us, write_stack, write_task
 from tests.support.tiny import build_decoder, build_encoder, texts

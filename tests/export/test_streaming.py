@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaModel
 from mtllm_engine.config import LoraConfig
 from mtllm_engine.export import streaming
 from mtllm_engine.export.streaming import Planned, merged, planned, write_safetensors
-from mtllm_engine.model.weights import TensorFiles
+from mtllm_engine.model.tensors import TensorFiles
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
