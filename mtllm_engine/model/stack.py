@@ -101,14 +101,12 @@ class Stack(nn.Module):
         self.encoder = self.projection = None
         if self.reads_stack:
             is_ours = isinstance(encoder, M2M100Config)
+            if is_ours:
+                self.encoder = Encoder(encoder, dtype, self.attention)
+            else:  # no module, hence no part of what is sharded, trained or cast
+                self.encoder = PaddedEncoder(encoder, dtype)
             options = {"bias": config.model.projection_bias, "norms": is_ours}
             self.projection = Projection(encoder.hidden_size, width, dtype, **options)
-            # The latter is no module, hence no part of what is sharded, trained or cast.
-            self.encoder = (
-                Encoder(encoder, dtype, self.attention)
-                if is_ours
-                else PaddedEncoder(encoder, dtype)
-            )
         # The LLM, with the student's adapters and, if it has learned a task, the teacher's.
         adapters = {"student": config.lora}
         if teacher:

@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, NllbMoeConfig
 
 from mtllm_engine.config import Config
@@ -331,6 +332,32 @@ def test_weights_are_held_in_the_models_dtype(folder: Path):
     assert {each.dtype for _, each in stack.encoder.named_parameters()} == {torch.bfloat16}
     assert pair.projected(pair.documents(EXTREMES)).dtype == torch.bfloat16
     assert stack.projection.weight.dtype == torch.float32
+
+
+class Asked(TorchDispatchMode):
+    """Operations that wait for a GPU: a number for the host, a shape that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if torch.Tag.data_dependent_output in function.tags or (
+            torch.Tag.dynamic_output_shape in function.tags
+        ):
+            self.names.add(str(function))
+        return function(*args, **kwargs or {})
+
+
+def test_nothing_is_asked_of_the_device(pair: Pair):
+    tokens = pack(pair.documents(EXTREMES)).student
+    with Asked() as asked:
+        pair.stack.encoder(tokens)
+    assert not asked.names
+    ids_BL, real_BL = pair.padded(pair.documents(EXTREMES))
+    with Asked() as asked, torch.no_grad():  # with a mask as people give it there is a question
+        pair.stack.encoder.module(ids_BL, attention_mask=real_BL.long())
+    assert asked.names
 
 
 def edit_config(folder: Path, **keys) -> None:
