@@ -8,6 +8,7 @@ from transformers import AutoConfig, LlamaConfig, M2M100Config, PreTrainedConfig
 from mtllm_engine.config import Config
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.model.encoder import ACTIVATIONS
+from mtllm_engine.model.merge import open_decoder
 from mtllm_engine.model.objective import HeadSize
 from mtllm_engine.model.peft import read_lora
 from mtllm_engine.model.stack import Stack
@@ -62,7 +63,7 @@ def build_stack(
     weights = Weights(
         stack,
         TensorFiles(encoder_folder),
-        TensorFiles(decoder_folder),
+        open_decoder(model),
         seed=config.run.seed,
         projection_init=model.projection_init,
         start=start,
