@@ -152,7 +152,9 @@ def test_any_slices_have_the_same_bits(
     size = math.prod(merged.shape(name))
     whole = merged.read(name, 0, size)
     assert whole.dtype == torch.float32
-    cuts = sorted(data.draw(st.integers(0, size)) for _ in range(slices - 1))
+    # Products of one to three rows have other last bits than those of more.
+    places = st.integers(0, size) | st.integers(1, 3 * merged.shape(name)[1]).map(size.__sub__)
+    cuts = sorted(data.draw(places) for _ in range(slices - 1))
     with threads(data.draw(st.sampled_from([1, 2]))):
         pieces = [
             Merged(TensorFiles(folder / "llm"), chain).read(name, start, stop)
