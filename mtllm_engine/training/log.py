@@ -224,6 +224,7 @@ def write_header(
         "starts from": _starts(config),
         "encoder": f"{model.encoder} (frozen)" if stack.reads_stack else "none",
         "decoder": f"{model.decoder} ({'causal' if model.causal else 'bidirectional'})",
+        "merged": " then ".join(model.adapters),
         "texts": tokenizer.around,
         "projection": str(fit or ""),
         "parameters": _parameters(config, stack),
@@ -258,7 +259,7 @@ def _starts(config: Config) -> str:
 def _licences(config: Config, stack: Stack) -> str:
     """Of the models and the corpora that are read, which what comes out is bound by too."""
     model = config.model
-    models = (*([model.encoder] if stack.reads_stack else []), model.decoder)
+    models = (*([model.encoder] if stack.reads_stack else []), model.decoder, *model.adapters)
     corpora = {Path(folder).name: Manifest.load(folder).licence for folder in config.data.train}
     licences = {public_name(each): licence_of(each) for each in models} | corpora
     return ", ".join(f"{name}: {licence}" for name, licence in licences.items())
