@@ -67,12 +67,13 @@ def makers(
         "evaluated": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
     }
     made: dict[str, dict[str, Any]] = {}
+    chain = chain_fingerprint(model.adapters)
     for system, (kind, checkpoints) in readers.items():
         reads_stack = kind == "stack"
         names = {"model.decoder": model.decoder}
         names |= {"model.encoder": model.encoder} if reads_stack else {}
         models = {key: digest_of_model(name) for key, name in names.items()}
-        models["model.adapters"] = chain_fingerprint(model.adapters)
+        models["model.adapters"] = chain
         keys = (*SETTINGS, *(OF_STACK if reads_stack else ()))
         files = (*RUN_FILES, "adapter_config.json")
         made[system] = about | {

@@ -166,7 +166,7 @@ def _base_lines(about: Mapping[str, Any]) -> str:
 def _merging(trained: Trained) -> str:
     """Lines of Python that merge `model.adapters` into `llm`."""
     # As they are named on a model around the LLM, PEFT would find no place for them.
-    inner = json.dumps({r"^base_model\.model\.(language_model\.|model\.)+": "base_model.model."})
+    inner = json.dumps({r"^(language_model\.|model\.)+": ""})
     return "".join(
         f"llm = PeftModel.from_pretrained(llm, {json.dumps(name)}, key_mapping={inner})\n"
         "llm = llm.merge_and_unload()\n"
