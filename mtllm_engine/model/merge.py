@@ -15,13 +15,11 @@ from mtllm_engine.config import ModelConfig
 from mtllm_engine.files import sha256_of
 from mtllm_engine.model import peft
 from mtllm_engine.model.tensors import TensorFiles, Tensors, check_finite, resolve
+from mtllm_engine.model.weights import DECODER_PREFIXES
 
 ROWS = 256  # of a block of B A
-PLACES = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
-"""What stands before the LLM's layers: on the LLM alone, in a model for words or labels, and in
-those that also see."""
 ADAPTER = re.compile(
-    rf"{re.escape(peft.AROUND)}(?P<linear>(?:{'|'.join(map(re.escape, PLACES))})"
+    rf"{re.escape(peft.AROUND)}(?P<linear>(?:{'|'.join(map(re.escape, DECODER_PREFIXES))})"
     r"(?P<within>layers\.\d+\.(?:self_attn|mlp)\.\w+))\.lora_[AB]\.weight"
 )
 APPLIED = (*peft.APPLIED, *peft.CHOSEN)
@@ -197,4 +195,4 @@ def _updates(folder: Path) -> Iterator[tuple[str, Update, int]]:
 def _prefix(files: TensorFiles) -> str:
     """What stands before the names of an LLM's layers in its files."""
     starts = {name.partition("layers.")[0] for name in files.names if "layers." in name}
-    return next((place for place in PLACES if place in starts), "")
+    return next((place for place in DECODER_PREFIXES if place in starts), "")

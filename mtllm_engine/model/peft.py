@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from mtllm_engine.config import LORA_TARGETS, LoraConfig
+from mtllm_engine.config import LINEARS, LoraConfig
 from mtllm_engine.model.tensors import TensorFiles
 
 FILE = "adapter_config.json"
@@ -19,8 +19,6 @@ TENSORS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT reads the f
 AROUND = "base_model.model."
 """PEFT's own part of a tensor's name; behind it the model's that the adapters were made on."""
 PATTERNS = ("rank_pattern", "alpha_pattern")
-LINEARS = (*LORA_TARGETS, "qkv_proj", "gate_up_proj")
-"""Of any family, by their names."""
 APPLIED = ("r", "lora_alpha", "use_rslora", *PATTERNS, "target_modules")
 CHOSEN = ("exclude_modules", "layers_to_transform", "layers_pattern")
 """Which of the linears that match have adapters: they need not be the same in every layer."""
