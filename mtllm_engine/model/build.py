@@ -17,7 +17,13 @@ from mtllm_engine.model.peft import read_lora
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.sums import open_start
 from mtllm_engine.model.tensors import TensorFiles, resolve
-from mtllm_engine.model.weights import ADAPTERS, Weights, checkpoint_tensors, has_head
+from mtllm_engine.model.weights import (
+    ADAPTERS,
+    Weights,
+    checkpoint_tensors,
+    has_head,
+    has_projection,
+)
 
 
 def build_stack(
@@ -49,6 +55,10 @@ def build_stack(
     if head and giver and not has_head(giver):
         fix = "it takes a run of `mtllm finetune`"
         raise ValueError(f"{giver.folder} has no head.safetensors; {fix}")
+    reads_stack = config.objective.reader == "stack"
+    if reads_stack and not learns and start and not has_projection(start):
+        fix = "it takes a run of `mtllm train`"
+        raise ValueError(f"{start.folder} has no projection.safetensors; {fix}")
     teacher_lora = read_lora(teacher.folder) if teacher else None
     with torch.device("meta"):
         stack = Stack(

@@ -25,6 +25,7 @@ from mtllm_engine.files import write_text
 from mtllm_engine.model.licences import licence_of, public_name
 from mtllm_engine.model.lora import quantised_weights
 from mtllm_engine.model.stack import Stack
+from mtllm_engine.model.weights import PROJECTION_FILE
 from mtllm_engine.training.checkpoint import Progress
 from mtllm_engine.training.closed_form import Fit
 from mtllm_engine.training.step import StepResult
@@ -250,10 +251,13 @@ def learns(config: Config) -> str:
 def _starts(config: Config) -> str:
     """What the adapters begin as, in words; "" for new ones."""
     origins, lora = config.model.init_from, config.lora
+    has_one = any((Path(origin) / PROJECTION_FILE).is_file() for origin in origins)
+    is_new = origins and config.objective.reader == "stack" and not has_one
+    projection = ", with a new projection" if is_new else ""
     if len(origins) < 2:
-        return "".join(origins)
+        return "".join(origins) + projection
     learns = f", of which {origins[0]} learns" if lora.train == "first" else ""
-    return f"{' + '.join(origins)}: adapters of rank {lora.rank}{learns}"
+    return f"{' + '.join(origins)}: adapters of rank {lora.rank}{learns}{projection}"
 
 
 def _licences(config: Config, stack: Stack) -> str:

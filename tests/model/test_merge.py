@@ -17,7 +17,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from mtllm_engine.config import LORA_TARGETS
 from mtllm_engine.model.merge import Merged, chain_fingerprint, find_adapters, open_decoder
@@ -210,6 +215,16 @@ def test_places_of_the_layers_in_other_models(
     value = merged.read(to + name, 0, 160 * 320).view(160, 320)
     torch.testing.assert_close(value, expected[f"model.{name}"], rtol=0, atol=1e-6)
     assert merged.read(tower, 0, 4).tolist() == [1.0] * 4
+
+
+def test_fused_linears_are_merged_by_the_familys_names(tmp_path: Path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 40}
+    config = Phi3Config(**sizes, num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)
+    phi = Phi3ForCausalLM(config)
+    phi.save_pretrained(tmp_path / "phi")
+    targets = ["qkv_proj", "gate_up_proj"]
+    folder = make(phi, tmp_path / "adapters", "words", target_modules=targets)
+    assert_merged(tmp_path / "phi", phi, [("words", folder)])
 
 
 def test_bin_files_are_adapters_too(decoder: Path, model: LlamaForCausalLM, adapters: Path):

@@ -345,6 +345,39 @@ def test_patterns_that_mean_all_linears_alike_are_applied(
 CHAINS = st.lists(st.text(min_size=1), max_size=3)
 
 
+def test_a_stack_begins_with_adapters_that_have_no_projection(
+    models: Config, llm: LlamaModel, tmp_path: Path
+):
+    """Such as LLM2Vec's: that is drawn as without them. Who only reads needs one."""
+    make(llm, tmp_path, **PLAIN)
+    model = replace(models.model, init_from=(str(tmp_path),))
+    config = replace(models, model=model, lora=read_lora(tmp_path))
+    _, weights = build_stack(config)
+    _, fresh = build_stack(models)
+    for name in ("projection.weight", "projection.bias"):
+        size = weights.shapes[name].numel()
+        assert torch.equal(weights.read(name, 0, size), fresh.read(name, 0, size))
+    name = "decoder.layers.0.down.student.down_proj.lora_A"
+    saved = load_file(tmp_path / TENSORS)["base_model.model.layers.0.mlp.down_proj.lora_A.weight"]
+    assert torch.equal(weights.read(name, 0, saved.numel()), saved.flatten())
+    with pytest.raises(ValueError, match=f"{tmp_path} has no projection.safetensors; it takes"):
+        build_stack(config, learns=False)
+
+
+@pytest.mark.parametrize("place", ["model.language_model.", "language_model.model."])
+def test_adapters_of_a_model_that_sees_are_those_of_its_llm(
+    models: Config, llm: LlamaModel, tmp_path: Path, place: str
+):
+    make(llm, tmp_path, **PLAIN)
+    expected = our_states(models, tmp_path, "teacher")
+    tensors = load_file(tmp_path / TENSORS)
+    own = "base_model.model."
+    save_file(
+        {name.replace(own, own + place): tensors[name] for name in tensors}, tmp_path / TENSORS
+    )
+    assert torch.equal(our_states(models, tmp_path, "teacher"), expected)
+
+
 @given(names=NAMES, causal=st.booleans(), chain=CHAINS)
 @example(names=["q_proj"], causal=True, chain=["a) then b", ", after merging ", "x/y (1)", "%29"])
 def test_what_is_written_is_read(
