@@ -119,8 +119,11 @@ def check_finite(values: torch.Tensor, folder: Path, name: str) -> torch.Tensor:
     return values
 
 
-def resolve(name: str) -> Path:
+def resolve(name: str, files: Sequence[str] = FILES) -> Path:
     """A folder as it is, or a hub id's snapshot, downloaded if need be.
+
+    Args:
+        files: Patterns of those that are fetched.
 
     Raises:
         ValueError: Neither exists.
@@ -131,7 +134,7 @@ def resolve(name: str) -> Path:
     from huggingface_hub import snapshot_download  # only here is a network wanted
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # the client raises a dozen unrelated types
         kind = type(error).__name__
         raise ValueError(
