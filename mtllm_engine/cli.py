@@ -12,7 +12,7 @@ from typing import NoReturn
 from mtllm_engine.config import load
 from mtllm_engine.data import shards, sources
 from mtllm_engine.files import expand, expanded_path
-from mtllm_engine.languages import NAMES, SCRIPTS, check_language, nllb_token
+from mtllm_engine.languages import NAMES, SCRIPTS, check_code, codes_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -399,14 +399,23 @@ def _languages(arguments: argparse.Namespace) -> int:
     from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer  # imports transformers
 
     tokens = language_tokens(load_tokenizer(arguments.encoder)) if arguments.encoder else None
+    known = codes_of(tokens or ())
     for code, name in NAMES.items():
         row = [code, f"{name:<24}", SCRIPTS[code[4:]]]
         if tokens is not None:
-            row.insert(1, "yes" if nllb_token(code) in tokens else "no ")
+            row.insert(1, "yes" if code in known else "no ")
         print("  ".join(row))
-    for token in sorted((tokens or set()) - {nllb_token(code) for code in NAMES}):
-        print(f"{token}  yes  not in FLORES-200")
+    for code in sorted(known - set(NAMES)):
+        print(f"{code}  yes  not in FLORES-200")
     return 0
+
+
+def _checked(language: str) -> str:
+    """A corpus' language, told where few encoders have it: it may be misspelled."""
+    if check_code(language) not in NAMES:
+        lack = "is none of FLORES-200's languages: only an encoder with a token of that name reads"
+        print(f"mtllm: {language} {lack} it", file=sys.stderr)
+    return language
 
 
 def _pack(arguments: argparse.Namespace) -> int:
@@ -414,7 +423,7 @@ def _pack(arguments: argparse.Namespace) -> int:
         arguments.inputs,
         arguments.out,
         field=arguments.field,
-        language=check_language(arguments.language),
+        language=_checked(arguments.language),
         shards=arguments.shards,
         licence=arguments.licence,
         on_error=arguments.on_error,
@@ -426,7 +435,7 @@ def _pack(arguments: argparse.Namespace) -> int:
 def _import(arguments: argparse.Namespace) -> int:
     report = shards.import_shards(
         arguments.folder,
-        language=check_language(arguments.language),
+        language=_checked(arguments.language),
         field=arguments.field,
         licence=arguments.licence,
     )
