@@ -3,7 +3,7 @@
 import copy
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -156,7 +156,8 @@ class PairTokenizer:
     @property
     def largest_student_id(self) -> int:
         """That the encoder may be given, in any of its languages."""
-        around = self.encoder.convert_tokens_to_ids([*self.languages, self.encoder.eos_token])
+        vocabulary = self.encoder.get_vocab()
+        around = (vocabulary[token] for token in (*self.languages, self.encoder.eos_token))
         return _largest_id(self.encoder, around)
 
     @property
@@ -449,7 +450,7 @@ def _reason(folder: Path, error: Exception) -> str:
     return f"its files are damaged, or not of this version ({version}): {said}"
 
 
-def _largest_id(tokenizer: PreTrainedTokenizerFast, around: Sequence[int]) -> int:
+def _largest_id(tokenizer: PreTrainedTokenizerFast, around: Iterable[int]) -> int:
     """The largest id that can come out of a text with some around it: what else was added to the
     vocabulary, such as a token for padding, does not, spelled in a text or not.
     """
