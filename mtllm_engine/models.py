@@ -183,7 +183,7 @@ def check(encoder: str, llm: str, adapters: Sequence[str] = ()) -> Findings:
 
 
 def _spec(folder: Path) -> DecoderSpec:
-    check_model(folder)
+    check_model(folder, "the LLM")
     return decoder_spec(read_config(folder, "the LLM"), f"the LLM {folder}")
 
 

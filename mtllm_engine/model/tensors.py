@@ -19,6 +19,13 @@ from mtllm_engine.files import check_pulled, sha256_of
 from mtllm_engine.model import hub
 
 TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.model")
+# Names of an embedding, and of what may stand for it where the two are one tensor.
+TIED = (("model.embed_tokens.weight", "embed_tokens.weight"), ("lm_head.weight",))
+TIED_PAIR = (
+    ("model.shared.weight", "model.encoder.embed_tokens.weight", "shared.weight")
+    + ("encoder.embed_tokens.weight", "embed_tokens.weight"),
+    ("model.decoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
+)
 ADAPTER_CONFIG = "adapter_config.json"
 _FOREIGN = re.compile(r"GLOBAL ([\w.]*\w) ")  # in torch's message
 FLOATS = {"F64", "F32", "BF16", "F16"}  # by safetensors' names
@@ -67,6 +74,8 @@ class TensorFiles:
                     earlier = self._files[name][0]
                     raise ValueError(f"{path} has the tensor {name}, and so has {earlier}")
                 self._files[name] = (path, theirs)
+        if files is None:
+            self._tie(rename)
 
     @property
     def names(self) -> list[str]:
@@ -100,6 +109,16 @@ class TensorFiles:
         first = start // row
         rows = tensor[first : -(-stop // row)]
         return rows.reshape(-1)[start - first * row : stop - first * row]
+
+    def _tie(self, rename: Callable[[str], str]) -> None:
+        """Gives an embedding its name that stands under another of those that share it."""
+        is_pair = any("encoder.layers." in name for name in self._files)
+        names, stands_for = TIED_PAIR if is_pair else TIED
+        if any(rename(name) in self._files for name in names) or not _is_tied(self.folder):
+            return
+        for other in filter(self._files.__contains__, map(rename, stands_for)):
+            self._files[rename(names[0])] = self._files.pop(other)
+            return
 
     def _tensor(self, name: str):
         if name not in self._files:
@@ -140,8 +159,11 @@ def resolve(name: str) -> Path:
     return path if path.is_dir() else hub.fetch(name)
 
 
-def check_model(folder: Path) -> None:
+def check_model(folder: Path, name: str) -> None:
     """Looks whether a folder is a model's, before its configuration is read.
+
+    Args:
+        name: Where the user named it.
 
     Raises:
         ValueError: It holds adapters alone, or git-lfs's pointers.
@@ -151,7 +173,7 @@ def check_model(folder: Path) -> None:
     if (folder / ADAPTER_CONFIG).is_file() and not weights:
         base = json.loads((folder / ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
         fix = f"put it into model.adapters, and the model that it is for, {base}, as model.decoder"
-        raise ValueError(f"{folder} has adapters and no model's weights; {fix}")
+        raise ValueError(f"{name}: {folder} has adapters and no model's weights; {fix}")
     if (folder / "config.json").is_file():
         check_pulled(folder / "config.json")
 
@@ -171,6 +193,15 @@ def fingerprint(folder: Path) -> str:
 def tokenizer_files(folder: Path) -> list[Path]:
     """What a checkpoint's tokenizer is read from."""
     return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)})
+
+
+def _is_tied(folder: Path) -> bool:
+    """Whether a model's embedding and head are one tensor, by its config.json."""
+    path = folder / "config.json"
+    config = json.loads(path.read_bytes()) if path.is_file() else {}
+    # What is not said is as the family has it.
+    by_family = str(config.get("model_type")).startswith(("m2m_100", "gemma"))
+    return bool(config.get("tie_word_embeddings", by_family))
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mtllm_engine.data.tokenizers import load_tokenizer
 from mtllm_engine.model.tensors import TensorFiles, check_model
@@ -81,7 +81,7 @@ def test_what_holds_no_weights_is_told(tmp_path: Path, write: Callable, message:
 
 
 READERS = {
-    "config.json": check_model,
+    "config.json": lambda folder: check_model(folder, "model.decoder"),
     "model.safetensors": TensorFiles,
     "pytorch_model.bin": TensorFiles,
     "tokenizer.json": load_tokenizer,
@@ -109,7 +109,7 @@ def test_pointers_that_nothing_reads_are_none_of_our_business(decoder: Path, tmp
     shutil.copytree(decoder, folder)
     for name in ("pytorch_model.bin", "tokenizer.model", "picture.png"):
         (folder / name).write_text(POINTER)
-    check_model(folder)
+    check_model(folder, "model.decoder")
     load_tokenizer(folder)
     assert TensorFiles(folder).names == [*load_file(decoder / "model.safetensors")]
 
@@ -122,6 +122,35 @@ def test_adapters_in_the_place_of_a_model_are_told(decoder: Path, tmp_path: Path
     if has_config:
         shutil.copy(decoder / "config.json", tmp_path)
     with pytest.raises(ValueError, match="into model.adapters, and the model .*own/base, as model"):
-        check_model(tmp_path)
+        check_model(tmp_path, "model.decoder")
     shutil.copy(decoder / "model.safetensors", tmp_path)  # then it is one, whatever lies beside it
-    check_model(tmp_path)
+    check_model(tmp_path, "model.decoder")
+
+
+@pytest.mark.parametrize(
+    ("family", "layer", "kept", "name"),
+    [
+        ("llama", "model.layers.0.w", "lm_head.weight", "model.embed_tokens.weight"),
+        ("m2m_100", "model.encoder.layers.0.w", "lm_head.weight", "model.shared.weight"),
+        (
+            "m2m_100",
+            "model.encoder.layers.0.w",
+            "model.decoder.embed_tokens.weight",
+            "model.shared.weight",
+        ),
+    ],
+)
+def test_an_embedding_stands_under_any_of_the_names_that_share_it(
+    tmp_path: Path, family: str, layer: str, kept: str, name: str
+):
+    save_file({kept: torch.ones(4, 2), layer: torch.zeros(1)}, tmp_path / "model.safetensors")
+    about = {"model_type": family, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    files = TensorFiles(tmp_path)
+    assert set(files.names) == {layer, name} and files.read(name, 0, 8).tolist() == 8 * [1.0]
+    (tmp_path / "config.json").write_text(json.dumps(about | {"tie_word_embeddings": False}))
+    assert set(TensorFiles(tmp_path).names) == {layer, kept}
+    both = {kept: torch.ones(4, 2), layer: torch.zeros(1), name: torch.zeros(4, 2)}
+    save_file(both, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    assert TensorFiles(tmp_path).read(name, 0, 8).tolist() == 8 * [0.0]
