@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mtllm_engine.files import expand, is_name
-from mtllm_engine.languages import check_language, is_well_formed
+from mtllm_engine.languages import check_code, is_well_formed
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linears of a layer of Llama, and of most LLMs."""
@@ -707,7 +707,7 @@ def _check_fallback(fallback: Mapping[str, Any]) -> None:
         if not isinstance(target, str):
             raise ValueError(f"languages.fallback.{code} must be a language code, not {target!r}")
         try:
-            check_language(target)
+            check_code(target)
         except ValueError as error:
             raise ValueError(f"languages.fallback.{code}: {error}") from None
 

@@ -8,15 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from mtllm_engine import config as configs
 from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
 from mtllm_engine.evaluation.systems import cost
 from mtllm_engine.export.card import WHAT
 from mtllm_engine.languages import readable
+from mtllm_engine.model import hub
 from mtllm_engine.model.licences import licence_of
-from mtllm_engine.model.tensors import FILES
 from mtllm_engine.training.log import learns
 from mtllm_engine.training.origins import summed_in
 from mtllm_engine.training.trained import Head, Trained, find_trained, head_of
@@ -113,7 +111,7 @@ def _on_disk(model: str) -> Path:
     if Path(model).is_dir():
         return Path(model)
     try:
-        return Path(snapshot_download(model, allow_patterns=list(FILES), local_files_only=True))
+        return hub.cached(model)
     except Exception:  # the client raises a dozen unrelated types
         raise ValueError(f"{model} is not on this machine") from None
 

@@ -13,7 +13,7 @@ from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_re
 
 from mtllm_engine import files
 from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
-from mtllm_engine.languages import check_language, nllb_token
+from mtllm_engine.languages import check_code, codes_of
 from mtllm_engine.model.tensors import resolve
 from mtllm_engine.model.weights import ADAPTERS
 from mtllm_engine.training.origins import check_origins
@@ -130,7 +130,7 @@ def _check(trained: Trained, format: str, options: Options) -> None:
             raise ValueError(f"{option} is for --format folder; {format} has no place for it")
     if options.default_language:
         tokens = language_tokens(load_tokenizer(resolve(trained.config.model.encoder)))
-        if nllb_token(check_language(options.default_language)) not in tokens:
+        if check_code(options.default_language) not in codes_of(tokens):
             raise ValueError(f"--language: the encoder has no token for {options.default_language}")
     _check_tasks(trained, options.tasks)
 

@@ -37,13 +37,13 @@ def open_decoder(model: ModelConfig) -> Tensors:
 
 
 def find_adapters(name: str) -> Path:
-    """The folder of one of `model.adapters`; of a hub id its adapters' files alone are fetched.
+    """The folder of one of `model.adapters`.
 
     Raises:
         ValueError: There is none.
     """
     try:
-        return resolve(name, (peft.FILE, *peft.TENSORS, "README.md"))
+        return resolve(name)
     except ValueError as error:
         raise ValueError(f"model.adapters: {error}") from error
 

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,17 +157,21 @@ def repair(folder: Path) -> None:
             files.link(folder / name, target.name)
 
 
-def follow(config: Config) -> Config:
+def follow(config: Config, find: Callable[[str], str] = str) -> Config:
     """With `latest` and `best` of other runs replaced by what they mean, where that is not what
-    lies at their place, as in a copy or after a kill."""
-    model, stage1 = config.model, tuple(map(_meant, config.evaluate.stage1))
-    starts, chain = (tuple(map(_meant, each)) for each in (model.init_from, model.adapters))
-    model = replace(model, init_from=starts, adapters=chain, teacher=_meant(model.teacher))
+    lies at their place, as in a copy or after a kill.
+
+    Args:
+        find: Where a checkpoint's name leads, such as a hub id.
+    """
+
+    def meant(name: str) -> str:
+        return str(_target(Path(find(name)))) if name else ""
+
+    model, stage1 = config.model, tuple(map(meant, config.evaluate.stage1))
+    starts, chain = (tuple(map(meant, each)) for each in (model.init_from, model.adapters))
+    model = replace(model, init_from=starts, adapters=chain, teacher=meant(model.teacher))
     return replace(config, model=model, evaluate=replace(config.evaluate, stage1=stage1))
-
-
-def _meant(name: str) -> str:
-    return str(_target(Path(name))) if name else ""
 
 
 def _target(path: Path) -> Path:

@@ -13,9 +13,9 @@ from typing import Any
 from mtllm_engine import config as configs
 from mtllm_engine import files
 from mtllm_engine.config import Config, flatten
-from mtllm_engine.model import peft
+from mtllm_engine.model import hub, peft
 from mtllm_engine.model.peft import read_lora
-from mtllm_engine.model.tensors import FILES, resolve
+from mtllm_engine.model.tensors import resolve
 from mtllm_engine.model.weights import (
     ADAPTERS,
     HEAD_FILE,
@@ -29,7 +29,7 @@ from mtllm_engine.training import checkpoint
 from mtllm_engine.training.checkpoint import READS
 from mtllm_engine.training.origins import COPY, summed_in
 
-EXPORTED = "mtllm.json"
+EXPORTED = hub.EXPORTED
 """The sealed record of an exported folder: {"reads": the keys `checkpoint.READS`, "tasks": {name:
 head}, "files": {path: {"bytes", "sha256"}}, "about": what a person wants to know}."""
 ENCODER, LLM, STUDENT, TEACHER, TASKS = "encoder", "llm", "student", "teacher", "tasks"
@@ -302,7 +302,7 @@ def _exported(name: str, folder: Path) -> Trained:
 
 
 def _is_read(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in FILES)
+    return any(fnmatch(name, pattern) for pattern in hub.FILES)
 
 
 def check_files(folder: Path, written: Mapping[str, Mapping[str, Any]]) -> None:
