@@ -11,6 +11,7 @@ from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.model import sums
 from mtllm_engine.model.encoder import ACTIVATIONS
 from mtllm_engine.model.families import DecoderSpec, decoder_spec, read_config
+from mtllm_engine.model.merge import open_decoder
 from mtllm_engine.model.objective import HeadSize
 from mtllm_engine.model.padded import FAMILIES as PADDED
 from mtllm_engine.model.padded import check_encoder
@@ -18,7 +19,13 @@ from mtllm_engine.model.peft import read_lora
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.sums import open_start
 from mtllm_engine.model.tensors import TensorFiles, resolve
-from mtllm_engine.model.weights import ADAPTERS, Weights, checkpoint_tensors, has_head
+from mtllm_engine.model.weights import (
+    ADAPTERS,
+    Weights,
+    checkpoint_tensors,
+    has_head,
+    has_projection,
+)
 
 
 def build_stack(
@@ -50,6 +57,10 @@ def build_stack(
     if head and giver and not has_head(giver):
         fix = "it takes a run of `mtllm finetune`"
         raise ValueError(f"{giver.folder} has no head.safetensors; {fix}")
+    reads_stack = config.objective.reader == "stack"
+    if reads_stack and not learns and start and not has_projection(start):
+        fix = "it takes a run of `mtllm train`"
+        raise ValueError(f"{start.folder} has no projection.safetensors; {fix}")
     teacher_lora = read_lora(teacher.folder) if teacher else None
     with torch.device("meta"):
         stack = Stack(
@@ -65,7 +76,7 @@ def build_stack(
     weights = Weights(
         stack,
         TensorFiles(resolve(model.encoder)),
-        TensorFiles(resolve(model.decoder)),
+        open_decoder(model),
         seed=config.run.seed,
         projection_init=model.projection_init,
         start=start,
@@ -143,6 +154,14 @@ def read_encoder(folder: Path) -> PreTrainedConfig:
     return config
 
 
+def longest_text(encoder: PreTrainedConfig) -> int | None:
+    """How many tokens an encoder reads at most; None: any number."""
+    if isinstance(encoder, M2M100Config):
+        return encoder.max_position_embeddings
+    count = PADDED[encoder.model_type].num_positions
+    return count(encoder) if count else None
+
+
 def settle(config: Config) -> Config:
     """The configuration with what its [lora] leaves open: the adapters of a sum as they are, and
     all linears of the LLM's family where all of Llama's are asked for.
@@ -184,12 +203,9 @@ def _check_configs(config: Config, encoder: PreTrainedConfig, decoder: DecoderSp
     if config.model.causal and decoder.is_bidirectional:
         trained = "model.decoder was trained with attention from both sides"
         raise ValueError(f"model.causal=true, and {trained}; set it to false")
-    length, positions = config.data.max_length, None
     if isinstance(encoder, M2M100Config):
-        positions = encoder.max_position_embeddings
         _check_m2m100(encoder)
-    elif count := PADDED[encoder.model_type].num_positions:
-        positions = count(encoder)
+    length, positions = config.data.max_length, longest_text(encoder)
     if positions is not None and length > positions:
         raise ValueError(f"data.max_length={length} is above the {positions} of model.encoder")
     if length > decoder.max_length:

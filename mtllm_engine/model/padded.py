@@ -141,16 +141,16 @@ class PaddedEncoder:
         groups = grouped(tokens.lengths)
         places_S, num_places = _places(tokens.lengths, groups)
         places_S = torch.from_numpy(places_S).to(tokens.ids_S.device, non_blocking=True)
-        # The groups one after the other, each (B, L) flattened: M places in all.
-        ids_M = tokens.ids_S.new_full((num_places,), self.config.pad_token_id or 0)
-        ids_M = ids_M.index_copy_(0, places_S, tokens.ids_S)
-        is_real_M = torch.zeros_like(ids_M, dtype=torch.bool).index_fill_(0, places_S, True)
+        # The groups one after the other, each (B, L) flattened: I places in all.
+        ids_I = tokens.ids_S.new_full((num_places,), self.config.pad_token_id or 0)
+        ids_I = ids_I.index_copy_(0, places_S, tokens.ids_S)
+        is_real_I = torch.zeros_like(ids_I, dtype=torch.bool).index_fill_(0, places_S, True)
         states, start = [], 0
         for group in groups:
             shape, is_padded = _shape(tokens.lengths, group)
             stop = start + shape[0] * shape[1]
-            is_real_BL = is_real_M[start:stop].view(shape) if is_padded else None
-            states.append(self._run(ids_M[start:stop].view(shape), is_real_BL).flatten(0, 1))
+            is_real_BL = is_real_I[start:stop].view(shape) if is_padded else None
+            states.append(self._run(ids_I[start:stop].view(shape), is_real_BL).flatten(0, 1))
             start = stop
         self.num_run += num_places
         self.num_read += sum(tokens.lengths)

@@ -26,6 +26,7 @@ from mtllm_engine.model.licences import licence_of, public_name
 from mtllm_engine.model.lora import quantised_weights
 from mtllm_engine.model.padded import PaddedEncoder
 from mtllm_engine.model.stack import Stack
+from mtllm_engine.model.weights import PROJECTION_FILE
 from mtllm_engine.training.checkpoint import Progress
 from mtllm_engine.training.closed_form import Fit
 from mtllm_engine.training.step import StepResult
@@ -225,6 +226,7 @@ def write_header(
         "starts from": _starts(config),
         "encoder": _encoder(config, stack),
         "decoder": f"{model.decoder} ({'causal' if model.causal else 'bidirectional'})",
+        "merged": " then ".join(model.adapters),
         "texts": tokenizer.around,
         "projection": str(fit or ""),
         "parameters": _parameters(config, stack),
@@ -257,16 +259,19 @@ def _encoder(config: Config, stack: Stack) -> str:
 def _starts(config: Config) -> str:
     """What the adapters begin as, in words; "" for new ones."""
     origins, lora = config.model.init_from, config.lora
+    has_one = any((Path(origin) / PROJECTION_FILE).is_file() for origin in origins)
+    is_new = origins and config.objective.reader == "stack" and not has_one
+    projection = ", with a new projection" if is_new else ""
     if len(origins) < 2:
-        return "".join(origins)
+        return "".join(origins) + projection
     learns = f", of which {origins[0]} learns" if lora.train == "first" else ""
-    return f"{' + '.join(origins)}: adapters of rank {lora.rank}{learns}"
+    return f"{' + '.join(origins)}: adapters of rank {lora.rank}{learns}{projection}"
 
 
 def _licences(config: Config, stack: Stack) -> str:
     """Of the models and the corpora that are read, which what comes out is bound by too."""
     model = config.model
-    models = (*([model.encoder] if stack.reads_stack else []), model.decoder)
+    models = (*([model.encoder] if stack.reads_stack else []), model.decoder, *model.adapters)
     corpora = {Path(folder).name: Manifest.load(folder).licence for folder in config.data.train}
     licences = {public_name(each): licence_of(each) for each in models} | corpora
     return ", ".join(f"{name}: {licence}" for name, licence in licences.items())

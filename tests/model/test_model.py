@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 from transformers import LlamaForCausalLM, M2M100ForConditionalGeneration, M2M100Model
 
@@ -535,6 +535,9 @@ FORMATS: dict[str, Callable[[nn.Module, Path], object]] = {
     "sharded": lambda model, folder: model.save_pretrained(folder, max_shard_size="40KB"),
     "base model": lambda model, folder: model.model.save_pretrained(folder),
     "one side": save_one_side,
+    "tied under the last name": lambda model, folder: save_model(
+        model, folder / "model.safetensors"
+    ),
     "pytorch_model.bin": lambda model, folder: torch.save(
         model.state_dict(), folder / "pytorch_model.bin"
     ),
@@ -709,6 +712,10 @@ ERRORS = {  # what is done to a folder with an encoder and a decoder, and what t
     "rope's keys": (change("decoder", rope_parameters=HALF_LLAMA3), "model.decoder: .*rope"),
     "a cut index": (cut_index, "/decoder/model.safetensors.index.json"),
     "quantised weights": (quantise, "/decoder.* quanti[sz]"),
+    "only the head, untied": (
+        lose_tensor("decoder", "model.embed_tokens.weight"),
+        "/decoder has no tensor model.embed_tokens.weight",
+    ),
     "int8 in pytorch_model.bin": (
         retype_bin,
         "/decoder/pytorch_model.bin: model.norm.weight has the dtype torch.int8",
