@@ -676,7 +676,7 @@ ERRORS = {  # what is done to a folder with an encoder and a decoder, and what t
     ),
     "another family": (
         change("decoder", model_type="gpt_neox"),
-        "/decoder is a gpt_neox model; this takes llama, mistral, ",
+        "/decoder is a gpt_neox model .its attention.*; this takes llama, mistral, ",
     ),
     "encoder's activation": (
         change("encoder", activation_function="gelu_new"),
