@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mtllm_engine.config import load
 from mtllm_engine.data import shards, sources
@@ -174,6 +174,13 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     for model in ("encoder", "decoder"):
         moved = f"the {model} that X was trained with, where it lies elsewhere now"
         parser.add_argument(f"--{model}", default="", type=expand, metavar="DIR", help=moved)
+    moved = "an adapter of model.adapters, likewise; once for each, in order"
+    options = {"action": "append", "default": [], "type": expand, "metavar": "DIR"}
+    parser.add_argument("--merged", help=moved, **options)
+
+
+def _places(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("encoder", "decoder", "merged")}
 
 
 def _add_vectors(parser: argparse.ArgumentParser) -> None:
@@ -244,7 +251,7 @@ def _add_show(commands: argparse._SubParsersAction) -> None:
 def _show_trained(arguments: argparse.Namespace) -> int:
     from mtllm_engine.show import show
 
-    print(show(arguments.model, encoder=arguments.encoder, decoder=arguments.decoder))
+    print(show(arguments.model, **_places(arguments)))
     return 0
 
 
@@ -303,8 +310,7 @@ def _export(arguments: argparse.Namespace) -> int:
         push=arguments.push,
         default_language=arguments.language,
         tasks=dict(arguments.tasks),
-        encoder=arguments.encoder,
-        decoder=arguments.decoder,
+        **_places(arguments),
     )
     num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {num_bytes / 1e9:.2f} GB")

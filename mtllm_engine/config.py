@@ -65,6 +65,9 @@ class ModelConfig:
     """The MT encoder (M2M-100, NLLB): a folder or a Hugging Face hub id."""
     decoder: PathText
     """The LLM (Llama, Mistral, Qwen, Gemma, ...): a folder or a Hugging Face hub id."""
+    adapters: tuple[PathText, ...] = ()
+    """PEFT's adapters, folders or hub ids, that are merged into the LLM while it is read, in order:
+    it is the LLM that they make that everything here stands on."""
     causal: bool = False
     """False: LLM2Vec's bidirectional attention."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -4,7 +4,7 @@ Small files are read, and no model's weights.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ WIDEST = 160  # characters of a row
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
-def show(name: str, *, encoder: str = "", decoder: str = "") -> str:
+def show(name: str, *, encoder: str = "", decoder: str = "", merged: Sequence[str] = ()) -> str:
     """A table of names and values. Args: as `find_trained`.
 
     Raises:
         ValueError: As `find_trained`.
     """
-    trained = find_trained(name, encoder=encoder, decoder=decoder)
+    trained = find_trained(name, encoder=encoder, decoder=decoder, merged=merged)
     rows = {**_what(trained), **_models(trained), **_tasks(trained), **_made(trained)}
     rows["size"] = _size(trained)
     width = max(map(len, rows))
@@ -64,11 +64,22 @@ def _models(trained: Trained) -> dict[str, str]:
     return {
         "encoder": _licensed(trained, "encoder") if trained.reads_stack else "",
         "LLM": f"{_licensed(trained, 'llm')}, {attention}, {kept}",
+        "merged": _merged(trained),
         "languages": _languages(trained) if trained.reads_stack else "",
         "texts": f"read {parts[data.parts]}, {reads}",
         "adapters": "merged into the LLM's weights" if trained.is_merged else adapters,
         "projection": bias if trained.reads_stack else "none: the LLM reads its own tokens",
     }
+
+
+def _merged(trained: Trained) -> str:
+    """The adapters that were merged into the LLM first, in order, and their licences."""
+    if trained.is_exported:
+        about = trained.record["about"]
+        each = {name: about["licences"][name] for name in about.get("adapters", ())}
+    else:
+        each = {name: licence_of(name) for name in trained.config.model.adapters}
+    return " then ".join(f"{name}, licence {licence}" for name, licence in each.items())
 
 
 def _licensed(trained: Trained, which: str) -> str:

@@ -2,7 +2,7 @@
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,11 +52,12 @@ def export(
     tasks: Mapping[str, str | Path] | None = None,
     encoder: str = "",
     decoder: str = "",
+    merged: Sequence[str] = (),
 ) -> Path:
     """Writes what was trained as a folder, whole or not at all.
 
     Args:
-        name, encoder, decoder: As `find_trained`.
+        name, encoder, decoder, merged: As `find_trained`.
         out: A folder that is not there yet.
         format: One of `FORMATS`.
         dtype, merge, default_language, tasks: As `Options`.
@@ -69,7 +70,7 @@ def export(
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} is there already; name a new folder")
-    trained = find_trained(name, encoder=encoder, decoder=decoder)
+    trained = find_trained(name, encoder=encoder, decoder=decoder, merged=merged)
     checkpoints = {task: checkpoint_in(Path(each)) for task, each in (tasks or {}).items()}
     options = Options(
         dtype=dtype,

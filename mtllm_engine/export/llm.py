@@ -7,6 +7,7 @@ from pathlib import Path
 from mtllm_engine.export import Options
 from mtllm_engine.export.models import (
     copy_tokenizer,
+    llm_dtype,
     merged_llm,
     write_card,
     write_checkpoint,
@@ -103,7 +104,8 @@ def write(trained: Trained, draft: Path, options: Options) -> None:
     write_safetensors(draft / "model.safetensors", merged_llm(trained, dtype))
     changed = {} if causal else {"is_causal": False, "pooling": "avg"}
     architecture = CAUSAL if causal else BIDIRECTIONAL
-    write_config(source, draft, dtype, architectures=[architecture], **changed)
+    stored = llm_dtype(trained, dtype)
+    write_config(source, draft, stored, architectures=[architecture], **changed)
     copy_tokenizer(source, draft)
     write_encoder(trained, draft / ENCODER, dtype)
     kept = (PROJECTION_FILE, HEAD_FILE)

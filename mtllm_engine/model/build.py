@@ -11,12 +11,19 @@ from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.model import sums
 from mtllm_engine.model.encoder import ACTIVATIONS
 from mtllm_engine.model.families import DecoderSpec, decoder_spec, read_config
+from mtllm_engine.model.merge import open_decoder
 from mtllm_engine.model.objective import HeadSize
 from mtllm_engine.model.peft import read_lora
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.sums import open_start
 from mtllm_engine.model.tensors import TensorFiles, resolve
-from mtllm_engine.model.weights import ADAPTERS, Weights, checkpoint_tensors, has_head
+from mtllm_engine.model.weights import (
+    ADAPTERS,
+    Weights,
+    checkpoint_tensors,
+    has_head,
+    has_projection,
+)
 
 
 def build_stack(
@@ -48,6 +55,10 @@ def build_stack(
     if head and giver and not has_head(giver):
         fix = "it takes a run of `mtllm finetune`"
         raise ValueError(f"{giver.folder} has no head.safetensors; {fix}")
+    reads_stack = config.objective.reader == "stack"
+    if reads_stack and not learns and start and not has_projection(start):
+        fix = "it takes a run of `mtllm train`"
+        raise ValueError(f"{start.folder} has no projection.safetensors; {fix}")
     teacher_lora = read_lora(teacher.folder) if teacher else None
     with torch.device("meta"):
         stack = Stack(
@@ -63,7 +74,7 @@ def build_stack(
     weights = Weights(
         stack,
         TensorFiles(resolve(model.encoder)),
-        TensorFiles(resolve(model.decoder)),
+        open_decoder(model),
         seed=config.run.seed,
         projection_init=model.projection_init,
         start=start,

@@ -23,6 +23,7 @@ from mtllm_engine.data.shards import Manifest
 from mtllm_engine.data.stream import Stream
 from mtllm_engine.files import sha256_of
 from mtllm_engine.model import peft
+from mtllm_engine.model.merge import chain_fingerprint
 from mtllm_engine.model.sums import open_start
 from mtllm_engine.model.tensors import fingerprint, resolve, tokenizer_files
 from mtllm_engine.model.weights import ADAPTERS, HEAD_FILE, RUN_FILES, file_of, saved_name
@@ -45,6 +46,7 @@ READS = ("model.causal", "model.dtype", "model.projection_bias")
 READS += ("data.max_length", "data.truncation", "data.parts", "languages.fallback")
 """Keys that say how a text is read, whatever is learned from it."""
 EARLIER = {"lora.rslora": False, "lora.train": "all", "data.parts": "whole", "data.pairs": 0.0}
+EARLIER |= {"model.adapters": ""}
 """Keys that older checkpoints lack, and what they were then."""
 
 
@@ -167,8 +169,8 @@ def follow(config: Config, find: Callable[[str], str] = str) -> Config:
         return str(_target(Path(find(name)))) if name else ""
 
     model, stage1 = config.model, tuple(map(meant, config.evaluate.stage1))
-    starts, teacher = tuple(map(meant, model.init_from)), meant(model.teacher)
-    model = replace(model, init_from=starts, teacher=teacher)
+    starts, chain = (tuple(map(meant, each)) for each in (model.init_from, model.adapters))
+    model = replace(model, init_from=starts, adapters=chain, teacher=meant(model.teacher))
     return replace(config, model=model, evaluate=replace(config.evaluate, stage1=stage1))
 
 
@@ -212,6 +214,7 @@ def identity(config: Config) -> dict[str, Any]:
     models = {
         "model.encoder": fingerprint_of(model.encoder),
         "model.decoder": fingerprint_of(model.decoder),
+        "model.adapters": chain_of(model.adapters),
         "model.init_from": " + ".join(map(_run_fingerprint, model.init_from)),
         "model.teacher": _run_fingerprint(model.teacher),
     }
@@ -228,6 +231,7 @@ def teacher_identity(config: Config) -> dict[str, Any]:
     tokenizers = [*map(tokenizer_files, map(resolve, (model.encoder, model.decoder)))]
     return {key: flat[key] for key in keys} | {
         "model.decoder": fingerprint_of(model.decoder),
+        "model.adapters": chain_of(model.adapters),
         "model.teacher": _run_fingerprint(model.teacher),
         "tokenizers": " ".join(map(sha256_of, itertools.chain(*tokenizers))),
     }
@@ -238,6 +242,12 @@ def fingerprint_of(model: str) -> str:
     """Of the model that the run began with: what a hub id means may change, and must not be fetched
     in mid-run."""
     return fingerprint(resolve(model))
+
+
+@functools.cache
+def chain_of(adapters: tuple[str, ...]) -> str:
+    """Of `model.adapters`, as the run began with them."""
+    return chain_fingerprint(adapters)
 
 
 @functools.cache
@@ -326,7 +336,9 @@ def _contents(config: Config, state: TrainedState) -> dict[str, bytes]:
     contents[OPTIMIZER] = safetensors.torch.save(moments)
     if ADAPTERS in contents:
         model = config.model
-        about = peft.peft_config(config.lora, model.decoder, causal=model.causal)
+        about = peft.peft_config(
+            config.lora, model.decoder, causal=model.causal, chain=model.adapters
+        )
         contents[peft.FILE] = json.dumps(about, indent=1).encode()
     copied = Path(config.model.teacher) / HEAD_FILE
     if config.model.teacher and copied.is_file():
