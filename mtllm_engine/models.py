@@ -20,7 +20,7 @@ from mtllm_engine.languages import ENGLISH, codes_of
 from mtllm_engine.model.build import build_stack, build_tokenizer, load_config
 from mtllm_engine.model.families import DecoderSpec, decoder_spec, read_config
 from mtllm_engine.model.licences import licence_of
-from mtllm_engine.model.tensors import TensorFiles, check_model, resolve
+from mtllm_engine.model.tensors import TensorFiles, resolve
 from mtllm_engine.model.weights import Weights
 from mtllm_engine.training import plan
 
@@ -185,7 +185,6 @@ def check(encoder: str, llm: str, adapters: Sequence[str] = ()) -> Findings:
 
 
 def _spec(folder: Path) -> DecoderSpec:
-    check_model(folder, "the LLM")
     return decoder_spec(read_config(folder, "the LLM"), f"the LLM {folder}")
 
 
