@@ -268,7 +268,7 @@ def decoder_spec(config: PreTrainedConfig, name: str = "model.decoder") -> Decod
     text = config.get_text_config() if config.model_type in WRAPPERS else config
     row = FAMILIES.get(text.model_type)
     if row is None:
-        reason = f" ({reason})" if (reason := why_not(config)) else ""
+        reason = f", which does not go in: {why_not(config)}" if why_not(config) else ""
         takes = f"this takes {', '.join(FAMILIES)}"
         raise ValueError(f"{name} is a {text.model_type} model{reason}; {takes}")
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
