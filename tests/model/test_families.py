@@ -1,0 +1,222 @@
+"""Every family of LLMs against transformers' own classes and PEFT, through the loading path: states,
+gradients, what a configuration says, and the sizes of published models.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import M2M100Model, PreTrainedConfig
+
+from mtllm_engine.config import Config
+from mtllm_engine.data.batch import Batch, Document, Totals, collate
+from mtllm_engine.model.stack import Stack
+from tests.support.families import (
+    FAMILIES,
+    LONGEST,
+    Doubled,
+    linears_of,
+    load_text_model,
+    write_llm,
+)
+from tests.support.padded import TOLERANCE, build, mean_pool, pad, randomise, trained
+from tests.support.tiny import build_config, build_encoder, build_world
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ALONE = build_world()
+Results = dict[str, torch.Tensor]
+
+# `make prove` runs this file under a profile that draws many more.
+IS_LONG = settings.get_current_profile_name() == "long"
+DRAWN = settings(max_examples=60 if IS_LONG else 2, phases=[Phase.generate])
+LENGTHS = st.one_of(st.integers(1, LONGEST), st.sampled_from([1, LONGEST]))
+SIZES = st.lists(st.tuples(LENGTHS, LENGTHS), max_size=2)  # of student and teacher
+ALWAYS = [(1, LONGEST), (LONGEST, 1), (9, 30)]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    return build_encoder(tmp_path_factory.mktemp("models") / "encoder", width=16, layers=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """The same weights twice: in our stack, and in transformers and PEFT."""
+
+    stack: Stack
+    encoder: nn.Module
+    linear: nn.Linear  # the projection's
+    llm: peft.PeftModel
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Their parameters by our names."""
+        theirs = dict(self.llm.named_parameters())
+        theirs |= {f"projection.{name}": each for name, each in self.linear.named_parameters()}
+        names = {name: their_name(name, list(theirs)) for name in trained(self.stack)}
+        assert len(set(names.values())) == len(names)
+        assert all(each in names.values() for each in theirs if ".lora_" in each)
+        return {name: theirs[other] for name, other in names.items()}
+
+
+def their_name(name: str, known: Sequence[str]) -> str:
+    """Of ours, such as `decoder.layers.0.qkv.student.q_proj.lora_A`: the linear's own name, in the
+    same layer."""
+    parts = re.fullmatch(r"decoder\.layers\.(\d+)\.\w+\.student\.(\w+)\.(lora_[AB])", name)
+    if parts is None:
+        return name
+    layer, linear, matrix = parts.groups()
+    end = re.compile(rf"\.layers\.{layer}\.\w+\.{linear}\.{matrix}\.default\.weight$")
+    (found,) = (other for other in known if end.search(other))
+    return found
+
+
+def configure(folder: Path, encoder: Path, **sections) -> Config:
+    model = {"encoder": str(encoder)} | sections.pop("model", {})
+    return build_config(folder, model=model, zero={"stage": 0}, **sections)
+
+
+def build_pair(folder: Path, encoder: Path, *, causal: bool) -> Pair:
+    """Both sides of `decoder` in a folder, with the same random adapters and projection."""
+    config = configure(folder, encoder, model={"causal": causal})
+    text = load_text_model(config.model.decoder)
+    text.config.is_causal = causal
+    adapters = peft.LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        target_modules=list(linears_of(text.config)),
+    )
+    stack = randomise(build(config))
+    width, encoder_width = stack.projection.weight.shape
+    pair = Pair(
+        stack=stack,
+        encoder=M2M100Model.from_pretrained(encoder, attn_implementation="eager").encoder,
+        linear=nn.Linear(encoder_width, width),
+        llm=peft.get_peft_model(text, adapters).eval(),
+    )
+    with torch.no_grad():
+        for name, parameter in pair.trained.items():
+            parameter.copy_(stack.get_parameter(name))
+    return pair
+
+
+def documents_of(sizes: Sequence[tuple[int, int]], pair: Pair) -> list[Document]:
+    """Documents of random tokens, none of them padding."""
+    generator = np.random.default_rng(len(sizes))
+    vocabularies = [side.embedding.num_embeddings for side in (pair.stack.encoder, pair.stack.decoder)]
+    documents = []
+    for number, lengths in enumerate(sizes):
+        student, teacher = (
+            generator.integers(2, size, length, dtype=np.int32)
+            for size, length in zip(vocabularies, lengths)
+        )
+        ids = {"student_ids_S": student, "teacher_ids_T": teacher}
+        documents.append(Document(key=str(number), seed=0, **ids))
+    return documents
+
+
+def pack(documents: Sequence[Document]) -> Batch:
+    return collate(documents, step_seed=0, device=ALONE.device)
+
+
+def our_results(pair: Pair, documents: Sequence[Document]) -> Results:
+    """States before the LLM's last norm, normed by theirs; then what our own norm is part of."""
+    stack, batch = pair.stack, pack(documents)
+    counts = Totals(documents=len(documents), spans=len(documents))
+    results = {}
+    with torch.no_grad():
+        for name, side, adapters in (
+            ("the LLM's states", "teacher", None),
+            ("the student's states", "student", "student"),
+            ("the adapted LLM's states", "teacher", "student"),
+        ):
+            states_SD = stack.read(batch, side=side, adapters=adapters)
+            results[name] = pair.llm.get_base_model().norm(states_SD)
+        pooled_PD = stack.objective.pool(states_SD, batch.teacher_spans)
+        results["pooled"] = pooled_PD
+    loss = stack(batch, counts).loss
+    gradients = torch.autograd.grad(loss, list(trained(stack).values()))
+    return results | {"loss": loss.detach()} | dict(zip(trained(stack), gradients, strict=True))
+
+
+def their_results(pair: Pair, documents: Sequence[Document]) -> Results:
+    """The method as one would write it with transformers and PEFT."""
+    ids_BL, real_BL = pad([document.student_ids_S for document in documents])
+    with torch.no_grad():
+        encoded_BLE = pair.encoder(ids_BL, attention_mask=real_BL.long()).last_hidden_state
+    student_BLD = states(pair, real_BL, inputs_embeds=pair.linear(encoded_BLE))
+    teacher_ids_BL, teacher_real_BL = pad([document.teacher_ids_T for document in documents])
+    with torch.no_grad():
+        adapted_BLD = states(pair, teacher_real_BL, input_ids=teacher_ids_BL)
+        with pair.llm.disable_adapter():
+            bare_BLD = states(pair, teacher_real_BL, input_ids=teacher_ids_BL)
+    differences_PD = mean_pool(student_BLD, real_BL) - mean_pool(bare_BLD, teacher_real_BL)
+    loss = differences_PD.square().mean()
+    gradients = torch.autograd.grad(loss, list(pair.trained.values()))
+    return {
+        "the LLM's states": bare_BLD[teacher_real_BL],
+        "the student's states": student_BLD.detach()[real_BL],
+        "the adapted LLM's states": adapted_BLD[teacher_real_BL],
+        "pooled": mean_pool(adapted_BLD, teacher_real_BL),
+        "loss": loss.detach(),
+        **dict(zip(pair.trained, gradients, strict=True)),
+    }
+
+
+def states(pair: Pair, real_BL: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+    return pair.llm(**inputs, attention_mask=real_BL.long(), use_cache=False).last_hidden_state
+
+
+def exact_results(pair: Pair, documents: Sequence[Document]) -> Results:
+    """Theirs, computed in fp64."""
+    parts = {name: copy.deepcopy(getattr(pair, name)).double() for name in ("encoder", "linear", "llm")}
+    with Doubled():
+        return their_results(Pair(stack=pair.stack, **parts), documents)
+
+
+def assert_same(pair: Pair, documents: Sequence[Document]) -> None:
+    """To 1e-5 of the largest value; where transformers itself is further than that from what it
+    computes in fp64, no further than it."""
+    ours, theirs, exact = our_results(pair, documents), their_results(pair, documents), {}
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert ours[name].shape == expected.shape, name
+        largest = largest_near(name, theirs)
+        assert largest > 0, name
+        if (ours[name] - expected).abs().max() > TOLERANCE * largest:
+            exact = exact or exact_results(pair, documents)
+            error, their_error = (
+                (each.double() - exact[name]).abs().max().item() / largest for each in (ours[name], expected)
+            )
+            assert error <= max(TOLERANCE, their_error), f"{name}: {error}, theirs {their_error}"
+
+
+def largest_near(name: str, results: Results) -> float:
+    """Of the tensor itself; of q's and k's gradients, which are small differences of large numbers,
+    of their whole layer."""
+    layer = name[: name.index("qkv.")] if re.search(r"\.[qk]_proj\.", name) else name
+    return max(each.abs().max().item() for other, each in results.items() if other.startswith(layer))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@DRAWN
+@given(data=st.data())
+def test_states_and_gradients_are_those_of_transformers_and_peft(
+    encoder: Path, tmp_path_factory, family: str, data: st.DataObject
+):
+    folder = tmp_path_factory.mktemp(family)
+    config = data.draw(FAMILIES[family])
+    write_llm(folder / "decoder", config, seed=data.draw(st.integers(0, 99)))
+    sizes = [*ALWAYS, *data.draw(SIZES)]
+    for causal in (False, True):
+        pair = build_pair(folder, encoder, causal=causal)
+        assert_same(pair, documents_of(sizes, pair))
