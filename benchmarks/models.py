@@ -13,6 +13,7 @@ from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
 from mtllm_engine.config import Config
 from mtllm_engine.model.build import build_stack
+from mtllm_engine.model.families import decoder_spec
 from mtllm_engine.model.lora import quantised_weights
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.tensors import TensorFiles, resolve
@@ -92,7 +93,7 @@ def build_models(config: Config, shape: str, world: World) -> Models:
     if shape:
         encoder, decoder = _parse_shape(shape)
         with torch.device("meta"):
-            stack = Stack(config, encoder, decoder)
+            stack = Stack(config, encoder, decoder_spec(decoder))
             theirs = (M2M100Encoder(encoder), LlamaModel(decoder))
         dtype = getattr(torch, config.model.dtype)
         sides = (_Random(module, world.device, dtype) for module in theirs)

@@ -18,6 +18,9 @@ from mtllm_engine.files import expand, is_name
 from mtllm_engine.languages import check_language, is_well_formed
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linears of a layer of Llama, and of most LLMs."""
+LINEARS = (*LORA_TARGETS, "qkv_proj", "gate_up_proj")
+"""Those of any LLM, by PEFT's names."""
 
 FOLLOWING = {"rank": 0, "alpha": 0.0, "target_modules": ()}
 """[lora] as the adapters that are added up have it."""
@@ -61,7 +64,7 @@ class ModelConfig:
     encoder: PathText
     """The MT encoder (M2M-100, NLLB): a folder or a Hugging Face hub id."""
     decoder: PathText
-    """The LLM (Llama): a folder or a Hugging Face hub id."""
+    """The LLM (Llama, Mistral, Qwen, Gemma, ...): a folder or a Hugging Face hub id."""
     causal: bool = False
     """False: LLM2Vec's bidirectional attention."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -122,7 +125,8 @@ class LoraConfig:
     dropout: float = 0.05
     """Share of an adapter's input that is dropped in training."""
     target_modules: tuple[str, ...] = LORA_TARGETS
-    """The linears that have one, by PEFT's names; empty, or left out there: those of any."""
+    """The linears that have one, by PEFT's names; all seven of Llama's: all of any LLM, whatever
+    its family calls them; empty, or left out there: those of any."""
     train: Literal["all", "first"] = "all"
     """What learns of a sum: all of it, or the first of `model.init_from`, the others frozen."""
 
@@ -524,8 +528,8 @@ def _check(config: Config) -> None:
             raise ValueError(message)
     # What has a message of its own for every item.
     for name in config.lora.target_modules:
-        if name not in LORA_TARGETS:
-            known = ", ".join(LORA_TARGETS)
+        if name not in LINEARS:
+            known = ", ".join(LINEARS)
             raise ValueError(f"lora.target_modules: {name!r} is none of {known}")
     _check_fallback(config.languages.fallback)
     _check_sizes(config)

@@ -18,9 +18,8 @@ from mtllm_engine.data.shards import Manifest
 from mtllm_engine.data.stream import Stream, agree, build_stream
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.languages import ENGLISH
-from mtllm_engine.model.build import build_stack, build_tokenizer
+from mtllm_engine.model.build import build_stack, build_tokenizer, settle
 from mtllm_engine.model.stack import Stack
-from mtllm_engine.model.sums import settle
 from mtllm_engine.model.weights import Weights
 from mtllm_engine.training import checkpoint, step
 from mtllm_engine.training.closed_form import Fit, fit_projection

@@ -15,8 +15,9 @@ Recompute = Callable[[], torch.Tensor]
 
 
 @contextlib.contextmanager
-def rebuilt(tensor: torch.Tensor, recompute: Recompute, module: nn.Module) -> Iterator[None]:
-    """Inside, `module` runs on `tensor`; autograd keeps `recompute` instead of the tensor.
+def rebuilt(tensor: torch.Tensor, recompute: Recompute | None, module: nn.Module) -> Iterator[None]:
+    """Inside, `module` runs on `tensor`; autograd keeps `recompute` instead of the tensor, or, with
+    None, the tensor.
 
     Backward calls it where it reads the tensor, without gradients; it must return the same
     numbers, bit by bit. The module's parameters are kept as themselves: what autograd keeps beside
@@ -24,7 +25,8 @@ def rebuilt(tensor: torch.Tensor, recompute: Recompute, module: nn.Module) -> It
     after the layer.
     """
     recomputes = {_memory_of(parameter): _itself(parameter) for parameter in module.parameters()}
-    recomputes[_memory_of(tensor)] = recompute
+    if recompute:
+        recomputes[_memory_of(tensor)] = recompute
 
     def pack(saved: torch.Tensor) -> torch.Tensor | Recompute:
         return recomputes.get(_memory_of(saved), saved)

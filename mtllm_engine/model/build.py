@@ -1,17 +1,20 @@
 """From a configuration to the stack, what fills it, and the tokenizers that feed it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, LlamaConfig, M2M100Config, PreTrainedConfig
+from transformers import M2M100Config, PreTrainedConfig
 
-from mtllm_engine.config import Config
+from mtllm_engine.config import LORA_TARGETS, Config, ModelConfig
 from mtllm_engine.data.tokenizers import PairTokenizer
+from mtllm_engine.model import sums
 from mtllm_engine.model.encoder import ACTIVATIONS
+from mtllm_engine.model.families import DecoderSpec, decoder_spec, read_config
 from mtllm_engine.model.objective import HeadSize
 from mtllm_engine.model.peft import read_lora
 from mtllm_engine.model.stack import Stack
-from mtllm_engine.model.sums import open_start, settle
+from mtllm_engine.model.sums import open_start
 from mtllm_engine.model.tensors import TensorFiles, resolve
 from mtllm_engine.model.weights import ADAPTERS, Weights, checkpoint_tensors, has_head
 
@@ -32,9 +35,7 @@ def build_stack(
     """
     config = settle(config)
     model, distils = config.model, config.objective.kind == "distil"
-    encoder_folder, decoder_folder = resolve(model.encoder), resolve(model.decoder)
-    encoder = load_config(encoder_folder, M2M100Config, "model.encoder")
-    decoder = load_config(decoder_folder, LlamaConfig, "model.decoder")
+    encoder, decoder = read_models(model)
     _check_configs(config, encoder, decoder)
     start, frozen = open_start(config, learns=learns)
     teacher = checkpoint_tensors(model.teacher) if model.teacher else None
@@ -61,8 +62,8 @@ def build_stack(
         )
     weights = Weights(
         stack,
-        TensorFiles(encoder_folder),
-        TensorFiles(decoder_folder),
+        TensorFiles(resolve(model.encoder)),
+        TensorFiles(resolve(model.decoder)),
         seed=config.run.seed,
         projection_init=model.projection_init,
         start=start,
@@ -109,6 +110,39 @@ def _check_adapters(config: Config, start: TensorFiles) -> None:
             raise ValueError(f"lora.{key} is {now}, and {before} in {source}; set it to that")
 
 
+def read_models(config: ModelConfig) -> tuple[M2M100Config, DecoderSpec]:
+    """What both models' configurations say; no weight is read.
+
+    Raises:
+        ValueError: One cannot be read, or is of another architecture.
+    """
+    encoder = load_config(resolve(config.encoder), M2M100Config, "model.encoder")
+    folder = resolve(config.decoder)
+    decoder = read_config(folder, "model.decoder")
+    return encoder, decoder_spec(decoder, f"model.decoder: {folder}")
+
+
+def settle(config: Config) -> Config:
+    """The configuration with what its [lora] leaves open: the adapters of a sum as they are, and
+    all linears of the LLM's family where all of Llama's are asked for.
+
+    Raises:
+        ValueError: A part of a sum has no adapters, or [lora] asks for others, or for linears that
+            the LLM does not have.
+    """
+    config = sums.settle(config)
+    folder = resolve(config.model.decoder)
+    spec = decoder_spec(read_config(folder, "model.decoder"), f"model.decoder: {folder}")
+    targets = config.lora.target_modules
+    if set(targets) == set(LORA_TARGETS):
+        targets = targets if spec.targets == LORA_TARGETS else spec.targets
+    for name in targets:
+        if name not in spec.targets:
+            known = f"{folder} ({spec.family}) has {', '.join(spec.targets)}"
+            raise ValueError(f"lora.target_modules: {name!r} is no linear of the LLM; {known}")
+    return replace(config, lora=replace(config.lora, target_modules=targets))
+
+
 def load_config(folder: Path, kind: type[PreTrainedConfig], key: str) -> PreTrainedConfig:
     """A model's config.json; none of its code is run.
 
@@ -118,34 +152,23 @@ def load_config(folder: Path, kind: type[PreTrainedConfig], key: str) -> PreTrai
     Raises:
         ValueError: It cannot be read, or is another kind's or a quantised model's.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # OSError, ValueError, KeyError, huggingface_hub's own, ...
-        if "trust_remote_code" in str(error):
-            takes = f"its own code, which is never run; this takes {kind.model_type}"
-            raise ValueError(f"{key}: {folder} is a model of {takes}") from error
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{key}: {folder} has no readable config.json: {reason}") from error
+    config = read_config(folder, key)
     if not isinstance(config, kind):
         model_type = f"a {config.model_type} model; this takes {kind.model_type}"
         raise ValueError(f"{key}: {folder} is {model_type}")
-    if getattr(config, "quantization_config", None):
-        takes = "this takes float32, bfloat16 or float16 weights"
-        raise ValueError(f"{key}: {folder} is quantised; {takes}")
     return config
 
 
-def _check_configs(config: Config, encoder: M2M100Config, decoder: LlamaConfig) -> None:
+def _check_configs(config: Config, encoder: M2M100Config, decoder: DecoderSpec) -> None:
     activation, heads = encoder.activation_function, encoder.encoder_attention_heads
     if activation not in ACTIVATIONS:
         raise ValueError(f"model.encoder: activation {activation!r} is not supported")
     if encoder.d_model % heads:
         width = f"its width {encoder.d_model} is no multiple of its {heads} heads"
         raise ValueError(f"model.encoder: {width}")
-    if decoder.hidden_act != "silu":
-        activation = f"activation {decoder.hidden_act!r} is not supported; Llama has silu"
-        raise ValueError(f"model.decoder: {activation}")
     length = config.data.max_length
-    for key, model in (("encoder", encoder), ("decoder", decoder)):
-        if length > (positions := model.max_position_embeddings):
-            raise ValueError(f"data.max_length={length} is above the {positions} of model.{key}")
+    if length > (positions := encoder.max_position_embeddings):
+        raise ValueError(f"data.max_length={length} is above the {positions} of model.encoder")
+    if length > decoder.max_length:
+        limit = f"the {decoder.limit}={decoder.max_length} of model.decoder"
+        raise ValueError(f"data.max_length={length} is above {limit}")

@@ -1,27 +1,29 @@
-"""The LLM (Llama family) on packed tokens, with joint layers: student and teacher in one call of
-each layer.
+"""The LLM, of any of `families`, on packed tokens, with joint layers: student and teacher in one
+call of each layer.
 
 Under ZeRO-3 a layer's weights are gathered once for all its streams. Source: arXiv 2302.13971,
-2407.21783.
+2407.21783; what other families do differently, `families` says.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig
 
-from mtllm_engine.config import LoraConfig
+from mtllm_engine.config import LORA_TARGETS, LoraConfig
 from mtllm_engine.data.batch import Tokens
 from mtllm_engine.kernels.contract import Kernel
 from mtllm_engine.kernels.rms_norm import rms_norm
 from mtllm_engine.kernels.rope import rope
 from mtllm_engine.kernels.swiglu import swiglu
 from mtllm_engine.model.activations import Recompute, Shared, kept, rebuilt
+from mtllm_engine.model.families import DecoderSpec
 from mtllm_engine.model.lora import LoraLinear, Members
+
+Turns = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin of each token's rotary angles, fp32 (S, k)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +31,8 @@ class TokenStream:
     """One of the token streams that run through the decoder together."""
 
     tokens: Tokens
-    cos_Sk: torch.Tensor  # fp32
-    sin_Sk: torch.Tensor
+    turns: tuple[Turns, ...]
+    """By kind of rope."""
     adapters: str | None
     """The set that runs: "student" (trained), "teacher" (frozen); None: the bare LLM."""
     grad: bool
@@ -38,11 +40,11 @@ class TokenStream:
 
 
 class DecoderLayer(nn.Module):
-    """RMSNorm, rotary grouped-query attention, RMSNorm, SwiGLU."""
+    """Rotary grouped-query attention and a gated MLP, RMSNorms before or after each."""
 
     def __init__(
         self,
-        config: LlamaConfig,
+        spec: DecoderSpec,
         adapters: Mapping[str, LoraConfig],
         dtype: torch.dtype,
         attention: Kernel,
@@ -52,26 +54,25 @@ class DecoderLayer(nn.Module):
         recompute: str,
     ) -> None:
         super().__init__()
-        self.attention = attention
-        width, inner = config.hidden_size, config.intermediate_size
-        head_width = config.head_dim
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.causal, self.recompute, self.eps = causal, recompute, config.rms_norm_eps
-        self.attention_norm = nn.Parameter(torch.empty(width, dtype=dtype))
-        self.mlp_norm = nn.Parameter(torch.empty(width, dtype=dtype))
-        q_width, kv_width = self.num_heads * head_width, self.num_kv_heads * head_width
-
-        def linear(
-            in_width: int, names: tuple[str, ...], widths: tuple[int, ...], bias: bool
-        ) -> LoraLinear:
-            members = Members(names=names, widths=widths)
-            return LoraLinear(in_width, members, adapters, dtype, layer=layer, bias=bias)
-
-        qkv_widths = (q_width, kv_width, kv_width)
-        self.qkv = linear(width, ("q_proj", "k_proj", "v_proj"), qkv_widths, config.attention_bias)
-        self.out = linear(q_width, ("o_proj",), (width,), config.attention_bias)
-        self.gate_up = linear(width, ("gate_proj", "up_proj"), (inner, inner), config.mlp_bias)
-        self.down = linear(inner, ("down_proj",), (width,), config.mlp_bias)
+        self.spec, self.attention, self.rope = spec, attention, spec.rope_of[layer]
+        self.causal, self.recompute, self.eps = causal, recompute, spec.eps
+        q_width, kv_width = (num * spec.head_width for num in (spec.num_heads, spec.num_kv_heads))
+        # Norms; those that the family lacks are None.
+        rows = {"q_norm": q_width, "k_norm": kv_width}
+        heads = dict.fromkeys(rows, spec.head_width)
+        widths = heads if spec.qk_norm == "head" else rows
+        for name in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm", *rows):
+            weight = norm_weight(spec, widths.get(name, spec.width), dtype)
+            self.register_parameter(name, weight if name in spec.norms else None)
+        # Linears
+        inner = spec.inner_width
+        outputs = {"qkv": (q_width, kv_width, kv_width), "gate_up": (inner, inner)}
+        inputs = {"qkv": spec.width, "out": q_width, "gate_up": spec.width, "down": inner}
+        for name, in_width in inputs.items():
+            widths = outputs.get(name, (spec.width,))
+            members = _members(spec, name, widths, layer)
+            bias = name in spec.biases
+            self.add_module(name, LoraLinear(in_width, members, adapters, dtype, bias=bias))
 
     def forward(
         self, *hidden: torch.Tensor, streams: Sequence[TokenStream]
@@ -104,43 +105,83 @@ class DecoderLayer(nn.Module):
         call = {"adapters": stream.adapters, "seeds_S": stream.tokens.seeds_S}
         # Attention. The normed state is a cheap pass over hidden_SD, which is kept anyway, so what
         # the adapters need of it in backward is made again there.
-        normed_SD, _ = rms_norm(hidden_SD, self.attention_norm, self.eps)
-        with rebuilt(normed_SD, self._normed(hidden_SD, self.attention_norm), self.qkv):
+        normed_SD, _ = self._norm(hidden_SD, self.attention_norm)
+        normed = self._normed(hidden_SD, self.attention_norm)
+        with rebuilt(normed_SD, normed, self.qkv):
             qkv_SF = self.qkv(normed_SD, **call)
         context_SD = self._attend(qkv_SF, stream)
         # The residual's sum and its norm are one kernel; the MLP's input is made again like
         # attention's, from the sum.
-        attended_SD = self.out(context_SD, **call)
-        normed_SD, hidden_SD = rms_norm(attended_SD, self.mlp_norm, self.eps, hidden_SD)
+        attended_SD = self._added(self.out(context_SD, **call), self.attention_post_norm)
+        normed_SD, hidden_SD = self._norm(attended_SD, self.mlp_norm, hidden_SD)
         normed = self._normed(hidden_SD, self.mlp_norm)
-        return self._feed_forward(normed_SD, normed, call, rebuilt).add_(hidden_SD)
+        inner_SD = self._feed_forward(normed_SD, normed, call, rebuilt)
+        return self._added(inner_SD, self.mlp_post_norm).add_(hidden_SD)
 
     def _feed_forward(
-        self, normed_SD: torch.Tensor, normed: Recompute, call: dict, rebuilt: Callable
+        self, normed_SD: torch.Tensor, normed: Recompute | None, call: dict, rebuilt: Callable
     ) -> torch.Tensor:
         with rebuilt(normed_SD, normed, self.gate_up):
             gate_up_SF = self.gate_up(normed_SD, **call)
         # SwiGLU's own input: kept, or (the layer's widest tensor) made again by one more product,
         # whose result two places of backward share.
         makes_again = self.recompute == "mlp"
-        again = Shared(lambda: self.gate_up(normed(), **call)) if makes_again else gate_up_SF.detach
+        source = normed or normed_SD.detach
+        again = Shared(lambda: self.gate_up(source(), **call)) if makes_again else gate_up_SF.detach
         with (rebuilt if makes_again else kept)(gate_up_SF, again, self.gate_up):
-            inner_SF = swiglu(gate_up_SF)
+            inner_SF = self._gated(gate_up_SF)
         # SwiGLU's output, half as wide again, is never kept: it is one cheap pass over its input.
-        with rebuilt(inner_SF, lambda: swiglu(again()), self.down):
+        with rebuilt(inner_SF, lambda: self._gated(again()), self.down):
             return self.down(inner_SF, **call)
 
-    def _normed(self, hidden_SD: torch.Tensor, weight_D: nn.Parameter) -> Recompute:
+    def _norm(
+        self,
+        x_SD: torch.Tensor,
+        weight_D: nn.Parameter | None,
+        residual_SD: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The normed sum of x and residual, and the sum; without a norm the sum twice."""
+        if weight_D is not None:
+            return rms_norm(x_SD, weight_D, self.eps, residual_SD)
+        sum_SD = x_SD if residual_SD is None else x_SD.add_(residual_SD)
+        return sum_SD, sum_SD
+
+    def _normed(self, hidden_SD: torch.Tensor, weight_D: nn.Parameter | None) -> Recompute | None:
+        """Makes a normed state again; None where no norm made it: it is kept anyway."""
         hidden_SD = hidden_SD.detach()
-        return lambda: rms_norm(hidden_SD, weight_D, self.eps)[0]
+        return None if weight_D is None else lambda: self._norm(hidden_SD, weight_D)[0]
+
+    def _added(self, x_SD: torch.Tensor, weight_D: nn.Parameter | None) -> torch.Tensor:
+        """What a half of the layer adds to its input: normed where the family norms it, scaled
+        where it scales it."""
+        x_SD, _ = self._norm(x_SD, weight_D)
+        scale = self.spec.residual_scale
+        return x_SD if scale == 1.0 else x_SD.mul_(scale)
+
+    def _gated(self, gate_up_SF: torch.Tensor) -> torch.Tensor:
+        return swiglu(gate_up_SF, *[self.spec.activation] * (self.spec.activation != "silu"))
 
     def _attend(self, qkv_SF: torch.Tensor, stream: TokenStream) -> torch.Tensor:
-        nums = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        nums = (self.spec.num_heads, self.spec.num_kv_heads, self.spec.num_kv_heads)
         heads = qkv_SF.unflatten(-1, (sum(nums), -1))  # q's, k's and v's, of which v's do not turn
-        heads = rope(heads, stream.cos_Sk, stream.sin_Sk, self.num_heads + self.num_kv_heads)
+        if self.q_norm is not None:
+            heads = self._with_normed_heads(heads, nums)
+        if self.rope is not None:
+            heads = rope(heads, *stream.turns[self.rope], nums[0] + nums[1])
         q_SHK, k_SGK, v_SGK = heads.split(nums, dim=1)
-        packing = {"cu_seqlens": stream.tokens.cu_seqlens, "lengths": stream.tokens.lengths}
-        return self.attention(q_SHK, k_SGK, v_SGK, **packing, causal=self.causal).flatten(1)
+        options = {"cu_seqlens": stream.tokens.cu_seqlens, "lengths": stream.tokens.lengths}
+        if self.spec.softcap:
+            options["softcap"] = self.spec.softcap
+        return self.attention(q_SHK, k_SGK, v_SGK, **options, causal=self.causal).flatten(1)
+
+    def _with_normed_heads(self, heads: torch.Tensor, nums: tuple[int, ...]) -> torch.Tensor:
+        """The packed heads (S, H + 2G, K), queries and keys normed."""
+        q_SHK, k_SGK, v_SGK = heads.split(nums, dim=1)
+        normed = [
+            rms_norm(x.contiguous().view(-1, len(weight)), weight, self.eps)[0].view(x.shape)
+            for x, weight in ((q_SHK, self.q_norm), (k_SGK, self.k_norm))
+        ]
+        return torch.cat([*normed, v_SGK], dim=1)
 
 
 class Decoder(nn.Module):
@@ -148,7 +189,7 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        config: LlamaConfig,
+        spec: DecoderSpec,
         adapters: Mapping[str, LoraConfig],
         dtype: torch.dtype,
         attention: Kernel,
@@ -157,62 +198,64 @@ class Decoder(nn.Module):
         recompute: str,
     ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.spec = spec
+        # Rounded as the family's own code does: that is what its models were trained with.
+        self.embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype, device="cpu").item()
+        # On a real device, whatever the rest is made on; the engine moves them with it.
+        self.frequencies = tuple(
+            torch.tensor(kind.frequencies, device="cpu") for kind in spec.ropes
+        )
+        self.embedding = nn.Embedding(spec.vocab_size, spec.width, dtype=dtype)
         options = {"causal": causal, "recompute": recompute}
         self.layers = nn.ModuleList(
-            DecoderLayer(config, adapters, dtype, attention, layer=layer, **options)
-            for layer in range(config.num_hidden_layers)
+            DecoderLayer(spec, adapters, dtype, attention, layer=layer, **options)
+            for layer in range(spec.num_layers)
         )
-        self.register_buffer("frequencies_k", rope_frequencies(config), persistent=False)
+
+    def embed(self, ids_S: torch.Tensor) -> torch.Tensor:
+        """The LLM's own states (S, D) of its tokens, as they go in."""
+        hidden_SD = self.embedding(ids_S)
+        return hidden_SD if self.embedding_scale == 1.0 else hidden_SD * self.embedding_scale
 
     def stream(self, tokens: Tokens, *, adapters: str | None, grad: bool) -> TokenStream:
         """A stream with its rotary angles, computed once for all layers."""
-        angles_Sk = tokens.positions_S.float()[:, None] * self.frequencies_k
-        return TokenStream(
-            tokens=tokens,
-            cos_Sk=angles_Sk.cos(),
-            sin_Sk=angles_Sk.sin(),
-            adapters=adapters,
-            grad=grad,
-        )
+        turns = []
+        for kind, frequencies_k in zip(self.spec.ropes, self.frequencies, strict=True):
+            angles_Sk = tokens.positions_S.float()[:, None] * frequencies_k
+            turn = (angles_Sk.cos(), angles_Sk.sin())
+            turns.append(turn if kind.scale == 1.0 else tuple(each * kind.scale for each in turn))
+        return TokenStream(tokens=tokens, turns=tuple(turns), adapters=adapters, grad=grad)
 
     def forward(
         self, hidden: Sequence[torch.Tensor], streams: Sequence[TokenStream]
     ) -> tuple[torch.Tensor, ...]:
         """States in, states before the final norm out, one per stream."""
-        hidden = tuple(hidden)
+        scale = self.spec.input_scale
+        hidden = tuple(hidden) if scale == 1.0 else tuple(each * scale for each in hidden)
         for layer in self.layers:
             hidden = layer(*hidden, streams=streams)
         return hidden
 
 
-def rope_frequencies(config: LlamaConfig) -> torch.Tensor:
-    """Rotary frequencies (K / 2,), fp32, always on a real device; `default`, `linear` and `llama3`
-    scaling.
+def norm_weight(spec: DecoderSpec, width: int, dtype: torch.dtype) -> nn.Parameter:
+    """Of a RMSNorm, not filled yet: in fp32 where the file holds what is to be added to 1, of which
+    half precision would lose half the digits."""
+    return nn.Parameter(torch.empty(width, dtype=torch.float32 if spec.norm_offset else dtype))
 
-    Raises:
-        ValueError: The checkpoint asks for another scaling.
+
+def _members(spec: DecoderSpec, name: str, widths: tuple[int, ...], layer: int) -> Members:
+    """The family's linears in one of ours, and their numbers for dropout.
+
+    Linear i of Llama's seven in layer l is number 7 l + i. Others have numbers from 7 times the
+    layers on.
     """
-    rope = config.rope_parameters
-    kind = rope.get("rope_type", "default")
-    exponents_k = (
-        torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    names = tuple(each.split(".")[-1] for each in spec.linears[name])
+    others = [each for each in spec.targets if each not in LORA_TARGETS]
+    numbers = tuple(
+        layer * len(LORA_TARGETS) + LORA_TARGETS.index(each)
+        if each in LORA_TARGETS
+        else spec.num_layers * len(LORA_TARGETS) + layer * len(others) + others.index(each)
+        for each in names
     )
-    frequencies_k = 1.0 / rope["rope_theta"] ** exponents_k
-    if kind == "default":
-        return frequencies_k
-    if kind == "linear":
-        return frequencies_k / rope["factor"]
-    if kind == "llama3":
-        return _llama3_frequencies(frequencies_k, rope)
-    raise ValueError(f"rope_type {kind!r} is not supported; use default, linear or llama3")
-
-
-def _llama3_frequencies(frequencies_k: torch.Tensor, rope: dict) -> torch.Tensor:
-    """Long wavelengths are divided by `factor`, short ones kept, the middle interpolated (Llama
-    3.1).
-    """
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns_k = rope["original_max_position_embeddings"] * frequencies_k / (2 * math.pi)
-    smooth_k = ((turns_k - low) / (high - low)).clamp(0, 1)
-    return (1 - smooth_k) * frequencies_k / rope["factor"] + smooth_k * frequencies_k
+    widths = widths if len(widths) == len(names) else (sum(widths),)
+    return Members(names=names, widths=widths, numbers=numbers)

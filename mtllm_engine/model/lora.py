@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mtllm_engine.config import LORA_TARGETS, LoraConfig
+from mtllm_engine.config import LoraConfig
 from mtllm_engine.kernels.lora_linear import Dropout, Quantised, lora_linear, quantise
 
 
@@ -21,13 +21,15 @@ class Members:
 
     names: tuple[str, ...]
     widths: tuple[int, ...]
+    numbers: tuple[int, ...]
+    """By which dropout tells them apart, of all of the LLM's."""
 
-    def adapted(self, targets: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-        """(name, start, width) of the members that LoRA targets."""
+    def adapted(self, targets: Sequence[str]) -> Iterator[tuple[str, int, int, int]]:
+        """(name, start, width, number) of the members that LoRA targets."""
         start = 0
-        for name, width in zip(self.names, self.widths, strict=True):
+        for name, width, number in zip(self.names, self.widths, self.numbers, strict=True):
             if name in targets:
-                yield name, start, width
+                yield name, start, width, number
             start += width
 
 
@@ -58,13 +60,12 @@ class Adapter(nn.Module):
 class AdapterSet(nn.ModuleDict):
     """The adapters of one fused linear, by the names of its members, and how they are applied."""
 
-    def __init__(self, in_width: int, members: Members, lora: LoraConfig, *, layer: int) -> None:
+    def __init__(self, in_width: int, members: Members, lora: LoraConfig) -> None:
         adapted = list(members.adapted(lora.target_modules))
-        super().__init__({name: Adapter(in_width, width, lora.rank) for name, _, width in adapted})
-        self.starts = tuple(start for _, start, _ in adapted)
-        self.linears = tuple(
-            layer * len(LORA_TARGETS) + LORA_TARGETS.index(name) for name, _, _ in adapted
-        )
+        adapters = {name: Adapter(in_width, width, lora.rank) for name, _, width, _ in adapted}
+        super().__init__(adapters)
+        self.starts = tuple(start for _, start, _, _ in adapted)
+        self.linears = tuple(number for *_, number in adapted)
         self.scale, self.dropout = lora.scale, lora.dropout
 
     def matrices(self) -> tuple[tuple[int, torch.Tensor, torch.Tensor], ...]:
@@ -91,11 +92,10 @@ class LoraLinear(nn.Module):
         sets: Mapping[str, LoraConfig],
         dtype: torch.dtype,
         *,
-        layer: int,
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self.members, self.in_width, self.layer = members, in_width, layer
+        self.members, self.in_width = members, in_width
         self.weight: nn.Parameter | Quantised = nn.Parameter(
             torch.empty(sum(members.widths), in_width, dtype=dtype)
         )
@@ -105,7 +105,7 @@ class LoraLinear(nn.Module):
 
     def add(self, name: str, lora: LoraConfig) -> AdapterSet:
         """One more set, not filled yet."""
-        added = AdapterSet(self.in_width, self.members, lora, layer=self.layer)
+        added = AdapterSet(self.in_width, self.members, lora)
         self.add_module(name, added)
         return added
 

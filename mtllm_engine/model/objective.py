@@ -107,13 +107,9 @@ def best_answers(scores_2S: torch.Tensor, spans: Spans) -> torch.Tensor:
 class Objective(nn.Module):
     """The LLM's final norm, and a head where there is a task."""
 
-    def __init__(
-        self, width: int, eps: float, dtype: torch.dtype, head: Head | SpanHead | None
-    ) -> None:
+    def __init__(self, norm: nn.Parameter, eps: float, head: Head | SpanHead | None) -> None:
         super().__init__()
-        self.eps = eps
-        self.norm = nn.Parameter(torch.empty(width, dtype=dtype))  # the LLM's final RMSNorm
-        self.head = head
+        self.norm, self.eps, self.head = norm, eps, head
 
     def pool(self, hidden_SD: torch.Tensor, spans: Spans) -> torch.Tensor:
         """The mean of the finally normed states over each span, fp32 (P, D)."""
@@ -142,9 +138,9 @@ class Distillation(Objective):
     """
 
     def __init__(
-        self, width: int, eps: float, dtype: torch.dtype, head: Head | None, *, token_weight: float
+        self, norm: nn.Parameter, eps: float, head: Head | None, *, token_weight: float
     ) -> None:
-        super().__init__(width, eps, dtype, head)
+        super().__init__(norm, eps, head)
         self.token_weight = token_weight
 
     def forward(
@@ -198,10 +194,8 @@ class Finetuning(Objective):
     from has a label. Without labels, or without a head, what evaluation reads is all there is.
     """
 
-    def __init__(
-        self, width: int, eps: float, dtype: torch.dtype, head: Head | None, *, side: str
-    ) -> None:
-        super().__init__(width, eps, dtype, head)
+    def __init__(self, norm: nn.Parameter, eps: float, head: Head | None, *, side: str) -> None:
+        super().__init__(norm, eps, head)
         self.side = (
             side  # whose tokens are read: "student", the stack's, or "teacher", the LLM's own
         )
@@ -232,10 +226,8 @@ class SpanFinetuning(Objective):
     as answered wrongly.
     """
 
-    def __init__(
-        self, width: int, eps: float, dtype: torch.dtype, head: SpanHead, *, side: str
-    ) -> None:
-        super().__init__(width, eps, dtype, head)
+    def __init__(self, norm: nn.Parameter, eps: float, head: SpanHead, *, side: str) -> None:
+        super().__init__(norm, eps, head)
         self.side = side  # as in `Finetuning`
 
     def forward(self, batch: Batch, totals: Totals, hidden_SD: torch.Tensor) -> Share:
@@ -268,11 +260,11 @@ class SpanFinetuning(Objective):
 
 
 def build_reading(
-    width: int, eps: float, dtype: torch.dtype, head: Head | SpanHead | None, *, side: str
+    norm: nn.Parameter, eps: float, head: Head | SpanHead | None, *, side: str
 ) -> "Finetuning | SpanFinetuning":
     """What learns from labels, or only reads."""
     kind = SpanFinetuning if isinstance(head, SpanHead) else Finetuning
-    return kind(width, eps, dtype, head, side=side)
+    return kind(norm, eps, head, side=side)
 
 
 def is_inside(spans: Spans) -> torch.Tensor:

@@ -7,14 +7,15 @@ from typing import Literal
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, M2M100Config
+from transformers import M2M100Config
 
 from mtllm_engine.config import Config, LoraConfig
 from mtllm_engine.data.batch import Batch, Parts, Totals
 from mtllm_engine.kernels.attention import select
 from mtllm_engine.kernels.projection import projection
-from mtllm_engine.model.decoder import Decoder
+from mtllm_engine.model.decoder import Decoder, norm_weight
 from mtllm_engine.model.encoder import Encoder
+from mtllm_engine.model.families import DecoderSpec
 from mtllm_engine.model.lora import LoraLinear
 from mtllm_engine.model.objective import (
     Distillation,
@@ -72,7 +73,7 @@ class Stack(nn.Module):
         self,
         config: Config,
         encoder: M2M100Config,
-        decoder: LlamaConfig,
+        decoder: DecoderSpec,
         *,
         head: HeadSize | None = None,
         frozen_rank: int = 0,
@@ -81,7 +82,7 @@ class Stack(nn.Module):
         device: str = "",
     ) -> None:
         super().__init__()
-        dtype, width = getattr(torch, config.model.dtype), decoder.hidden_size
+        dtype, width = getattr(torch, config.model.dtype), decoder.width
         self.attention = select(config.model.attention, device or device_type())
         self.learns, self.reads_stack = learns, config.objective.reader == "stack"
         # What is below the LLM.
@@ -100,7 +101,8 @@ class Stack(nn.Module):
         if frozen_rank:
             self._split_adapters(frozen_rank)
         # What the states are for.
-        parts = (width, decoder.rms_norm_eps, dtype, build_head(width, head))
+        norm = norm_weight(decoder, width, dtype)  # the LLM's final one
+        parts = (norm, decoder.eps, build_head(width, head))
         if config.objective.kind == "distil":
             weight = config.objective.token_weight
             self.objective = Distillation(*parts, token_weight=weight)
@@ -135,7 +137,7 @@ class Stack(nn.Module):
         if side == "student":
             (hidden_SD,) = self._hidden(batch, teaches=False)
         else:
-            hidden_SD = self.decoder.embedding(batch.teacher.ids_S)
+            hidden_SD = self.decoder.embed(batch.teacher.ids_S)
         stream = self.decoder.stream(getattr(batch, side), adapters=adapters, grad=False)
         (hidden_SD,) = self.decoder([hidden_SD], [stream])
         return hidden_SD
@@ -181,17 +183,17 @@ class Stack(nn.Module):
         teacher.
         """
         if not self.reads_stack:
-            hidden_TD = self.decoder.embedding(batch.teacher.ids_S)
+            hidden_TD = self.decoder.embed(batch.teacher.ids_S)
             # ZeRO-3 gathers a layer for its backward only where a gradient goes through the layer's
             # input.
             return [hidden_TD.requires_grad_(torch.is_grad_enabled() and self.learns)]
         states_UD, parts = self.projection(self.encoder(batch.encoder)), batch.parts
         taught = [batch.teacher.ids_S] * teaches
         if parts is None:
-            return [states_UD, *map(self.decoder.embedding, taught)]
+            return [states_UD, *map(self.decoder.embed, taught)]
         # One call for both sides: ZeRO-3 gathers the embeddings once. And one on every rank,
         # whether there is anything between its parts or not.
-        embedded = self.decoder.embedding(torch.cat([parts.between_Z, *taught]))
+        embedded = self.decoder.embed(torch.cat([parts.between_Z, *taught]))
         between_ZD, *taught = embedded.split([len(parts.between_Z), *map(len, taught)])
         return [interleave(states_UD, between_ZD, parts), *taught]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mtllm_engine.config import LORA_TARGETS, Config, LoraConfig
+from mtllm_engine.config import LINEARS, Config, LoraConfig
 from mtllm_engine.model.lora import initial_adapter
 from mtllm_engine.model.peft import read_lora
 from mtllm_engine.model.tensors import TensorFiles, check_finite
@@ -193,7 +193,7 @@ def sum_of(loras: Sequence[LoraConfig]) -> LoraConfig:
         return loras[0]
     rank = sum(lora.rank for lora in loras)
     targets = {name for lora in loras for name in lora.target_modules}
-    ordered = tuple(name for name in LORA_TARGETS if name in targets)
+    ordered = tuple(name for name in LINEARS if name in targets)
     return LoraConfig(rank=rank, alpha=loras[0].scale * rank, target_modules=ordered)
 
 

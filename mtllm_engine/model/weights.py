@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from mtllm_engine.model.families import DecoderSpec
 from mtllm_engine.model.lora import initial_adapter
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.tensors import TensorFiles, Tensors, check_finite
@@ -23,12 +24,8 @@ HEAD = "objective.head.weight"
 PROJECTION = ("projection.weight", "projection.bias")
 EMBEDDING = "decoder.embedding.weight"
 EMBEDDING_SAMPLE = 1 << 24  # numbers of the LLM's embedding that stand for all of it
-LINEARS = {  # our fused linears and what they hold, by Llama's names
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "out": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
+DECODER_PREFIXES = ("model.", "", "model.language_model.", "language_model.model.")
+DECODER_PREFIXES += ("language_model.",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +34,8 @@ class Source:
 
     files: Tensors
     names: tuple[str, ...]
+    offset: float = 0.0
+    """What is added to every number, in fp32."""
 
     def check(self, parameter_name: str, shape: Sequence[int]) -> None:
         """Raises: ValueError: A tensor is missing or does not fit."""
@@ -58,9 +57,8 @@ class Source:
             size = math.prod(self.files.shape(name))
             low, high = max(start - offset, 0), min(stop - offset, size)
             if low < high:
-                pieces.append(
-                    check_finite(self.files.read(name, low, high), self.files.folder, name)
-                )
+                values = check_finite(self.files.read(name, low, high), self.files.folder, name)
+                pieces.append(values.float() + self.offset if self.offset else values)
             offset += size
         return torch.cat(pieces) if pieces else torch.empty(0)
 
@@ -82,7 +80,7 @@ class Weights:
         self,
         stack: Stack,
         encoder: TensorFiles,
-        decoder: TensorFiles,
+        decoder: Tensors,
         *,
         seed: int,
         projection_init: str,
@@ -93,7 +91,8 @@ class Weights:
         self.seed, self.projection_init = seed, projection_init
         self.starts: dict[str, torch.Tensor] = {}
         self.shapes = {name: parameter.shape for name, parameter in stack.named_parameters()}
-        self.sources = _decoder_sources(decoder, len(stack.decoder.layers))
+        self.embedding_scale = stack.decoder.embedding_scale
+        self.sources = _decoder_sources(decoder, stack.decoder.spec)
         if stack.reads_stack:
             self.sources |= _encoder_sources(encoder, len(stack.encoder.layers))
         if start:
@@ -148,7 +147,8 @@ class Weights:
         shapes = self.shapes
         size, width = math.prod(shapes[EMBEDDING]), shapes["projection.weight"][1]
         first = max(0, (size - EMBEDDING_SAMPLE) // 2)
-        embedding_rms = _rms(self.read(EMBEDDING, first, min(first + EMBEDDING_SAMPLE, size)))
+        sample = self.read(EMBEDDING, first, min(first + EMBEDDING_SAMPLE, size))
+        embedding_rms = _rms(sample) * self.embedding_scale
         # Of the encoder's states after its last LayerNorm.
         norm = [self.read(f"projection.norm_{part}", 0, width) for part in ("weight", "bias")]
         normed_rms = math.hypot(*map(_rms, norm))
@@ -198,9 +198,9 @@ def saved_name(name: str) -> str:
     if ".student." not in name and ".teacher." not in name:
         return name.removeprefix("projection.").removeprefix("objective.")
     _, _, layer, fused, _, linear, matrix = name.split(".")
-    original = next(item for item in LINEARS[fused] if item.endswith(linear))
+    half = "self_attn" if fused in ("qkv", "out") else "mlp"
     matrix = matrix.replace("frozen_", "lora_")  # which is of another checkpoint
-    return f"base_model.model.layers.{layer}.{original}.{matrix}.weight"
+    return f"base_model.model.layers.{layer}.{half}.{linear}.{matrix}.weight"
 
 
 def file_of(saved: str) -> str:
@@ -261,31 +261,38 @@ def _encoder_sources(files: TensorFiles, num_layers: int) -> dict[str, Source]:
     return _sources(files, names)
 
 
-def _decoder_sources(files: TensorFiles, num_layers: int) -> dict[str, Source]:
-    prefix = _prefix(files, ("model.", ""), "layers.0.self_attn.q_proj.weight")
-    names = {
-        EMBEDDING: [f"{prefix}embed_tokens.weight"],
-        "objective.norm": [f"{prefix}norm.weight"],
-    }
-    for layer in range(num_layers):
+def _decoder_sources(files: Tensors, spec: DecoderSpec) -> dict[str, Source]:
+    first = f"layers.0.{spec.linears['down'][0]}.weight"
+    prefix = _prefix(files, DECODER_PREFIXES, first)
+    names = {EMBEDDING: [f"{prefix}embed_tokens.weight"]}
+    norms = {"objective.norm": [f"{prefix}norm.weight"]}
+    for layer in range(spec.num_layers):
         ours, theirs = f"decoder.layers.{layer}", f"{prefix}layers.{layer}"
-        names[f"{ours}.attention_norm"] = [f"{theirs}.input_layernorm.weight"]
-        names[f"{ours}.mlp_norm"] = [f"{theirs}.post_attention_layernorm.weight"]
-        for (fused, linears), kind in itertools.product(LINEARS.items(), ("weight", "bias")):
-            names[f"{ours}.{fused}.{kind}"] = [f"{theirs}.{linear}.{kind}" for linear in linears]
-    return _sources(files, names)
+        for name, norm in spec.norms.items():
+            norms[f"{ours}.{name}"] = [f"{theirs}.{norm}.weight"]
+        for fused, linears in spec.linears.items():
+            for kind in ("weight", *["bias"] * (fused in spec.biases)):
+                names[f"{ours}.{fused}.{kind}"] = [
+                    f"{theirs}.{linear}.{kind}" for linear in linears
+                ]
+    return _sources(files, names) | _sources(files, norms, spec.norm_offset)
 
 
-def _sources(files: TensorFiles, names: Mapping[str, Sequence[str]]) -> dict[str, Source]:
+def _sources(
+    files: Tensors, names: Mapping[str, Sequence[str]], offset: float = 0.0
+) -> dict[str, Source]:
     """Args: names: of a parameter -> of the tensors that are stacked in it."""
-    return {name: Source(files=files, names=tuple(stacked)) for name, stacked in names.items()}
+    return {
+        name: Source(files=files, names=tuple(stacked), offset=offset)
+        for name, stacked in names.items()
+    }
 
 
-def _prefix(files: TensorFiles, candidates: Sequence[str], name: str) -> str:
+def _prefix(files: Tensors, candidates: Sequence[str], name: str) -> str:
     return _first_of(files, [prefix + name for prefix in candidates]).removesuffix(name)
 
 
-def _first_of(files: TensorFiles, candidates: Sequence[str]) -> str:
+def _first_of(files: Tensors, candidates: Sequence[str]) -> str:
     known = set(files.names)
     for name in candidates:
         if name in known:

@@ -153,10 +153,12 @@ def _build_encoder(
 
 
 def _embeddings(weights: Weights, ids_S: np.ndarray) -> torch.Tensor:
-    """The LLM's input embeddings, fp32 (S, D); reads each distinct one once."""
+    """The LLM's input embeddings as they go in, fp32 (S, D); reads each distinct one once."""
     width = weights.shapes[EMBEDDING][1]
     distinct, index_S = np.unique(ids_S, return_inverse=True)
     rows = [
         weights.read(EMBEDDING, width * row, width * (row + 1)).float() for row in distinct.tolist()
     ]
-    return torch.stack(rows)[torch.from_numpy(index_S)] if rows else torch.empty(0, width)
+    if not rows:
+        return torch.empty(0, width)
+    return torch.stack(rows)[torch.from_numpy(index_S)] * weights.embedding_scale

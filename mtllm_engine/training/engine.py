@@ -108,7 +108,8 @@ def shard(stack: Stack, weights: Weights, config: Config, world: World) -> Stack
             not finite.
     """
     check_available(config.model.quantization, world.device, getattr(torch, config.model.dtype))
-    stack.decoder.frequencies_k = stack.decoder.frequencies_k.to(world.device)
+    decoder = stack.decoder
+    decoder.frequencies = tuple(each.to(world.device) for each in decoder.frequencies)
     names = {id(module): name for name, module in stack.named_modules()}
     for leaf in stack.leaves:
         _materialise(leaf, world.device)

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import LlamaConfig, M2M100Config
+from transformers import M2M100Config
 
 from mtllm_engine.config import Config, LoraConfig
 from mtllm_engine.kernels.lora_linear.quantised import BYTES
+from mtllm_engine.model.families import POST_NORMS, DecoderSpec
 from mtllm_engine.model.lora import LoraLinear
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.training.engine import deepspeed_config
@@ -35,7 +36,7 @@ class Row(NamedTuple):
 
 
 def memory(
-    config: Config, encoder: M2M100Config, decoder: LlamaConfig, world_size: int
+    config: Config, encoder: M2M100Config, decoder: DecoderSpec, world_size: int
 ) -> list[Row]:
     """What the backward of the longest micro-batch finds in a GPU's memory (never any logits)."""
     with torch.device("meta"):
@@ -48,7 +49,7 @@ def total(rows: Sequence[Row]) -> int:
     return sum(row.bytes for row in rows)
 
 
-def saved_bytes(decoder: LlamaConfig, lora: LoraConfig, dtype: torch.dtype, recompute: str) -> int:
+def saved_bytes(decoder: DecoderSpec, lora: LoraConfig, dtype: torch.dtype, recompute: str) -> int:
     """What autograd keeps of one student token in one decoder layer, every linear adapted, by the
     CUDA implementations.
 
@@ -57,13 +58,15 @@ def saved_bytes(decoder: LlamaConfig, lora: LoraConfig, dtype: torch.dtype, reco
     with "cheap", gate and up too.
     """
     if recompute == "layer":
-        return decoder.hidden_size * dtype.itemsize
-    heads_width = decoder.num_attention_heads * decoder.head_dim
-    kv_width = decoder.num_key_value_heads * decoder.head_dim
-    wide = 2 * decoder.hidden_size + 2 * heads_width + 2 * kv_width
-    wide += 2 * decoder.intermediate_size if recompute == "cheap" else 0
+        return decoder.width * dtype.itemsize
+    heads_width = decoder.num_heads * decoder.head_width
+    kv_width = decoder.num_kv_heads * decoder.head_width
+    wide = 2 * decoder.width + 2 * heads_width + 2 * kv_width
+    wide += decoder.width * len(POST_NORMS.keys() & decoder.norms.keys())  # what they norm
+    wide += (heads_width + kv_width) * bool(decoder.qk_norm)
+    wide += 2 * decoder.inner_width if recompute == "cheap" else 0
     low = len(lora.target_modules) * max(16, 1 << (lora.rank - 1).bit_length())
-    return (wide + low) * dtype.itemsize + 4 * decoder.num_attention_heads
+    return (wide + low) * dtype.itemsize + 4 * decoder.num_heads
 
 
 def _whole(config: Config, stack: Stack, world_size: int) -> list[Row]:
@@ -108,11 +111,11 @@ def _sharded(config: Config, stack: Stack, world_size: int) -> list[Row]:
     ]
 
 
-def _states(config: Config, encoder: M2M100Config, decoder: LlamaConfig) -> list[Row]:
+def _states(config: Config, encoder: M2M100Config, decoder: DecoderSpec) -> list[Row]:
     """What grows with memory.max_tokens. In a layer's backward its gradients are live beside what
     was saved."""
     dtype, tokens = getattr(torch, config.model.dtype), config.memory.max_tokens
-    layers, width, inner = decoder.num_hidden_layers, decoder.hidden_size, decoder.intermediate_size
+    layers, width, inner = decoder.num_layers, decoder.width, decoder.inner_width
     # What is saved, all layers', and what backward makes again, one layer at a time.
     kinds = (config.memory.recompute, "cheap")
     layer, whole = (saved_bytes(decoder, config.lora, dtype, kind) for kind in kinds)

@@ -359,13 +359,9 @@ def masks(tokens: Tokens, *, layer: int, name: str, width: int, p: float = DROPO
     input of ones.
     """
     lora = LoraConfig(rank=width, alpha=float(width), dropout=p)
-    linear = LoraLinear(
-        width,
-        Members(names=(name,), widths=(width,)),
-        {"student": lora},
-        torch.float32,
-        layer=layer,
-    )
+    number = layer * len(LORA_TARGETS) + LORA_TARGETS.index(name)
+    members = Members(names=(name,), widths=(width,), numbers=(number,))
+    linear = LoraLinear(width, members, {"student": lora}, torch.float32)
     with torch.no_grad():
         linear.weight.zero_()
         for matrix in linear.student[name].parameters():
@@ -647,7 +643,7 @@ MISSING = [
     ("decoder", "model.norm.weight"),
 ]
 HALF_LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4}
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+AXIAL = {"rope_type": "axial", "rope_theta": 1e4, "factor": 2.0}
 ERRORS = {  # what is done to a folder with an encoder and a decoder, and what the error says
     f"no {name} in the {side}": (
         lose_tensor(side, name),
@@ -673,11 +669,11 @@ ERRORS = {  # what is done to a folder with an encoder and a decoder, and what t
     ),
     "models swapped": (
         swap_models,
-        "model.encoder: .*/encoder is a llama model; this takes m2m_100",
+        "model.decoder: .*/decoder is a m2m_100 model; this takes llama",
     ),
     "another family": (
-        change("decoder", model_type="mistral"),
-        "/decoder is a mistral model; this takes llama",
+        change("decoder", model_type="gpt_neox"),
+        "/decoder is a gpt_neox model; this takes llama, mistral, ",
     ),
     "encoder's activation": (
         change("encoder", activation_function="gelu_new"),
@@ -685,11 +681,11 @@ ERRORS = {  # what is done to a folder with an encoder and a decoder, and what t
     ),
     "decoder's activation": (
         change("decoder", hidden_act="gelu"),
-        "model.decoder: activation 'gelu' is not supported",
+        "model.decoder: .*/decoder: activation 'gelu' is not supported",
     ),
     "rope type": (
-        change("decoder", rope_parameters=DYNAMIC),
-        "rope_type 'dynamic' is not supported",
+        change("decoder", rope_parameters=AXIAL),
+        "model.decoder: .*/decoder: rope_type 'axial' is not supported",
     ),
     "a layer too many": (
         change("decoder", num_hidden_layers=4),

@@ -5,6 +5,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 from mtllm_engine.kernels.contract import Kernel
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import CONFIG_MAPPING
 
 from benchmarks.models import DECODERS, ENCODERS
 from mtllm_engine.config import LoraConfig, load
 from mtllm_engine.model import activations as layer_activations
-from mtllm_engine.model.build import build_stack
+from mtllm_engine.model.build import build_stack, read_models
 from mtllm_engine.model.decoder import DecoderLayer, TokenStream
+from mtllm_engine.model.families import decoder_spec
 from mtllm_engine.training.engine import shard
 from mtllm_engine.training.plan import ASSUMED, memory, saved_bytes, total
 from tests.support.machine import ROOT
@@ -32,7 +35,8 @@ ESTIMATE = re.compile(r"# memory of a GPU.*\n(?:#  .*\n)+")
 def estimate(path: Path) -> tuple[str, float, int]:
     """The lines that a preset carries, its total and its GPU's size in GB."""
     decoder, world_size, size = NAME.fullmatch(path.stem).groups()
-    rows = memory(load(path), ENCODERS["nllb600m"], DECODERS[decoder], int(world_size))
+    spec = decoder_spec(DECODERS[decoder])
+    rows = memory(load(path), ENCODERS["nllb600m"], spec, int(world_size))
     lines = [f"#   {row.name:<22}{row.bytes / 1e9:7.2f}  {row.how}\n" for row in rows]
     lines.append(f"#   {'total':<22}{total(rows) / 1e9:7.2f}  of {size}; logits: none\n")
     title = "# memory of a GPU, GB, as mtllm_engine/training/plan.py estimates it:\n"
@@ -73,10 +77,20 @@ class Attention(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    ("rank", "dropout", "recompute"), [(4, 0.1, "cheap"), (20, 0.0, "cheap"), (4, 0.1, "mlp")]
+    ("family", "rank", "dropout", "recompute"),
+    [
+        ("llama", 4, 0.1, "cheap"),
+        ("llama", 20, 0.0, "cheap"),
+        ("llama", 4, 0.1, "mlp"),
+        ("qwen3", 4, 0.1, "cheap"),
+        ("gemma3_text", 4, 0.1, "mlp"),
+        ("olmo2", 4, 0.1, "cheap"),
+        ("phi3", 4, 0.1, "cheap"),
+        ("granite", 4, 0.1, "cheap"),
+    ],
 )
 def test_a_layer_saves_what_the_estimate_says(
-    monkeypatch, rank: int, dropout: float, recompute: str
+    monkeypatch, family: str, rank: int, dropout: float, recompute: str
 ):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
@@ -87,19 +101,23 @@ def test_a_layer_saves_what_the_estimate_says(
         lambda kernel, *given, **named: kernel._choice("cuda")[1](*given, **named),
     )
     tokens, lora = 24, LoraConfig(rank=rank, dropout=dropout)
-    config = DECODERS["tiny"]
+    sizes = DECODERS["tiny"].to_dict()
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    kind = CONFIG_MAPPING[family]
+    spec = decoder_spec(kind(**{name: sizes[name] for name in names}, head_dim=64))
+    lora = replace(lora, target_modules=spec.targets)
     attention = lambda q, k, v, **packing: Attention.apply(q, k, v)  # noqa: E731
     options = {"layer": 0, "causal": False, "recompute": recompute}
-    layer = DecoderLayer(config, {"student": lora}, torch.float32, attention, **options)
+    layer = DecoderLayer(spec, {"student": lora}, torch.float32, attention, **options)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(".student." in name)
-    angles_Sk = torch.zeros(tokens, config.head_dim // 2)
+    angles_Sk = torch.zeros(tokens, spec.head_width // 2)
     seeds_S = torch.zeros(tokens, dtype=torch.int32)
     packed = SimpleNamespace(seeds_S=seeds_S, cu_seqlens=None, lengths=(tokens,))
-    angles = {"cos_Sk": angles_Sk, "sin_Sk": angles_Sk}
-    stream = TokenStream(tokens=packed, **angles, adapters="student", grad=True)
+    turns = ((angles_Sk, angles_Sk),) * len(spec.ropes)
+    stream = TokenStream(tokens=packed, turns=turns, adapters="student", grad=True)
     # Weights, and what is there once for all layers.
     others = (*layer.parameters(), angles_Sk, seeds_S)
     mine = {item.untyped_storage().data_ptr() for item in others}
@@ -121,12 +139,10 @@ def test_a_layer_saves_what_the_estimate_says(
 
     monkeypatch.setattr(layer_activations, "saved_tensors_hooks", Seen)
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        (out_SD,) = layer(
-            torch.randn(tokens, config.hidden_size, requires_grad=True), streams=[stream]
-        )
+        (out_SD,) = layer(torch.randn(tokens, spec.width, requires_grad=True), streams=[stream])
     assert out_SD.requires_grad
     assert sum(storage.nbytes() for storage in saved.values()) == tokens * saved_bytes(
-        config, lora, torch.float32, recompute
+        spec, lora, torch.float32, recompute
     )
 
 
@@ -147,7 +163,7 @@ def test_weights_are_counted_as_a_stack_holds_them(tmp_path: Path, quantization:
         for linear in layer.children()
         if hasattr(linear, "members")
     ]
-    encoder, decoder = models(tmp_path)
+    encoder, decoder = read_models(config.model)
     rows = {row.name: row.bytes for row in memory(config, encoder, decoder, 1)}
     assert rows["trained"] == 16 * trained and rows["assumed"] == ASSUMED
     if quantization == "none":
@@ -156,14 +172,6 @@ def test_weights_are_counted_as_a_stack_holds_them(tmp_path: Path, quantization:
         assert rows["other frozen weights"] == frozen
         tables = 1024 * len(linears) + 4 * sum(weight.shape[0] for weight in linears)
         assert 0 <= sum(weight.num_bytes for weight in linears) - rows["LLM's linears"] <= tables
-
-
-def models(folder: Path):
-    from transformers import LlamaConfig, M2M100Config
-
-    return M2M100Config.from_pretrained(folder / "encoder"), LlamaConfig.from_pretrained(
-        folder / "decoder"
-    )
 
 
 if __name__ == "__main__":
