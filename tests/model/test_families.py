@@ -87,7 +87,7 @@ def configure(folder: Path, encoder: Path, **sections) -> Config:
 
 def build_pair(folder: Path, encoder: Path, *, causal: bool) -> Pair:
     """Both sides of `decoder` in a folder, with the same random adapters and projection."""
-    config = configure(folder, encoder, model={"causal": causal})
+    config = configure(folder, encoder, model={"causal": causal}, lora={"dropout": 0.0})
     text = load_text_model(config.model.decoder)
     text.config.is_causal = causal
     adapters = peft.LoraConfig(
