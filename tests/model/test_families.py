@@ -3,10 +3,14 @@ gradients, what a configuration says, and the sizes of published models.
 """
 
 import copy
+import dataclasses
+import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -15,10 +19,11 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import M2M100Model, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, M2M100Model, PreTrainedConfig
 
 from mtllm_engine.config import Config
 from mtllm_engine.data.batch import Batch, Document, Totals, collate
+from mtllm_engine.model.build import build_stack
 from mtllm_engine.model.stack import Stack
 from tests.support.families import (
     FAMILIES,
@@ -87,9 +92,11 @@ def configure(folder: Path, encoder: Path, **sections) -> Config:
 
 def build_pair(folder: Path, encoder: Path, *, causal: bool) -> Pair:
     """Both sides of `decoder` in a folder, with the same random adapters and projection."""
-    config = configure(folder, encoder, model={"causal": causal}, lora={"dropout": 0.0})
-    text = load_text_model(config.model.decoder)
+    text = load_text_model(folder / "decoder")
     text.config.is_causal = causal
+    # The one that takes a soft cap everywhere.
+    model = {"causal": causal, "attention": "reference" if has_cap(text.config) else "auto"}
+    config = configure(folder, encoder, model=model, lora={"dropout": 0.0})
     adapters = peft.LoraConfig(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,
@@ -107,6 +114,10 @@ def build_pair(folder: Path, encoder: Path, *, causal: bool) -> Pair:
         for name, parameter in pair.trained.items():
             parameter.copy_(stack.get_parameter(name))
     return pair
+
+
+def has_cap(text: PreTrainedConfig) -> bool:
+    return text.model_type == "gemma2" and bool(text.attn_logit_softcapping)
 
 
 def documents_of(sizes: Sequence[tuple[int, int]], pair: Pair) -> list[Document]:
@@ -220,3 +231,62 @@ def test_states_and_gradients_are_those_of_transformers_and_peft(
     for causal in (False, True):
         pair = build_pair(folder, encoder, causal=causal)
         assert_same(pair, documents_of(sizes, pair))
+
+
+PUBLISHED = json.loads((Path(__file__).parent / "families.json").read_text())
+
+
+def write_headers(folder: Path, config: PreTrainedConfig) -> int:
+    """A checkpoint of a model's names and shapes, a file for each layer, whose numbers take no place
+    on the disk.
+
+    Returns:
+        How many numbers.
+    """
+    text = config.get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(text)
+    prefix = "language_model." if text is not config else ""
+    shapes = {f"{prefix}{name}": list(each.shape) for name, each in model.named_parameters()}
+    files = {name: re.sub(r"(layers\.\d+)\..*", r"\1", name) + ".safetensors" for name in shapes}
+    for file in set(files.values()):
+        write_header(folder / file, {name: shapes[name] for name in shapes if files[name] == file})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return sum(map(math.prod, shapes.values()))
+
+
+def write_header(path: Path, shapes: dict[str, list[int]]) -> None:
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    content = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        file.truncate(8 + len(content) + end)
+
+
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda each: each["model"].split("/")[-1])
+def test_published_models_have_their_published_size(
+    encoder: Path, tmp_path: Path, published: dict[str, Any]
+):
+    """Every tensor by its name and shape, through the loading path; nothing is read."""
+    folder = tmp_path / "decoder"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(published["config"]))
+    config = AutoConfig.from_pretrained(folder)
+    theirs = write_headers(folder, config)
+    attention = "reference" if has_cap(config.get_text_config()) else "auto"
+    stack, weights = build_stack(configure(tmp_path, encoder, model={"attention": attention}))
+    ours = {name: each for name, each in stack.named_parameters() if is_frozen_llm(name)}
+    assert all(each.is_meta for each in ours.values())
+    assert all(name in weights.sources for name in ours)
+    count = sum(each.numel() for each in ours.values())
+    if not config.get_text_config().tie_word_embeddings:
+        count += ours["decoder.embedding.weight"].numel()  # the head, which is not read
+    assert count == theirs
+    assert published["parameters"] in (theirs, None)
+
+
+def is_frozen_llm(name: str) -> bool:
+    return name == "objective.norm" or name.startswith("decoder.") and ".student." not in name
