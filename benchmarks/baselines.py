@@ -20,7 +20,7 @@ import peft
 import torch
 from mtllm_engine.kernels.attention import grouped
 from torch import nn
-from transformers import AttentionInterface, LlamaModel
+from transformers import AttentionInterface, AutoModel, PreTrainedModel
 from transformers.models.llama import modeling_llama
 from transformers.models.m2m_100.modeling_m2m_100 import (
     M2M100Encoder,
@@ -213,11 +213,14 @@ def _build_module(
     encoder_config, llm_config = copy.deepcopy((models.encoder, models.decoder))
     with torch.device("meta"):
         encoder = M2M100Encoder._from_config(encoder_config, attn_implementation="sdpa")
-        llm = LlamaModel._from_config(llm_config, attn_implementation="sdpa")
+        llm = AutoModel.from_config(llm_config, attn_implementation="sdpa")
     encoder.embed_positions = M2M100SinusoidalPositionalEmbedding(
         models.encoder.max_position_embeddings, models.encoder.d_model, models.encoder.pad_token_id
     ).to(world.device, dtype)
-    llm.rotary_emb = modeling_llama.LlamaRotaryEmbedding(models.decoder).to(world.device)
+    llm.rotary_emb = type(llm.rotary_emb)(models.decoder).to(world.device)
+    if hasattr(llm.embed_tokens, "embed_scale"):
+        scale = torch.tensor(llm.embed_tokens.scalar_embed_scale, device=world.device)
+        llm.embed_tokens.embed_scale = scale
     for module, side in ((encoder, "encoder"), (llm, "decoder")):
         _fill(module, frozen_tensors(models, side), config)
     patches = _assemble(encoder, llm) if packed else []
@@ -330,7 +333,7 @@ def _join(rows: Sequence[np.ndarray], *, causal: bool, device: torch.device) -> 
     )
 
 
-def _assemble(encoder: M2M100Encoder, llm: LlamaModel) -> list[tuple[Any, str, Any]]:
+def _assemble(encoder: M2M100Encoder, llm: PreTrainedModel) -> list[tuple[Any, str, Any]]:
     """Makes both modules padding-free and gives the LLM Liger's kernels.
 
     Returns:
@@ -340,6 +343,10 @@ def _assemble(encoder: M2M100Encoder, llm: LlamaModel) -> list[tuple[Any, str, A
         from liger_kernel.transformers import apply_liger_kernel_to_llama
     except ImportError as error:
         raise ValueError("unpadded needs Liger's kernels: pip install liger-kernel") from error
+    if llm.config.model_type != "llama":
+        raise ValueError(
+            f"unpadded has Liger's kernels for llama alone, not {llm.config.model_type}"
+        )
     AttentionInterface.register("varlen", _attend)
     for module in (encoder, llm):
         module.set_attn_implementation("varlen")

@@ -8,12 +8,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaModel, M2M100Config
+from transformers import (
+    AutoModel,
+    Gemma3TextConfig,
+    LlamaConfig,
+    M2M100Config,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
 from mtllm_engine.config import Config
 from mtllm_engine.model.build import build_stack
-from mtllm_engine.model.families import decoder_spec
+from mtllm_engine.model.families import decoder_spec, read_config
 from mtllm_engine.model.lora import quantised_weights
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.tensors import TensorFiles, resolve
@@ -34,9 +41,18 @@ def _encoder(*, vocab_size: int, width: int, layers: int, heads: int, ffn: int) 
 
 
 def _decoder(
-    *, vocab_size: int, width: int, layers: int, heads: int, kv_heads: int, ffn: int
-) -> LlamaConfig:
-    return LlamaConfig(
+    kind: type[PreTrainedConfig] = LlamaConfig,
+    *,
+    vocab_size: int,
+    width: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    ffn: int,
+    **others: int | None,
+) -> PreTrainedConfig:
+    return kind(
+        **others,
         vocab_size=vocab_size,
         hidden_size=width,
         num_hidden_layers=layers,
@@ -44,10 +60,11 @@ def _decoder(
         num_key_value_heads=kv_heads,
         intermediate_size=ffn,
         max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        rope_parameters=None if kind is Gemma3TextConfig else ROPE,
     )
 
 
+ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 ENCODERS = {
     "nllb600m": _encoder(vocab_size=256206, width=1024, layers=12, heads=16, ffn=4096),
     "nllb3b": _encoder(vocab_size=256206, width=2048, layers=24, heads=16, ffn=8192),
@@ -60,6 +77,19 @@ DECODERS = {
     "llama3_70b": _decoder(
         vocab_size=128256, width=8192, layers=80, heads=64, kv_heads=8, ffn=28672
     ),
+    "qwen3_8b": _decoder(
+        Qwen3Config, vocab_size=151936, width=4096, layers=36, heads=32, kv_heads=8, ffn=12288
+    ),
+    "gemma3_4b": _decoder(
+        Gemma3TextConfig,
+        vocab_size=262208,
+        width=2560,
+        layers=34,
+        heads=8,
+        kv_heads=4,
+        ffn=10240,
+        sliding_window=1024,
+    ),
     "tiny": _decoder(vocab_size=1000, width=256, layers=4, heads=4, kv_heads=2, ffn=768),
 }
 
@@ -69,7 +99,7 @@ class Models:
     """Our stack, filled, and what fills transformers' modules with the same weights."""
 
     encoder: M2M100Config
-    decoder: LlamaConfig
+    decoder: PreTrainedConfig
     stack: Stack
     weights: Weights
     trained: TrainedState  # what training starts from: every adapter at work, lora_B too
@@ -94,7 +124,7 @@ def build_models(config: Config, shape: str, world: World) -> Models:
         encoder, decoder = _parse_shape(shape)
         with torch.device("meta"):
             stack = Stack(config, encoder, decoder_spec(decoder))
-            theirs = (M2M100Encoder(encoder), LlamaModel(decoder))
+            theirs = (M2M100Encoder(encoder), AutoModel.from_config(decoder))
         dtype = getattr(torch, config.model.dtype)
         sides = (_Random(module, world.device, dtype) for module in theirs)
         options = {"seed": config.run.seed, "projection_init": config.model.projection_init}
@@ -102,7 +132,7 @@ def build_models(config: Config, shape: str, world: World) -> Models:
     else:
         stack, weights = build_stack(config)
         encoder = M2M100Config.from_pretrained(resolve(config.model.encoder))
-        decoder = LlamaConfig.from_pretrained(resolve(config.model.decoder))
+        decoder = read_config(resolve(config.model.decoder), "model.decoder").get_text_config()
     trained = {
         name: _start(name, item.shape)
         for name, item in stack.named_parameters()
@@ -116,7 +146,7 @@ def frozen_tensors(models: Models, side: str) -> dict[str, Callable[[], torch.Te
     """What fills transformers' module of a side ("encoder", "decoder"), by its parameters' names.
 
     In one process these are views of our own weights: nothing is stored twice. Under ZeRO-3, and
-    where ours are quantised, they are read again.
+    where ours are quantised or hold other numbers than the file, they are read again.
     """
     sources, ours = models.weights.sources, dict(models.stack.named_parameters())
     files = sources[f"{side}.embedding.weight"].files
@@ -130,7 +160,8 @@ def frozen_tensors(models: Models, side: str) -> dict[str, Callable[[], torch.Te
                 "embed_tokens.weight" if name.endswith("embedding.weight") else _short(full_name)
             )
             shape = files.shape(full_name)
-            if parameter is None or hasattr(parameter, "ds_tensor"):
+            is_other = parameter is None or hasattr(parameter, "ds_tensor") or sources[name].offset
+            if is_other:
                 readers[short] = functools.partial(
                     _read, files, full_name, ours[f"{side}.embedding.weight"]
                 )
@@ -193,7 +224,7 @@ def _seed(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
 
 
-def _parse_shape(text: str) -> tuple[M2M100Config, LlamaConfig]:
+def _parse_shape(text: str) -> tuple[M2M100Config, PreTrainedConfig]:
     decoder, _, encoder = text.partition("+")
     if decoder not in DECODERS or encoder not in ENCODERS:
         known = f"{'|'.join(DECODERS)}+{'|'.join(ENCODERS)}, such as llama3_8b+nllb600m"

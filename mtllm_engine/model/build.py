@@ -166,6 +166,9 @@ def _check_configs(config: Config, encoder: M2M100Config, decoder: DecoderSpec) 
     if encoder.d_model % heads:
         width = f"its width {encoder.d_model} is no multiple of its {heads} heads"
         raise ValueError(f"model.encoder: {width}")
+    if config.model.causal and decoder.is_bidirectional:
+        trained = "model.decoder was trained with attention from both sides"
+        raise ValueError(f"model.causal=true, and {trained}; set it to false")
     length = config.data.max_length
     if length > (positions := encoder.max_position_embeddings):
         raise ValueError(f"data.max_length={length} is above the {positions} of model.encoder")

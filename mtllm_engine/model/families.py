@@ -91,6 +91,8 @@ class DecoderSpec:
     """Of what a layer adds."""
     softcap: float = 0.0
     """Attention's scores s become softcap tanh(s / softcap)."""
+    is_bidirectional: bool = False
+    """Whether it was trained with attention from both sides."""
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -125,6 +127,7 @@ COMMON = (
     "rope_parameters",
     "sliding_window",
     "layer_types",
+    "use_bidirectional_attention",
 )
 WITHOUT_INFLUENCE = (  # on the states of a frozen model
     "initializer_range",
@@ -142,7 +145,6 @@ WITHOUT_INFLUENCE = (  # on the states of a frozen model
     "use_sliding_window",  # sliding_window and layer_types follow it
     "max_window_layers",
     "no_rope_layer_interval",  # no_rope_layers follows it
-    "use_bidirectional_attention",  # model.causal says it
 )
 
 
@@ -266,6 +268,7 @@ def decoder_spec(config: PreTrainedConfig, name: str = "model.decoder") -> Decod
         raise ValueError(f"{name} is a {text.model_type} model; this takes {', '.join(FAMILIES)}")
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     max_length, limit = _limit(text)
+    is_causal = getattr(text, "is_causal", True)
     differs = row.differs(text)
     scale = differs.pop("attention_scale", head_width**-0.5)
     kinds = list(_rope_parameters(text))
@@ -287,6 +290,7 @@ def decoder_spec(config: PreTrainedConfig, name: str = "model.decoder") -> Decod
         limit=limit,
         ropes=ropes,
         activation=_activation(text, name),
+        is_bidirectional=bool(getattr(text, "use_bidirectional_attention", False)) or not is_causal,
         **differs,
     )
 

@@ -735,6 +735,14 @@ def test_what_does_not_load_is_named_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_attention_is_as_the_llm_was_trained_with(checkpoints: Path, tmp_path: Path):
+    shutil.copytree(checkpoints / "grouped", tmp_path, dirs_exist_ok=True)
+    edit_config(tmp_path / "decoder", is_causal=False)
+    with pytest.raises(ValueError, match="model.causal=true, and model.decoder was trained with"):
+        build_stack(configure(tmp_path, model={"causal": True}))
+    build_stack(configure(tmp_path, model={"causal": False}))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @given(data=st.data())
