@@ -19,11 +19,20 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, M2M100Model, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    M2M100Model,
+    PreTrainedConfig,
+)
 
 from mtllm_engine.config import Config
 from mtllm_engine.data.batch import Batch, Document, Totals, collate
+from mtllm_engine.model import families
 from mtllm_engine.model.build import build_stack
+from mtllm_engine.model.families import decoder_spec
 from mtllm_engine.model.stack import Stack
 from tests.support.families import (
     FAMILIES,
@@ -31,6 +40,9 @@ from tests.support.families import (
     Doubled,
     linears_of,
     load_text_model,
+    MIXED,
+    randomise_weights,
+    small_config,
     write_llm,
 )
 from tests.support.padded import TOLERANCE, build, mean_pool, pad, randomise, trained
@@ -290,3 +302,114 @@ def test_published_models_have_their_published_size(
 
 def is_frozen_llm(name: str) -> bool:
     return name == "objective.norm" or name.startswith("decoder.") and ".student." not in name
+
+
+LENGTH = 32
+THETA = {"rope_type": "default", "rope_theta": 33.0}
+CHANGES: dict[str, list[Any]] = {  # to every field that some family has and that changes no shape
+    "sliding_window, layer_types": [(8, ["full_attention"] * 3), (8, MIXED)],
+    "hidden_act": ["gelu_pytorch_tanh", "gelu", "relu", "silu"],
+    "hidden_activation": ["gelu_pytorch_tanh", "gelu", "silu", None],
+    "initializer_range": [0.5],
+    "use_cache": [False],
+    "pad_token_id": [7],
+    "bos_token_id": [8],
+    "eos_token_id": [[9, 10]],
+    "tie_word_embeddings": [True, False],
+    "pretraining_tp": [2],
+    "attention_dropout": [0.5],
+    "resid_pdrop": [0.5],
+    "embd_pdrop": [0.5],
+    "logits_scaling": [3.0],
+    "final_logit_softcapping": [0.5],
+    "attn_logit_softcapping": [0.5, None],
+    "use_sliding_window": [True, False],
+    "max_window_layers": [0, 1],
+    "sliding_window": [8, 64, None],
+    "layer_types": [["full_attention"] * 3, ["full_attention", "sliding_attention", "full_attention"]],
+    "no_rope_layer_interval": [2],
+    "no_rope_layers": [[0, 1, 1]],
+    "use_bidirectional_attention": [True],
+    "is_causal": [False],
+    "embedding_multiplier": [3.0],
+    "residual_multiplier": [0.5],
+    "attention_multiplier": [0.7],
+    "query_pre_attn_scalar": [3],
+    "rms_norm_eps": [0.3],
+    "max_position_embeddings": [16, 512],
+    "original_max_position_embeddings": [16],
+    "partial_rotary_factor": [0.5],
+    "rope_theta": [33.0],
+    "rope_scaling": [{"rope_type": "linear", "factor": 2.0}],
+    "rope_parameters": [
+        THETA,
+        THETA | {"partial_rotary_factor": 0.5},
+        THETA | {"rope_type": "linear", "factor": 2.0},
+        {"sliding_attention": THETA, "full_attention": THETA},
+    ],
+}
+SIZES_OF_TENSORS = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"}
+SIZES_OF_TENSORS |= {"num_attention_heads", "num_key_value_heads", "attention_bias", "mlp_bias"}
+LIMITS = {"max_length", "limit", "is_bidirectional"}  # of what is read, not of how
+
+
+def own_fields(family: str) -> set[str]:
+    """Of a family's configuration, beside those that all models have."""
+    fields = [dataclasses.fields(kind) for kind in (CONFIG_MAPPING[family], PreTrainedConfig)]
+    own, common = ({field.name for field in each} for each in fields)
+    return own - common
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_field_of_a_configuration_is_decided_about(family: str):
+    assert own_fields(family) <= families.decided(family)
+    assert own_fields(family) <= CHANGES.keys() | SIZES_OF_TENSORS, "add a change of it here"
+
+
+def states_under(config: PreTrainedConfig) -> torch.Tensor:
+    """transformers' own (1, L, D), of the same weights under any configuration."""
+    model = AutoModel.from_config(config, attn_implementation="eager")
+    torch.manual_seed(0)
+    model = randomise_weights(model).eval()
+    ids_BL = torch.arange(1, LENGTH + 1)[None]
+    with torch.no_grad():
+        return model(input_ids=ids_BL, use_cache=False).last_hidden_state
+
+
+def spec_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """By layer, whichever order kinds of ropes are listed in."""
+    spec = dataclasses.asdict(decoder_spec(config))
+    ropes = spec.pop("ropes")
+    return spec | {"rope_of": [index if index is None else ropes[index] for index in spec["rope_of"]]}
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_what_changes_states_is_applied_or_refused_and_nothing_else_is(family: str):
+    """Fields of other families too, which configurations on the hub carry along."""
+    plain = small_config(family)
+    plain_states, plain_spec = states_under(plain), spec_of(plain)
+    wrong = []
+    for field, values in CHANGES.items():
+        for value in values:
+            try:
+                names = field.split(", ")
+                config = small_config(family, **dict(zip(names, value if len(names) > 1 else [value])))
+                states = states_under(config)
+            except Exception:  # transformers itself takes no such value
+                continue
+            theirs = not torch.allclose(states, plain_states, atol=1e-6)
+            try:
+                spec = spec_of(config)
+            except ValueError:
+                ours, is_refused = True, True
+            else:
+                is_refused = spec["max_length"] < LENGTH
+                ours = {key for key in spec if spec[key] != plain_spec[key]} - LIMITS
+                is_refused |= spec["is_bidirectional"] != plain_spec["is_bidirectional"]
+            if theirs and not (ours or is_refused):
+                wrong.append(f"{field}={value} changes their states, and nothing of ours")
+            if ours and not theirs and not is_refused:
+                wrong.append(f"{field}={value} changes nothing of theirs, but our {ours}")
+            if theirs and field in families.WITHOUT_INFLUENCE:
+                wrong.append(f"{field}={value} has influence")
+    assert not wrong, "\n".join(wrong)

@@ -1,5 +1,6 @@
 """Tiny random LLMs of every family, made with the installed transformers' own classes."""
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import (
+    CONFIG_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -29,6 +31,8 @@ from transformers import (
     Qwen3Config,
     SmolLM3Config,
 )
+
+from tests.support.tiny import build_llm_tokenizer
 
 LONGEST = 64  # data.max_length of `tiny.build_config`
 POSITIONS = 256
@@ -285,12 +289,12 @@ def write_llm(folder: Path, config: PreTrainedConfig, *, seed: int = 0, **option
     torch.manual_seed(seed)
     is_wrapper = config.model_type in WRAPPERS
     auto = AutoModelForImageTextToText if is_wrapper else AutoModelForCausalLM
-    randomise(auto.from_config(config)).save_pretrained(folder, **options)
+    randomise_weights(auto.from_config(config)).save_pretrained(folder, **options)
     return folder
 
 
 @torch.no_grad()
-def randomise(model: nn.Module) -> nn.Module:
+def randomise_weights(model: nn.Module) -> nn.Module:
     """Weights large enough that every part of the model shows in its output."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
@@ -321,3 +325,38 @@ class Doubled(TorchFunctionMode):
             for key, each in (kwargs or {}).items()
         }
         return (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **kwargs)
+
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+SMALL_OF = {  # what else a small one of a family has
+    "ministral": {"head_dim": 8, "sliding_window": 64, "layer_types": MIXED},
+    "ministral3": {"head_dim": 8},
+    "qwen3": {"head_dim": 8},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 64, "layer_types": MIXED},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 64, "layer_types": MIXED},
+}
+
+
+def small_config(family: str, **changes: Any) -> PreTrainedConfig:
+    """A family's, as if it had been read from a file that says `changes`, too."""
+    keys = SMALL | SMALL_OF.get(family, {}) | changes
+    return CONFIG_MAPPING[family].from_dict(copy.deepcopy(keys))
+
+
+def build_llm(folder: Path, family: str, **changes: Any) -> Path:
+    """A family's small LLM with its tokenizer."""
+    return write_llm(folder, small_config(family, vocab_size=build_llm_tokenizer(folder), **changes))
