@@ -109,7 +109,12 @@ def join_heads(outputs: tuple[torch.Tensor, ...], arguments: Arguments) -> torch
 
 def liger_swiglu() -> Function:
     swiglu = from_liger("swiglu", "LigerFusedGateUpSiLUMulFunction")
-    return lambda gate_up_SF: swiglu(gate_up_SF)
+    geglu = from_liger("geglu", "LigerGELUMulFunction")
+
+    def gated(gate_up_SF: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+        return swiglu(gate_up_SF) if activation == "silu" else geglu(*gate_up_SF.chunk(2, dim=1))
+
+    return gated
 
 
 def layer_norm_and_linear(

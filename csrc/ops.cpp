@@ -13,13 +13,13 @@ STABLE_TORCH_LIBRARY(mtllm, library) {
       "Tensor norm_weight_D, float eps, Tensor student_bounds_P2, Tensor student_chunks_C3, Tensor weight_P, "
       "Tensor error_PD, Tensor? aligned_S) -> Tensor student_grad_SD");
   library.def(
-      "rms_norm_forward(Tensor x_SD, Tensor weight_D, float eps, Tensor? residual_SD) "
+      "rms_norm_forward(Tensor x_SD, Tensor weight_D, float eps, Tensor? residual_SD, bool rounds_once) "
       "-> (Tensor y_SD, Tensor hidden_SD, Tensor rstd_S)");
   library.def(
       "rms_norm_backward(Tensor dy_SD, Tensor? dhidden_SD, Tensor hidden_SD, Tensor weight_D, Tensor rstd_S) "
       "-> Tensor dx_SD");
   library.def(
       "rope(Tensor source_SXK, Tensor(a!) out_SXK, Tensor cos_Sk, Tensor sin_Sk, int num_rotated, bool inverse) -> ()");
-  library.def("swiglu_forward(Tensor gate_up_SF) -> Tensor y_SF");
-  library.def("swiglu_backward(Tensor dy_SF, Tensor gate_up_SF) -> Tensor dgate_up_SF");
+  library.def("swiglu_forward(Tensor gate_up_SF, bool is_gelu) -> Tensor y_SF");
+  library.def("swiglu_backward(Tensor dy_SF, Tensor gate_up_SF, bool is_gelu) -> Tensor dgate_up_SF");
 }

@@ -20,6 +20,11 @@ VECTORISED void scale(const float* x_D, float factor, float* out_D, int64_t D) {
   for (int64_t i = 0; i < D; ++i) out_D[i] = x_D[i] * factor;
 }
 
+VECTORISED void scale(const float* x_D, float factor, const float* w_D, float* out_D, int64_t D) {
+#pragma omp simd
+  for (int64_t i = 0; i < D; ++i) out_D[i] = x_D[i] * factor * w_D[i];
+}
+
 VECTORISED void multiply(const float* x_D, const float* y_D, float* out_D, int64_t D) {
 #pragma omp simd
   for (int64_t i = 0; i < D; ++i) out_D[i] = x_D[i] * y_D[i];
@@ -50,6 +55,7 @@ struct Forward {
   const T *x_SD, *residual_SD;  // the latter or null: then h is x
   const float* w_D;
   float eps;
+  bool rounds_once;  // as Gemma does
   T *y_SD, *hidden_SD;
   float* rstd_S;
   int64_t D;
@@ -64,6 +70,10 @@ struct Forward {
       }
       const float* h_D = hidden[i];  // as stored, for so backward sees it
       rstd_S[i] = inverse_rms(h_D, eps, D);
+      if (rounds_once) {
+        store(y_SD + i * D, D, buffer_D.data(), [&](float* y_D) { scale(h_D, rstd_S[i], w_D, y_D, D); });
+        continue;
+      }
       store(y_SD + i * D, D, buffer_D.data(), [&](float* y_D) { scale(h_D, rstd_S[i], y_D, D); });
       const float* scaled_D = scaled[i];  // rounded, as Llama does before it multiplies
       store(y_SD + i * D, D, buffer_D.data(), [&](float* y_D) { multiply(scaled_D, w_D, y_D, D); });
@@ -99,14 +109,15 @@ struct Backward {
 
 // Without a residual there is no hidden_SD but an empty one: h is x.
 std::tuple<Tensor, Tensor, Tensor> rms_norm_forward(const Tensor& x_SD, const Tensor& weight_D, double eps,
-                                                    const std::optional<Tensor>& residual_SD) {
+                                                    const std::optional<Tensor>& residual_SD, bool rounds_once) {
   const int64_t S = x_SD.size(0), D = x_SD.size(1);
   Tensor y_SD = torch::stable::empty_like(x_SD), rstd_S = torch::stable::new_empty(weight_D, {S});
   Tensor hidden_SD = torch::stable::new_empty(x_SD, {residual_SD ? S : 0, D});
   with_type(x_SD, [&](auto zero) {
     using T = decltype(zero);
     share_rows(S, D, Forward<T>{data<const T>(x_SD), optional_data<const T>(residual_SD), data<const float>(weight_D),
-                                static_cast<float>(eps), data<T>(y_SD), data<T>(hidden_SD), data<float>(rstd_S), D});
+                                static_cast<float>(eps), rounds_once, data<T>(y_SD), data<T>(hidden_SD),
+                                data<float>(rstd_S), D});
   });
   return {y_SD, hidden_SD, rstd_S};
 }

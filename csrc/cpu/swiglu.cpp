@@ -17,24 +17,65 @@ inline float exponential(float x) {
   return sum * bit_cast<float>((bit_cast<uint32_t>(shifted) + 127) << 23);
 }
 
-VECTORISED void forward(const float* gate_F, const float* up_F, float* y_F, int64_t F) {
-#pragma omp simd
-  for (int64_t i = 0; i < F; ++i) y_F[i] = gate_F[i] / (1 + exponential(-gate_F[i])) * up_F[i];
+// Both activations are x sigmoid(argument(x)), with slope(x) = x argument'(x).
+struct Silu {
+  static float argument(float x) { return x; }
+  static float slope(float x) { return x; }
+};
+
+// 1 + tanh(z) is 2 sigmoid(2 z), which cancels nothing. Beyond 11 the sigmoid is 0 or 1 in fp32, and a cube could be
+// infinite, which backward would multiply by 0.
+struct GeluTanh {
+  static constexpr float linear = 1.59576912f, cubic = 0.0713548163f;
+
+  static float clamped(float x) { return x > 11 ? 11 : x < -11 ? -11 : x; }
+  static float argument(float x) { return (linear + cubic * clamped(x) * clamped(x)) * clamped(x); }
+  static float slope(float x) { return (linear + 3 * cubic * clamped(x) * clamped(x)) * clamped(x); }
+};
+
+template <class Activation>
+inline float activated(Activation, float gate) {
+  return gate / (1 + exponential(-Activation::argument(gate)));
 }
 
-VECTORISED void backward(const float* dy_F, const float* gate_F, const float* up_F, float* dgate_F, float* dup_F,
+template <class Activation>
+inline void differentiate(Activation, float dy, float gate, float up, float& dgate, float& dup) {
+  const float sigmoid = 1 / (1 + exponential(-Activation::argument(gate)));
+  dgate = dy * up * sigmoid * (1 + Activation::slope(gate) * (1 - sigmoid));
+  dup = dy * gate * sigmoid;
+}
+
+// A loop for each: no template, of which some compilers make no clones.
+VECTORISED void forward(Silu, const float* gate_F, const float* up_F, float* y_F, int64_t F) {
+#pragma omp simd
+  for (int64_t i = 0; i < F; ++i) y_F[i] = activated(Silu{}, gate_F[i]) * up_F[i];
+}
+
+VECTORISED void forward(GeluTanh, const float* gate_F, const float* up_F, float* y_F, int64_t F) {
+#pragma omp simd
+  for (int64_t i = 0; i < F; ++i) y_F[i] = activated(GeluTanh{}, gate_F[i]) * up_F[i];
+}
+
+VECTORISED void backward(Silu, const float* dy_F, const float* gate_F, const float* up_F, float* dgate_F, float* dup_F,
                          int64_t F) {
 #pragma omp simd
-  for (int64_t i = 0; i < F; ++i) {
-    const float gate = gate_F[i], sigmoid = 1 / (1 + exponential(-gate));
-    dgate_F[i] = dy_F[i] * up_F[i] * sigmoid * (1 + gate * (1 - sigmoid));
-    dup_F[i] = dy_F[i] * gate * sigmoid;
-  }
+  for (int64_t i = 0; i < F; ++i) differentiate(Silu{}, dy_F[i], gate_F[i], up_F[i], dgate_F[i], dup_F[i]);
+}
+
+VECTORISED void backward(GeluTanh, const float* dy_F, const float* gate_F, const float* up_F, float* dgate_F,
+                         float* dup_F, int64_t F) {
+#pragma omp simd
+  for (int64_t i = 0; i < F; ++i) differentiate(GeluTanh{}, dy_F[i], gate_F[i], up_F[i], dgate_F[i], dup_F[i]);
+}
+
+template <class F>
+void with_activation(bool is_gelu, const F& f) {
+  is_gelu ? f(GeluTanh{}) : f(Silu{});
 }
 
 }  // namespace
 
-Tensor swiglu_forward(const Tensor& gate_up_SF) {
+Tensor swiglu_forward(const Tensor& gate_up_SF, bool is_gelu) {
   const int64_t S = gate_up_SF.size(0), F = gate_up_SF.size(1) / 2;
   Tensor y_SF = torch::stable::new_empty(gate_up_SF, {S, F});
   with_type(gate_up_SF, [&](auto zero) {
@@ -46,14 +87,16 @@ Tensor swiglu_forward(const Tensor& gate_up_SF) {
       std::vector<float> buffer_F(F);
       for (int64_t i = first; i < last; ++i) {
         const float* gate_F = rows[i];
-        store(out + i * F, F, buffer_F.data(), [&](float* y_F) { forward(gate_F, gate_F + F, y_F, F); });
+        store(out + i * F, F, buffer_F.data(), [&](float* y_F) {
+          with_activation(is_gelu, [&](auto activation) { forward(activation, gate_F, gate_F + F, y_F, F); });
+        });
       }
     });
   });
   return y_SF;
 }
 
-Tensor swiglu_backward(const Tensor& dy_SF, const Tensor& gate_up_SF) {
+Tensor swiglu_backward(const Tensor& dy_SF, const Tensor& gate_up_SF, bool is_gelu) {
   const int64_t S = gate_up_SF.size(0), F = gate_up_SF.size(1) / 2;
   Tensor dgate_up_SF = torch::stable::empty_like(gate_up_SF);
   with_type(gate_up_SF, [&](auto zero) {
@@ -65,8 +108,11 @@ Tensor swiglu_backward(const Tensor& dy_SF, const Tensor& gate_up_SF) {
       std::vector<float> buffer_F(2 * F);
       for (int64_t i = first; i < last; ++i) {
         const float *dy_F = dy[i], *gate_F = rows[i];
-        store(out + i * 2 * F, 2 * F, buffer_F.data(),
-              [&](float* dgate_F) { backward(dy_F, gate_F, gate_F + F, dgate_F, dgate_F + F, F); });
+        store(out + i * 2 * F, 2 * F, buffer_F.data(), [&](float* dgate_F) {
+          with_activation(is_gelu, [&](auto activation) {
+            backward(activation, dy_F, gate_F, gate_F + F, dgate_F, dgate_F + F, F);
+          });
+        });
       }
     });
   });

@@ -1,8 +1,10 @@
 """attention: softmax(q k^T / sqrt(K)) v inside each packed document.
 
 Causal or bidirectional, grouped-query. q (S, H, K), k and v (S, G, K); `cu_seqlens` int32 (N+1,) on
-the device and the same lengths on the host.
-Source: arXiv 1706.03762, eq. 1; grouped queries arXiv 2305.13245.
+the device and the same lengths on the host. With a `softcap`, which not all implementations take
+(`select` knows), a score s becomes softcap * tanh(s / softcap), before mask and softmax.
+Source: arXiv 1706.03762, eq. 1; grouped queries arXiv 2305.13245; soft cap arXiv 2408.00118,
+section 2.
 
 Letters, beside the project's legend: L is the length of one document, or of N equally long ones.
 """
@@ -106,13 +108,14 @@ _BACKENDS = {  # model.attention -> labels, best first
     "flash_attn": ("flash-attn",),
     "reference": (),
 }
+_CAPPED = {"flash-attn"}  # take a `softcap`
 _GPUS = {
     "torch varlen_attn, FlashAttention 3": (9,),
     "torch varlen_attn, FlashAttention 4": (9, 10),
 }
 
 
-def select(backend: str, device: str) -> Kernel:
+def select(backend: str, device: str, softcap: float = 0.0) -> Kernel:
     """The op with the one implementation that `model.attention` asks for, which its label names.
 
     Args:
@@ -120,10 +123,11 @@ def select(backend: str, device: str) -> Kernel:
             where their package is installed and the GPU is one of theirs), flash_attn (that
             package), reference (plain PyTorch).
         device: cpu or cuda.
+        softcap: What the op will be called with; 0 is none, and then it need not be.
 
     Raises:
-        ValueError: There is no such backend, it is not for the device, or its package is not
-            installed.
+        ValueError: There is no such backend, it is not for the device, its package is not
+            installed, or it has no soft cap.
     """
     if backend not in _BACKENDS:
         raise ValueError(
@@ -137,6 +141,7 @@ def select(backend: str, device: str) -> Kernel:
         if implementation.device == device and _suits(label):
             try:
                 implementation.function  # noqa: B018 - imports it
+                _check_softcap(label, device, softcap)
                 return dataclasses.replace(attention, implementations={label: implementation})
             except ImportError as error:
                 missing.append(str(error))
@@ -145,6 +150,15 @@ def select(backend: str, device: str) -> Kernel:
         f"model.attention = {backend!r}: {why}; pip install flash-attn on a CUDA machine, or set "
         "it to 'auto'"
     )
+
+
+def _check_softcap(label: str, device: str, softcap: float) -> None:
+    if softcap and label not in _CAPPED:
+        able = "'reference' or 'flash_attn'" if device == "cuda" else "'reference'"
+        raise ValueError(
+            f"model.decoder caps its attention's scores, which {label} cannot do: set "
+            f"model.attention to {able}"
+        )
 
 
 def _suits(label: str) -> bool:

@@ -64,8 +64,12 @@ def attention_flash_attn(
     cu_seqlens: torch.Tensor,
     lengths: tuple[int, ...],
     causal: bool,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """FlashAttention 2 of the package flash-attn (sm_80 and later).
+
+    Args:
+        softcap: Of the scores, from flash-attn 2.6 on.
 
     Raises:
         ValueError: q is not in half precision.
@@ -76,6 +80,8 @@ def attention_flash_attn(
     longest = max(lengths)
     # varlen_attn follows this switch by itself
     options = {"deterministic": torch.are_deterministic_algorithms_enabled(), "causal": causal}
+    if softcap:
+        options["softcap"] = softcap
     packing = (cu_seqlens, cu_seqlens, longest, longest)
     return flash_attn_varlen_func(q_SHK, k_SGK, v_SGK, *packing, **options)
 

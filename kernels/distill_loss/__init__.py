@@ -36,22 +36,25 @@ def inputs(
     teacher: tuple[int, ...],
     gap: int,
     aligned: bool,
+    fp32_weight: bool = False,
 ) -> dict[str, Any]:
     """Arguments of the op.
 
     Args:
         student: Lengths of the spans; teacher too.
         gap: Tokens between, before and after them that belong to none.
+        fp32_weight: The norm's weight is fp32, whatever the states are.
     """
     student_spans, teacher_spans = (
         _spaced(lengths, gap, generator.device) for lengths in (student, teacher)
     )
     options = {"generator": generator, "device": generator.device}
+    weight_dtype = torch.float32 if fp32_weight else dtype
     weight_P = torch.rand(len(student), **options) + 0.5
     arguments = {
         "student_SD": randn(generator, dtype, student_spans.num_tokens, width, grad=True),
         "teacher_TD": randn(generator, dtype, teacher_spans.num_tokens, width),
-        "norm_weight_D": 1 + 0.1 * randn(generator, dtype, width),
+        "norm_weight_D": 1 + 0.1 * randn(generator, weight_dtype, width),
         "eps": 1e-5,
         "student_spans": student_spans,
         "teacher_spans": teacher_spans,
@@ -73,6 +76,7 @@ def cost(
     teacher: tuple[int, ...],
     gap: int,
     aligned: bool,
+    fp32_weight: bool = False,
 ) -> tuple[Cost, Cost]:
     num_student, num_teacher = (
         sum(lengths) + gap * (len(lengths) + 1) for lengths in (student, teacher)
@@ -116,6 +120,7 @@ distill_loss = Kernel(
             "teacher": (2, 130, 1, 64),
             "gap": 0,
             "aligned": False,
+            "fp32_weight": True,
         },
         {"width": 100, "student": (5, 66), "teacher": (7, 3), "gap": 2, "aligned": True},
         {"width": 16, "student": (70, 2), "teacher": (4200, 1), "gap": 0, "aligned": False},

@@ -45,7 +45,7 @@ def distill_loss(
         student_SD: fp32, bf16 or fp16; the only argument that gets a gradient. D <= 8192 on CUDA
             devices.
         teacher_TD: The same dtype.
-        norm_weight_D: Any of these dtypes; frozen.
+        norm_weight_D: Any of these dtypes, not rounded; frozen.
         student_spans: P spans, each the partner of the teacher's span of the same number.
         weight_P: fp32.
         aligned_S: int32, each student token's partner among the teacher's tokens, or -1. That it is

@@ -19,7 +19,9 @@ def rms_norm(
 
     Args:
         x_SD: fp32, bf16 or fp16, contiguous, at most MAX_WIDTH wide.
-        weight_D: Rounded to x's dtype where used. Frozen; never gets a gradient.
+        weight_D: fp32, and then y is rounded once, or another of these dtypes, and then it and the
+            normalised value are rounded to x's before they are multiplied. Frozen; never gets a
+            gradient.
         residual_SD: Like x.
 
     Raises:
@@ -95,9 +97,11 @@ def _rms_norm_forward(
         rounded = (hidden + residual).to(dtype)
         tl.store(hidden_ptr + offsets, rounded, mask)
         hidden = rounded.to(tl.float32)  # backward sees h as stored: so must y
-    weight = tl.load(weight_ptr + columns, columns < WIDTH, other=0.0).to(dtype).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, columns < WIDTH, other=0.0)
     rstd = tl.rsqrt(tl.sum(hidden * hidden, axis=1) / WIDTH + eps)[:, None]
-    scaled = (hidden * rstd).to(dtype).to(tl.float32)
+    scaled = hidden * rstd
+    if weight_ptr.dtype.element_ty != tl.float32:
+        weight, scaled = weight.to(dtype).to(tl.float32), scaled.to(dtype).to(tl.float32)
     tl.store(y_ptr + offsets, (scaled * weight).to(dtype), mask)
 
 
@@ -112,7 +116,9 @@ def _rms_norm_backward(
     columns = tl.arange(0, BLOCK)[None, :]
     offsets, mask = rows * WIDTH + columns, (rows < num_rows) & (columns < WIDTH)
     hidden = tl.load(hidden_ptr + offsets, mask, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + columns, columns < WIDTH, other=0.0).to(dtype).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, columns < WIDTH, other=0.0)
+    if weight_ptr.dtype.element_ty != tl.float32:
+        weight = weight.to(dtype).to(tl.float32)
     dscaled = tl.load(dy_ptr + offsets, mask, other=0.0).to(tl.float32) * weight
     rstd = tl.rsqrt(tl.sum(hidden * hidden, axis=1) / WIDTH + eps)[:, None]
     dot = tl.sum(dscaled * hidden, axis=1)[:, None]

@@ -20,7 +20,9 @@ def rms_norm(
 
     Args:
         x_SD: fp32, bf16 or fp16, contiguous, on the CPU.
-        weight_D: Rounded to x's dtype where used. Frozen; never gets a gradient.
+        weight_D: fp32, and then y is rounded once, or another of these dtypes, and then it and the
+            normalised value are rounded to x's before they are multiplied. Frozen; never gets a
+            gradient.
         residual_SD: Like x.
 
     Raises:
@@ -39,8 +41,9 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_SD, weight_D, eps, residual_SD):
-        forward = torch.ops.mtllm.rms_norm_forward
-        y_SD, hidden_SD, rstd_S = forward(x_SD, _rounded(weight_D, x_SD.dtype), eps, residual_SD)
+        forward, weight32_D = torch.ops.mtllm.rms_norm_forward, _widened(weight_D, x_SD.dtype)
+        rounds_once = weight_D.dtype == torch.float32
+        y_SD, hidden_SD, rstd_S = forward(x_SD, weight32_D, eps, residual_SD, rounds_once)
         ctx.save_for_backward(x_SD if residual_SD is None else hidden_SD, weight_D, rstd_S)
         ctx.set_materialize_grads(False)  # an unused h has no gradient to read
         return y_SD if residual_SD is None else (y_SD, hidden_SD)
@@ -52,13 +55,14 @@ class _RmsNorm(torch.autograd.Function):
         dx_SD = dhidden_SD
         if dy_SD is not None:
             dy_SD, dhidden_SD = (None if x is None else x.contiguous() for x in (dy_SD, dhidden_SD))
-            weight_D = _rounded(weight_D, hidden_SD.dtype)
+            weight32_D = _widened(weight_D, hidden_SD.dtype)
             dx_SD = torch.ops.mtllm.rms_norm_backward(
-                dy_SD, dhidden_SD, hidden_SD, weight_D, rstd_S
+                dy_SD, dhidden_SD, hidden_SD, weight32_D, rstd_S
             )
         return dx_SD, None, None, dx_SD if ctx.needs_input_grad[3] else None
 
 
-def _rounded(weight_D: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """fp32, with values of the dtype."""
-    return weight_D.detach().to(dtype).float()
+def _widened(weight_D: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """fp32, with values of the dtype unless they come as fp32."""
+    is_fp32 = weight_D.dtype == torch.float32
+    return weight_D.detach() if is_fp32 else weight_D.detach().to(dtype).float()

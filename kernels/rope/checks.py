@@ -27,7 +27,13 @@ def check_inputs(
         raise ValueError(
             f"heads_SXK has heads of width {width}, expected an even one up to {max_width}"
         )
-    check_shape((tokens, width // 2), (torch.float32,), cos_Sk=cos_Sk, sin_Sk=sin_Sk)
+    check_shape((tokens, None), (torch.float32,), cos_Sk=cos_Sk)
+    pairs = cos_Sk.shape[1]
+    if not 0 < pairs <= width // 2:
+        raise ValueError(
+            f"cos_Sk is of {pairs} pairs of channels, expected 1 to the {width // 2} of heads_SXK"
+        )
+    check_shape((tokens, pairs), (torch.float32,), sin_Sk=sin_Sk)
     if not 0 <= num_rotated <= num_heads:
         raise ValueError(
             f"num_rotated is {num_rotated}, expected 0 to the {num_heads} heads of heads_SXK"

@@ -13,13 +13,16 @@ native.load("cpu")
 def rope(
     heads_SXK: torch.Tensor, cos_Sk: torch.Tensor, sin_Sk: torch.Tensor, num_rotated: int
 ) -> torch.Tensor:
-    """Rotates channel pairs (k, k + K/2) of the first `num_rotated` heads, fp32 inside.
+    """Rotates channel pairs (i, i + k) of the first `num_rotated` heads, fp32 inside.
+
+    Backward is the transposed matrix, sin with the other sign: right whatever factor both carry.
 
     Args:
         heads_SXK: fp32, bf16 or fp16, contiguous, on the CPU, K even. Overwritten: from here on
             only the result may be used, the argument holds the same memory without the rotation's
             gradient.
-        cos_Sk: fp32, contiguous, one row a token, K/2 wide.
+        cos_Sk: fp32, contiguous, one row a token, up to K/2 wide; channels from 2k on stay as they
+            are.
         sin_Sk: Like cos.
         num_rotated: From 0 to X; later heads stay as they are.
 

@@ -4,8 +4,9 @@ import torch
 def rope(
     heads_SXK: torch.Tensor, cos_Sk: torch.Tensor, sin_Sk: torch.Tensor, num_rotated: int
 ) -> torch.Tensor:
-    rotated, rest = heads_SXK[:, :num_rotated].float(), heads_SXK[:, num_rotated:]
-    left, right = rotated.chunk(2, dim=-1)
+    turned_width = 2 * cos_Sk.shape[1]
+    rotated, values = heads_SXK[:, :num_rotated].float(), heads_SXK[:, num_rotated:]
+    left, right = rotated[..., :turned_width].chunk(2, dim=-1)
     cos, sin = cos_Sk[:, None], sin_Sk[:, None]
-    turned = torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
-    return torch.cat([turned.to(heads_SXK.dtype), rest], dim=1)
+    turned = [left * cos - right * sin, right * cos + left * sin, rotated[..., turned_width:]]
+    return torch.cat([torch.cat(turned, dim=-1).to(heads_SXK.dtype), values], dim=1)

@@ -159,7 +159,7 @@ class DecoderLayer(nn.Module):
         return x_SD if scale == 1.0 else x_SD.mul_(scale)
 
     def _gated(self, gate_up_SF: torch.Tensor) -> torch.Tensor:
-        return swiglu(gate_up_SF, *[self.spec.activation] * (self.spec.activation != "silu"))
+        return swiglu(gate_up_SF, self.spec.activation)
 
     def _attend(self, qkv_SF: torch.Tensor, stream: TokenStream) -> torch.Tensor:
         nums = (self.spec.num_heads, self.spec.num_kv_heads, self.spec.num_kv_heads)

@@ -83,7 +83,7 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         dtype, width = getattr(torch, config.model.dtype), decoder.width
-        self.attention = select(config.model.attention, device or device_type())
+        self.attention = select(config.model.attention, device or device_type(), decoder.softcap)
         self.learns, self.reads_stack = learns, config.objective.reader == "stack"
         # What is below the LLM.
         self.encoder = self.projection = None

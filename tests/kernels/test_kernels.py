@@ -5,6 +5,9 @@ truncated when stored.
 """
 
 import dataclasses
+import itertools
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,6 +67,7 @@ RANDOM_CASES = {  # small: the interpreter takes about 40 us for each operation 
                 "teacher": lengths(count, 90),
                 "gap": st.integers(0, 2),
                 "aligned": st.booleans(),
+                "fp32_weight": st.booleans(),
             }
         )
     ),
@@ -88,19 +92,31 @@ RANDOM_CASES = {  # small: the interpreter takes about 40 us for each operation 
         }
     ),
     "rms_norm": st.fixed_dictionaries(
-        {"tokens": st.integers(1, 9), "width": st.integers(4, 300), "residual": st.booleans()}
+        {
+            "tokens": st.integers(1, 9),
+            "width": st.integers(4, 300),
+            "residual": st.booleans(),
+            "fp32_weight": st.booleans(),
+        }
     ),
-    "rope": st.integers(1, 6).flatmap(
-        lambda heads: st.fixed_dictionaries(
+    "rope": st.tuples(st.integers(1, 6), st.integers(1, 40)).flatmap(
+        lambda sizes: st.fixed_dictionaries(
             {
                 "tokens": st.integers(1, 9),
-                "heads": st.just(heads),
-                "rotated": st.integers(0, heads),
-                "width": integers(2, 80, 2),
+                "heads": st.just(sizes[0]),
+                "rotated": st.integers(0, sizes[0]),
+                "width": st.just(2 * sizes[1]),
+                "pairs": st.none() | st.integers(1, sizes[1]),
             }
         )
     ),
-    "swiglu": st.fixed_dictionaries({"tokens": st.integers(1, 9), "width": st.integers(1, 300)}),
+    "swiglu": st.fixed_dictionaries(
+        {
+            "tokens": st.integers(1, 9),
+            "width": st.integers(1, 300),
+            "activation": st.sampled_from(["silu", "gelu_tanh"]),
+        }
+    ),
 }
 EXTREME_CASES = {  # wider than a block can be: right, or refused by name
     "distill_loss": {"width": 2**15, "student": (2,), "teacher": (1,), "gap": 0, "aligned": False},
@@ -259,6 +275,50 @@ def test_each_moment_is_right(subject):
         torch.testing.assert_close(ours["moments"][:4], theirs["moments"][:4], rtol=1e-5, atol=0.0)
 
 
+@pytest.mark.parametrize(("op", "label"), [each for each in OURS if each.values[0] == "rms_norm"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_norm_with_a_weight_in_fp32_rounds_once(subject, residual):
+    """As Gemma, whose weight is 1 + what is stored: in half precision it would lose that."""
+    case = {"tokens": 12, "width": 160, "residual": residual, "fp32_weight": True}
+    arguments = subject.inputs(torch.float16, case)
+    y_SD, hidden_SD = subject.function(**arguments)
+    hidden64_SD = hidden_SD.double()
+    scale_S1 = (hidden64_SD.square().mean(-1, keepdim=True) + arguments["eps"]).rsqrt()
+    exact_SD = hidden64_SD * scale_S1 * arguments["weight_D"].double()
+    half_unit = torch.finfo(torch.float16).eps / 2
+    assert ((y_SD - exact_SD).abs() <= 1.001 * half_unit * exact_SD.abs() + 1e-7).all()
+
+
+@pytest.mark.parametrize(("op", "label"), [each for each in OURS if each.values[0] == "rope"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_what_does_not_turn_stays_bit_for_bit(subject, dtype):
+    case = {"tokens": 5, "heads": 5, "rotated": 3, "width": 20, "pairs": 3}
+    arguments = subject.inputs(dtype, case)
+    upstream = random_upstream(subject.kernel.reference, arguments)
+    outputs, gradients = run(subject.function, arguments, upstream)
+    forward = outputs[""], arguments["heads_SXK"]
+    backward = gradients["heads_SXK"], upstream[""]
+    for ours, theirs in (forward, backward):
+        assert torch.equal(ours[:, 3:], theirs[:, 3:])
+        assert torch.equal(ours[:, :3, 6:], theirs[:, :3, 6:])
+        assert not torch.isclose(ours[:, :3, :6], theirs[:, :3, :6]).all(dim=-1).any()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter's
+@pytest.mark.parametrize(("op", "label"), [each for each in OURS if each.values[0] == "swiglu"])
+def test_gelu_of_large_numbers_and_what_is_no_activation(subject):
+    """A cube of them would be infinite, and infinity times 0 is NaN; a NaN stays."""
+    gate_S = torch.tensor([1e30, -1e30, 3e38, -3e38, 30.0, -30.0, float("nan")])
+    gate_up_S2 = torch.stack([gate_S, torch.ones_like(gate_S)], dim=1).requires_grad_()
+    y_S1 = subject.function(gate_up_S2, "gelu_tanh")
+    y_S1.sum().backward()
+    assert torch.equal(y_S1[:-1, 0], gate_S[:-1].clamp(min=0))
+    assert gate_up_S2.grad[:-1, 0].tolist() == [1.0, 0.0] * 3
+    assert y_S1[-1].isnan() and gate_up_S2.grad[-1].isnan().all()
+    with pytest.raises(ValueError, match="activation is 'relu'; choose one of silu, gelu_tanh"):
+        subject.function(gate_up_S2, "relu")
+
+
 @pytest.mark.parametrize(("op", "label"), OURS)
 def test_extreme_widths_are_right_or_refused(subject):
     arguments = subject.inputs(
@@ -358,6 +418,60 @@ def test_first_importable_implementation_runs_and_the_label_says_why():
 def test_attention_backends(backend, device, label):
     selected = select(backend, device).label(device)
     assert selected.removesuffix(" (not yet run by its authors)") == label
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "message"),
+    [
+        ("auto", "cpu", "torch SDPA cannot do: set model.attention to 'reference'$"),
+        ("torch", "cpu", "torch SDPA cannot do: set model.attention to 'reference'$"),
+        ("auto", "cuda", "varlen_attn cannot do: set .* to 'reference' or 'flash_attn'"),
+    ],
+)
+def test_attention_without_a_soft_cap_is_refused_to_models_that_have_one(backend, device, message):
+    with pytest.raises(ValueError, match=f"model.decoder caps its attention's scores, .*{message}"):
+        select(backend, device, softcap=50.0)
+    assert select("reference", device, softcap=50.0).label(device) == "reference"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_soft_cap_is_its_formula(causal):
+    """Entry by entry, and its gradients by finite differences; 1.5 bends most scores."""
+    case = {"lengths": (3, 1, 4), "heads": 4, "kv_heads": 2, "width": 3, "causal": causal}
+    arguments = attention.inputs(torch.Generator().manual_seed(0), torch.float32, **case)
+    states = [arguments.pop(name).detach().double() for name in ("q_SHK", "k_SGK", "v_SGK")]
+    q_SHK, k_SGK, v_SGK = (2 * x for x in states)
+    ours_SHK = attention.reference(q_SHK, k_SGK, v_SGK, **arguments, softcap=1.5)
+    bounds = [(0, 3)] * 3 + [(3, 4)] + [(4, 8)] * 4
+    for token, head in itertools.product(range(8), range(4)):
+        start, end = bounds[token]
+        seen = slice(start, token + 1 if causal else end)
+        scores = k_SGK[seen, head // 2] @ q_SHK[token, head] / 3**0.5
+        weights = torch.exp(1.5 * torch.tanh(scores / 1.5))
+        expected_K = weights @ v_SGK[seen, head // 2] / weights.sum()
+        torch.testing.assert_close(ours_SHK[token, head], expected_K)
+    plain_SHK = attention.reference(q_SHK, k_SGK, v_SGK, **arguments)
+    assert (ours_SHK - plain_SHK).abs().max() > 0.1
+
+    def capped(*states: torch.Tensor) -> torch.Tensor:
+        return attention.reference(*states, **arguments, softcap=1.5)
+
+    assert torch.autograd.gradcheck(capped, [x.requires_grad_() for x in (q_SHK, k_SGK, v_SGK)])
+
+
+@pytest.mark.parametrize("softcap", [0.0, 50.0])
+def test_flash_attn_is_told_of_a_soft_cap_if_there_is_one(softcap, monkeypatch):
+    """Versions before 2.6 have no word for it."""
+    called = {}
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_varlen_func = lambda q_SHK, *_, **options: called.update(options) or q_SHK
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    kernel = select("flash_attn", "cuda", softcap)
+    inputs = attention.inputs(torch.Generator(), torch.bfloat16, **attention.cases[1])
+    flash_attn = kernel.implementations["flash-attn"].function
+    flash_attn(**inputs, **({"softcap": softcap} if softcap else {}))
+    expected = {"causal": True, "deterministic": False}
+    assert called == (expected | {"softcap": softcap} if softcap else expected)
 
 
 @pytest.mark.parametrize("is_grouped", [False, True])

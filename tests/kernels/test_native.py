@@ -149,7 +149,7 @@ def _copy(argument: Any) -> Any:
 
 
 @needs_compiler
-def test_silu_is_exact_to_a_few_units_in_the_last_place():
+def test_activations_are_exact_to_a_few_units_in_the_last_place():
     swiglu = kernels.discover()["swiglu"].implementations["c++"].function
     special_S = torch.tensor([0.0, -1e-30, 1e30, float("inf")])
     gate_S = torch.cat([torch.linspace(-87, 100, 400_001), special_S])
@@ -157,6 +157,14 @@ def test_silu_is_exact_to_a_few_units_in_the_last_place():
     exact_S = torch.nn.functional.silu(gate_S.double())
     eps = torch.finfo(torch.float32).eps
     torch.testing.assert_close(ours_S.double(), exact_S, rtol=4 * eps, atol=0.0)
+    # gelu: the sigmoid's argument, up to 20 here, is rounded before the exponential
+    gate_S = torch.linspace(-5, 5, 100_001)
+    ours_S = swiglu(torch.stack([gate_S, torch.ones_like(gate_S)], dim=1), "gelu_tanh")[:, 0]
+    x_S = gate_S.double()
+    argument_S = 2 * (2 / torch.pi) ** 0.5 * (x_S + 0.044715 * x_S**3)
+    exact_S = x_S * argument_S.sigmoid()
+    allowed_S = 2 * eps * (1 + argument_S.abs()) * exact_S.abs()
+    assert ((ours_S.double() - exact_S).abs() <= allowed_S).all()
     beyond_S2 = torch.tensor([[-200.0, 1.0], [-1e30, 1.0], [float("nan"), 1.0]])
     ours = swiglu(beyond_S2).flatten().tolist()
     assert ours[:2] == [0.0, 0.0]
