@@ -77,9 +77,12 @@ def ropes(draw: st.DrawFn, turning: int) -> dict:
 @st.composite
 def sizes(draw: st.DrawFn, *, head_dim: bool = True, layers: int = 2) -> dict:
     """What every configuration says. Args: head_dim: whether heads may be of any width."""
-    heads = draw(st.integers(1, 4))
-    head_width = draw(st.sampled_from([8, 12, 16, 20, 24]))
-    width = heads * (2 * draw(st.integers(4, 12)) if head_dim else head_width)
+    heads, head_width = draw(st.integers(1, 4)), draw(st.sampled_from([8, 12, 16, 20, 24]))
+    if head_dim:
+        width = heads * draw(st.integers(-(-32 // heads), 96 // heads))
+    else:  # as wide as its heads: fewer than 32 channels make states that roundings move far
+        heads = max(heads, -(-32 // head_width))
+        width = heads * head_width
     keys = {
         "vocab_size": draw(st.integers(48, 96)),
         "hidden_size": width,
@@ -109,7 +112,8 @@ def llamas(draw: st.DrawFn, kind: str = "") -> LlamaConfig:
     keys = draw(sizes(head_dim=draw(st.booleans())))
     keys |= {name: draw(st.booleans()) for name in ("attention_bias", "mlp_bias")}
     turning = turning_of(keys)
-    return LlamaConfig(**keys, rope_parameters=rope(kind, turning) if kind else draw(ropes(turning)))
+    keys |= {"rope_parameters": rope(kind, turning) if kind else draw(ropes(turning))}
+    return LlamaConfig(**keys)
 
 
 WINDOWS = st.sampled_from([None, LONGEST, 4096])  # such that it is a whole text's or more
@@ -359,4 +363,5 @@ def small_config(family: str, **changes: Any) -> PreTrainedConfig:
 
 def build_llm(folder: Path, family: str, **changes: Any) -> Path:
     """A family's small LLM with its tokenizer."""
-    return write_llm(folder, small_config(family, vocab_size=build_llm_tokenizer(folder), **changes))
+    num_tokens = build_llm_tokenizer(folder)
+    return write_llm(folder, small_config(family, vocab_size=num_tokens, **changes))
