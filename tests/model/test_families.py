@@ -307,7 +307,10 @@ def is_frozen_llm(name: str) -> bool:
 LENGTH = 32
 THETA = {"rope_type": "default", "rope_theta": 33.0}
 FULL = ["full_attention"] * 3
-VALUES: dict[str, list[Any]] = {  # of every field that some family has, and that shapes no tensor
+VALUES: dict[str, list[Any]] = {  # of every field that some family has, but for sizes
+    "attention_bias": [True],
+    "mlp_bias": [True],
+    "head_dim": [16],
     "hidden_act": ["gelu_pytorch_tanh", "gelu", "relu", "silu"],
     "hidden_activation": ["gelu_pytorch_tanh", "gelu", "silu", None],
     "initializer_range": [0.5],
@@ -351,8 +354,7 @@ VALUES: dict[str, list[Any]] = {  # of every field that some family has, and tha
 CHANGES = [{field: value} for field, values in VALUES.items() for value in values]
 CHANGES += [{"sliding_window": 8, "layer_types": kinds} for kinds in (FULL, MIXED)]
 SIZES_OF_TENSORS = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
-SIZES_OF_TENSORS |= {"num_attention_heads", "num_key_value_heads", "head_dim"}
-SIZES_OF_TENSORS |= {"attention_bias", "mlp_bias"}
+SIZES_OF_TENSORS |= {"num_attention_heads", "num_key_value_heads"}
 LIMITS = {"max_length", "limit", "is_bidirectional"}  # of what is read, not of how
 
 

@@ -240,18 +240,12 @@ def gemmas3(draw: st.DrawFn) -> Gemma3TextConfig:
     return Gemma3TextConfig(**keys)
 
 
-@st.composite
-def gemmas3_with_images(draw: st.DrawFn) -> Gemma3Config:
+def with_images(text: Gemma3TextConfig) -> Gemma3Config:
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     vision |= {"num_hidden_layers": 1, "image_size": 8, "patch_size": 4, "vision_use_head": False}
     tokens = {"boi_token_index": 45, "eoi_token_index": 46, "image_token_index": 47}
-    return Gemma3Config(
-        text_config=draw(gemmas3()).to_dict(),
-        vision_config=vision,
-        mm_tokens_per_image=4,
-        tie_word_embeddings=True,
-        **tokens,
-    )
+    options = {"mm_tokens_per_image": 4, "tie_word_embeddings": True, **tokens}
+    return Gemma3Config(text_config=text.to_dict(), vision_config=vision, **options)
 
 
 @st.composite
@@ -276,7 +270,7 @@ FAMILIES: dict[str, st.SearchStrategy] = {  # every family, and Llama with every
     "gemma": gemmas(),
     "gemma2": gemmas2(),
     "gemma3_text": gemmas3(),
-    "gemma3": gemmas3_with_images(),
+    "gemma3": gemmas3().map(with_images),
     "mistral3": mistrals3_with_images(),
 }
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -357,6 +351,8 @@ SMALL_OF = {  # what else a small one of a family has
 
 def small_config(family: str, **changes: Any) -> PreTrainedConfig:
     """A family's, as if it had been read from a file that says `changes`, too."""
+    if family == "gemma3":
+        return with_images(small_config("gemma3_text", **changes))
     keys = SMALL | SMALL_OF.get(family, {}) | changes
     return CONFIG_MAPPING[family].from_dict(copy.deepcopy(keys))
 

@@ -10,21 +10,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel
 
 from mtllm_engine import MTLLM
+from mtllm_engine.config import Config
 from mtllm_engine.data.annotations import NO_ANNOTATIONS
 from mtllm_engine.export import export
 from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.train import train
 from tests.support.exported import run_without_us
-from tests.support.families import build_llm, linears_of
+from tests.support.families import build_llm, linears_of, load_text_model
 from tests.support.padded import Padded, mean_pool, pad
 from tests.support.stages import ALONE, losses, stage1_config
 from tests.support.tiny import build_corpus, build_encoder, texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FAMILIES = ("llama", "qwen3", "gemma3_text", "phi3")
+FAMILIES = ("llama", "qwen3", "gemma3_text", "gemma3", "phi3")
 TEXTS = texts(5, seed=9)
 LANGUAGE = "swh_Latn"
 READ = """
@@ -46,7 +46,7 @@ def run(request, tmp_path_factory) -> Path:
     return folder / "stage1"
 
 
-def config_of(folder: Path):
+def config_of(folder: Path) -> Config:
     return stage1_config(folder, lora={"dropout": 0.0})
 
 
@@ -63,7 +63,7 @@ def test_it_learns(run: Path):
 def test_peft_opens_a_checkpoint_of_it(run: Path, vectors_ND: np.ndarray):
     """Under the family's own names; vectors are those of a padded loop."""
     config, saved = config_of(run.parent), run / "checkpoints" / "latest"
-    llm = AutoModel.from_pretrained(config.model.decoder, attn_implementation="eager")
+    llm = load_text_model(config.model.decoder)
     llm.config.is_causal = False
     model = peft.PeftModel.from_pretrained(llm, saved)
     adapted = {name.split(".")[-4] for name, _ in model.named_parameters() if ".lora_A." in name}
@@ -76,7 +76,7 @@ def test_peft_opens_a_checkpoint_of_it(run: Path, vectors_ND: np.ndarray):
 
 
 @torch.no_grad()
-def padded_vectors(padded: Padded, config) -> np.ndarray:
+def padded_vectors(padded: Padded, config: Config) -> np.ndarray:
     tokenizer = build_tokenizer(config, build_stack(config)[0])
     read = [tokenizer.example(text, LANGUAGE, NO_ANNOTATIONS)[0].ids_S for text in TEXTS]
     ids_BL, real_BL = pad(read)
