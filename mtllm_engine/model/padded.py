@@ -103,7 +103,8 @@ def check_encoder(config: PreTrainedConfig) -> None:
         raise ValueError(f"its config.json says that this {config.model_type} is a decoder")
     counts = FAMILIES[config.model_type].num_positions is _positions_after_padding
     if counts and config.pad_token_id is None:
-        raise ValueError("its config.json lacks pad_token_id, from which its positions are counted")
+        fix = "positions count from it: set it to the tokenizer's, 1 of XLM-R"
+        raise ValueError(f"pad_token_id is null in its config.json, and {fix}")
 
 
 class PaddedEncoder:

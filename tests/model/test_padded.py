@@ -463,7 +463,11 @@ REFUSED = {
     "more layers than there are": ("labse", change(num_hidden_layers=3), "has no tensor .*layer.2"),
     "a decoder": ("labse", change(is_decoder=True), "model.encoder: .*labse: .* is a decoder"),
     "cross-attention": ("labse", change(add_cross_attention=True), "this bert is a decoder"),
-    "no padding token": ("xlm-roberta", change(pad_token_id=None), "lacks pad_token_id"),
+    "no padding token": (
+        "xlm-roberta",
+        change(pad_token_id=None),
+        "pad_token_id is null .*: set it",
+    ),
     "heads": ("labse", change(num_attention_heads=3), "model.encoder: BertModel refuses it: "),
     "an activation": ("labse", change(hidden_act="no"), "model.encoder: BertModel refuses it: "),
     "experts": (
