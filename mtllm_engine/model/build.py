@@ -16,7 +16,7 @@ from mtllm_engine.model.objective import HeadSize
 from mtllm_engine.model.padded import FAMILIES as PADDED
 from mtllm_engine.model.padded import check_encoder
 from mtllm_engine.model.peft import read_lora
-from mtllm_engine.model.refusals import why_not
+from mtllm_engine.model.refusals import MIXTURE, has_experts, why_not
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.sums import open_start
 from mtllm_engine.model.tensors import TensorFiles, resolve
@@ -145,8 +145,9 @@ def read_encoder(folder: Path) -> PreTrainedConfig:
     config = read_config(folder, "model.encoder")
     kind, takes = config.model_type, (M2M100Config.model_type, *PADDED)
     if kind not in takes:
+        reason = f", which does not go in: {MIXTURE}" if has_experts(config) else ""
         known = f"this takes {', '.join(takes)}"
-        raise ValueError(f"model.encoder: {folder} is a {kind} model; {known}")
+        raise ValueError(f"model.encoder: {folder} is a {kind} model{reason}; {known}")
     if kind in PADDED:
         try:
             check_encoder(config)

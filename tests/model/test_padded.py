@@ -473,7 +473,7 @@ REFUSED = {
     "experts": (
         "mt5",
         become(NllbMoeConfig()),
-        "a nllb-moe model; this takes m2m_100, bert, .*umt5",
+        "nllb-moe model, .* mixture of experts.*; this takes m2m_100, bert, .*umt5",
     ),
     "an LLM": ("mt5", become(LlamaConfig()), "a llama model; this takes m2m_100, bert"),
 }
