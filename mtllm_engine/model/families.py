@@ -5,6 +5,7 @@ is built from a `DecoderSpec` alone. Of every field of a configuration it is dec
 read or has no influence on states (`decided`).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -279,7 +280,9 @@ def decoder_spec(config: PreTrainedConfig, name: str = "model.decoder") -> Decod
     kinds = list(_rope_parameters(text))
     options = {"is_partial": row.is_partial, "name": name}
     ropes = tuple(_rope(text, kind, head_width, scale, **options) for kind in kinds)
-    of_layers = text.layer_types if kinds[0] else [None] * text.num_hidden_layers
+    of_layers = _own(text, "layer_types") if kinds[0] else [None] * text.num_hidden_layers
+    if of_layers is None:
+        raise ValueError(f"{name}: its rope_parameters are by kinds of layers, which it has not")
     differs.setdefault("rope_of", tuple(map(kinds.index, of_layers)))
     return DecoderSpec(
         family=text.model_type,
@@ -300,15 +303,22 @@ def decoder_spec(config: PreTrainedConfig, name: str = "model.decoder") -> Decod
     )
 
 
+def _own(config: PreTrainedConfig, key: str) -> Any:
+    """The value of a field that the family has; of others, which configurations carry along, None:
+    transformers does not look at them either."""
+    is_own = key in (each.name for each in dataclasses.fields(config))
+    return getattr(config, key) if is_own else None
+
+
 def _biases(config: PreTrainedConfig) -> frozenset[str]:
     names = {"attention_bias": ("qkv", "out"), "mlp_bias": ("gate_up", "down")}
     return frozenset(
-        name for key, linears in names.items() if getattr(config, key, False) for name in linears
+        name for key, linears in names.items() if _own(config, key) for name in linears
     )
 
 
 def _activation(config: PreTrainedConfig, name: str) -> str:
-    theirs = getattr(config, "hidden_activation", None) or config.hidden_act
+    theirs = _own(config, "hidden_activation") or config.hidden_act
     if theirs not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"{name}: activation {theirs!r} is not supported; this takes {known}")
@@ -320,8 +330,8 @@ def _limit(config: PreTrainedConfig) -> tuple[int, str]:
     window that its attention looks through, or where it begins to read positions in another way.
     """
     limits = {"max_position_embeddings": config.max_position_embeddings}
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    if slides and getattr(config, "sliding_window", None):
+    slides = "sliding_attention" in (_own(config, "layer_types") or ["sliding_attention"])
+    if slides and _own(config, "sliding_window"):
         limits["sliding_window"] = config.sliding_window
     for rope in _rope_parameters(config).values():
         if rope.get("rope_type") == "longrope" or rope.get("llama_4_scaling_beta"):
