@@ -32,6 +32,7 @@ from benchmarks.models import Models, frozen_tensors
 from mtllm_engine.config import Config
 from mtllm_engine.data.batch import IDLE, Document, Pack, join
 from mtllm_engine.data.stream import GlobalBatch
+from mtllm_engine.model.padded import PaddedEncoder
 from mtllm_engine.model.weights import saved_name
 from mtllm_engine.training.engine import PlainEngine, ZeroEngine, import_deepspeed
 from mtllm_engine.world import World
@@ -99,7 +100,7 @@ class Distillation(nn.Module):
     """Encoder, projection, LLM; a call is a micro-batch's share of the loss, by two LLM passes."""
 
     def __init__(
-        self, encoder: M2M100Encoder, llm: peft.PeftModel, linear: nn.Linear, dtype: torch.dtype
+        self, encoder: nn.Module, llm: peft.PeftModel, linear: nn.Linear, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.encoder, self.llm, self.linear, self.dtype = encoder, llm, linear, dtype
@@ -145,6 +146,7 @@ class Baseline:
     batch: int  # of a micro-batch: documents where they are padded, tokens where they are not
     packed: bool = False
     by_length: bool = False
+    padding: float | None = None  # not counted
 
     def batches(self, documents: Sequence[Document]) -> list[list[Document]]:
         if self.packed:
@@ -210,19 +212,15 @@ def _build_module(
 ) -> tuple[Distillation, list[tuple[Any, str, Any]]]:
     dtype = getattr(torch, config.model.dtype)
     # Copies: a configuration holds how its module attends.
-    encoder_config, llm_config = copy.deepcopy((models.encoder, models.decoder))
+    llm_config = copy.deepcopy(models.decoder)
     with torch.device("meta"):
-        encoder = M2M100Encoder._from_config(encoder_config, attn_implementation="sdpa")
         llm = AutoModel.from_config(llm_config, attn_implementation="sdpa")
-    encoder.embed_positions = M2M100SinusoidalPositionalEmbedding(
-        models.encoder.max_position_embeddings, models.encoder.d_model, models.encoder.pad_token_id
-    ).to(world.device, dtype)
     llm.rotary_emb = type(llm.rotary_emb)(models.decoder).to(world.device)
     if hasattr(llm.embed_tokens, "embed_scale"):
         scale = torch.tensor(llm.embed_tokens.scalar_embed_scale, device=world.device)
         llm.embed_tokens.embed_scale = scale
-    for module, side in ((encoder, "encoder"), (llm, "decoder")):
-        _fill(module, frozen_tensors(models, side), config)
+    _fill(llm, frozen_tensors(models, "decoder"), config)
+    encoder = _build_encoder(config, models, world)
     patches = _assemble(encoder, llm) if packed else []
     if config.memory.recompute == "layer":
         llm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -235,11 +233,25 @@ def _build_module(
     )
     bias = config.model.projection_bias
     linear = nn.Linear(
-        models.encoder.d_model, models.decoder.hidden_size, bias=bias, device=world.device
+        models.encoder.hidden_size, models.decoder.hidden_size, bias=bias, device=world.device
     )
     module = Distillation(encoder.eval(), peft.get_peft_model(llm, adapters).train(), linear, dtype)
     _start(module, models, world)
     return module, patches
+
+
+def _build_encoder(config: Config, models: Models, world: World) -> nn.Module:
+    """A padded one is transformers' already, and ours is taken; M2M-100 is filled with ours."""
+    if isinstance(models.stack.encoder, PaddedEncoder):
+        return models.stack.encoder.module
+    about = copy.deepcopy(models.encoder)
+    with torch.device("meta"):
+        encoder = M2M100Encoder._from_config(about, attn_implementation="sdpa")
+    encoder.embed_positions = M2M100SinusoidalPositionalEmbedding(
+        about.max_position_embeddings, about.d_model, about.pad_token_id
+    ).to(world.device, getattr(torch, config.model.dtype))
+    _fill(encoder, frozen_tensors(models, "encoder"), config)
+    return encoder
 
 
 def _fill(
@@ -333,7 +345,7 @@ def _join(rows: Sequence[np.ndarray], *, causal: bool, device: torch.device) -> 
     )
 
 
-def _assemble(encoder: M2M100Encoder, llm: PreTrainedModel) -> list[tuple[Any, str, Any]]:
+def _assemble(encoder: nn.Module, llm: PreTrainedModel) -> list[tuple[Any, str, Any]]:
     """Makes both modules padding-free and gives the LLM Liger's kernels.
 
     Returns:
@@ -343,6 +355,8 @@ def _assemble(encoder: M2M100Encoder, llm: PreTrainedModel) -> list[tuple[Any, s
         from liger_kernel.transformers import apply_liger_kernel_to_llama
     except ImportError as error:
         raise ValueError("unpadded needs Liger's kernels: pip install liger-kernel") from error
+    if not isinstance(encoder, M2M100Encoder):
+        raise ValueError("unpadded takes an M2M-100 encoder alone: others are run padded")
     if llm.config.model_type != "llama":
         raise ValueError(
             f"unpadded has Liger's kernels for llama alone, not {llm.config.model_type}"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModel,
+    BertConfig,
     Gemma3TextConfig,
     LlamaConfig,
     M2M100Config,
@@ -19,14 +20,22 @@ from transformers import (
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
 from mtllm_engine.config import Config
-from mtllm_engine.model.build import build_stack
+from mtllm_engine.model.build import build_stack, read_encoder
 from mtllm_engine.model.families import decoder_spec, read_config
 from mtllm_engine.model.lora import quantised_weights
+from mtllm_engine.model.padded import PaddedEncoder
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.tensors import TensorFiles, resolve
 from mtllm_engine.model.weights import Weights
 from mtllm_engine.training.engine import MOMENTS, TrainedState, shard
 from mtllm_engine.world import World
+
+
+def encoder_module(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """transformers' own, with the default device's memory."""
+    if isinstance(config, M2M100Config):
+        return M2M100Encoder(config)
+    return PaddedEncoder(config, dtype).module
 
 
 def _encoder(*, vocab_size: int, width: int, layers: int, heads: int, ffn: int) -> M2M100Config:
@@ -67,6 +76,13 @@ def _decoder(
 ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 ENCODERS = {
     "nllb600m": _encoder(vocab_size=256206, width=1024, layers=12, heads=16, ffn=4096),
+    "e5_small": BertConfig(
+        vocab_size=250037,
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=1536,
+    ),
     "nllb3b": _encoder(vocab_size=256206, width=2048, layers=24, heads=16, ffn=8192),
     "tiny": _encoder(vocab_size=2000, width=128, layers=4, heads=4, ffn=384),
 }
@@ -90,6 +106,7 @@ DECODERS = {
         ffn=10240,
         sliding_window=1024,
     ),
+    "smollm2_135m": _decoder(vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, ffn=1536),
     "tiny": _decoder(vocab_size=1000, width=256, layers=4, heads=4, kv_heads=2, ffn=768),
 }
 
@@ -98,7 +115,7 @@ DECODERS = {
 class Models:
     """Our stack, filled, and what fills transformers' modules with the same weights."""
 
-    encoder: M2M100Config
+    encoder: PreTrainedConfig
     decoder: PreTrainedConfig
     stack: Stack
     weights: Weights
@@ -122,16 +139,16 @@ def build_models(config: Config, shape: str, world: World) -> Models:
     """
     if shape:
         encoder, decoder = _parse_shape(shape)
+        dtype = getattr(torch, config.model.dtype)
         with torch.device("meta"):
             stack = Stack(config, encoder, decoder_spec(decoder))
-            theirs = (M2M100Encoder(encoder), AutoModel.from_config(decoder))
-        dtype = getattr(torch, config.model.dtype)
+            theirs = (encoder_module(encoder, dtype), AutoModel.from_config(decoder))
         sides = (_Random(module, world.device, dtype) for module in theirs)
         options = {"seed": config.run.seed, "projection_init": config.model.projection_init}
         weights = Weights(stack, *sides, **options)
     else:
         stack, weights = build_stack(config)
-        encoder = M2M100Config.from_pretrained(resolve(config.model.encoder))
+        encoder = read_encoder(resolve(config.model.encoder))
         decoder = read_config(resolve(config.model.decoder), "model.decoder").get_text_config()
     trained = {
         name: _start(name, item.shape)
@@ -224,7 +241,7 @@ def _seed(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
 
 
-def _parse_shape(text: str) -> tuple[M2M100Config, PreTrainedConfig]:
+def _parse_shape(text: str) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     decoder, _, encoder = text.partition("+")
     if decoder not in DECODERS or encoder not in ENCODERS:
         known = f"{'|'.join(DECODERS)}+{'|'.join(ENCODERS)}, such as llama3_8b+nllb600m"

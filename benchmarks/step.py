@@ -66,6 +66,10 @@ class Ours:
         return result.loss, result.grad_norm
 
     @property
+    def padding(self) -> float:
+        return getattr(self.module.encoder, "padding", 0.0)
+
+    @property
     def parts(self) -> list[Part]:
         return [
             (self.module.encoder, "forward", "encoder"),
@@ -212,6 +216,7 @@ def _inside(bench: Bench, variant: Variant, global_batch: GlobalBatch) -> dict[s
     parts = measure.split(variant, global_batch, world) | {"collectives": seen.pop("collectives_s")}
     inside = {
         "split_s": parts,
+        "padding": variant.padding,  # the share of it among the encoder's tokens
         **seen,
         "peak_bytes": measure.kept_bytes(variant) + seen["step_bytes"],
     }

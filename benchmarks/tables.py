@@ -59,9 +59,15 @@ def _figures(row: Row, first: Row) -> dict[str, str]:
 
 
 def _parts(row: Row) -> dict[str, str]:
-    return {"variant": row["variant"]} | {
-        name: f"{1000 * taken_s:.1f}" for name, taken_s in row["split_s"].items()
-    }
+    split_s = row["split_s"]
+    # Collectives overlap the other parts.
+    step_s = sum(taken_s for name, taken_s in split_s.items() if name != "collectives")
+    return (
+        {"variant": row["variant"]}
+        | {name: f"{1000 * taken_s:.1f}" for name, taken_s in split_s.items()}
+        | {"encoder's share": f"{split_s['encoder'] / step_s:.1%}"}
+        | {"its padding": "-" if row["padding"] is None else f"{row['padding']:.1%}"}
+    )
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:

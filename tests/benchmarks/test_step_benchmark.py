@@ -28,7 +28,7 @@ FIELDS = {
     *("zero_stage", "dtype", "quantization", "tolerance", "weights", "gemm_tflops", "gemm_share"),
     *("mfu", "pairs_per_s", "documents_per_s", "step_s", "error"),
 }
-INSIDE = {"split_s", "kernels", "step_bytes", "peak_bytes"}
+INSIDE = {"split_s", "padding", "kernels", "step_bytes", "peak_bytes"}
 PARTS = {"encoder", "teacher", "student", "backward", "optimizer", "rest", "collectives"}
 
 
