@@ -41,10 +41,11 @@ setup(
         "flash": ["flash-attn"],
         "triton": ["triton"],
         "benchmarks": ["liger-kernel", "peft"],  # what ours is measured beside
+        "gguf": ["gguf"],  # mtllm models import FILE.gguf
         "quantised": ["bitsandbytes>=0.46"],  # model.quantization = "nf4"
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"),
-            *("peft", "triton", "bitsandbytes>=0.46"),
+            *("peft", "triton", "bitsandbytes>=0.46", "gguf"),
         ],
         "quickstart": ["sentencepiece"],
     },

@@ -7,12 +7,13 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from mtllm_engine.config import load
 from mtllm_engine.data import shards, sources
 from mtllm_engine.files import expand, expanded_path
-from mtllm_engine.languages import NAMES, SCRIPTS, check_language, nllb_token
+from mtllm_engine.languages import NAMES, SCRIPTS, check_code, codes_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,6 +174,13 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     for model in ("encoder", "decoder"):
         moved = f"the {model} that X was trained with, where it lies elsewhere now"
         parser.add_argument(f"--{model}", default="", type=expand, metavar="DIR", help=moved)
+    moved = "an adapter of model.adapters, likewise; once for each, in order"
+    options = {"action": "append", "default": [], "type": expand, "metavar": "DIR"}
+    parser.add_argument("--merged", help=moved, **options)
+
+
+def _places(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("encoder", "decoder", "merged")}
 
 
 def _add_vectors(parser: argparse.ArgumentParser) -> None:
@@ -243,7 +251,7 @@ def _add_show(commands: argparse._SubParsersAction) -> None:
 def _show_trained(arguments: argparse.Namespace) -> int:
     from mtllm_engine.show import show
 
-    print(show(arguments.model, encoder=arguments.encoder, decoder=arguments.decoder))
+    print(show(arguments.model, **_places(arguments)))
     return 0
 
 
@@ -302,8 +310,7 @@ def _export(arguments: argparse.Namespace) -> int:
         push=arguments.push,
         default_language=arguments.language,
         tasks=dict(arguments.tasks),
-        encoder=arguments.encoder,
-        decoder=arguments.decoder,
+        **_places(arguments),
     )
     num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {num_bytes / 1e9:.2f} GB")
@@ -355,28 +362,73 @@ def _add_models(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("models", help="take in what others trained")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     import_ = actions.add_parser(
-        "import", help="make a checkpoint of a folder in the layout of the paper's authors"
+        "import",
+        help="make a model's folder of a GGUF file, or a checkpoint of the paper's authors' layout",
     )
-    import_.add_argument("folder", type=expand, metavar="DIR", help="folder or hub id")
     import_.add_argument(
-        "--base", default="", type=expand, metavar="DIR", help="the LLM that its own began with"
+        "source", type=expand, metavar="X", help="FILE.gguf; or their folder or hub id"
     )
     import_.add_argument("--out", required=True, type=expanded_path, metavar="DIR")
+    import_.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="of GGUF's weights in DIR (default: float32, which rounds none)",
+    )
+    import_.add_argument(
+        "--base",
+        default="",
+        type=expand,
+        metavar="DIR",
+        help="the LLM that the authors' own began with",
+    )
     import_.add_argument(
         "--rank", default=16, type=int, metavar="N", help="of the adapters (default: 16)"
     )
     import_.set_defaults(run=_import_model)
 
+    check = actions.add_parser("check", help="say whether an encoder and an LLM fit one another")
+    check.add_argument("encoder", type=expand, metavar="ENCODER", help="folder or hub id")
+    check.add_argument("llm", type=expand, metavar="LLM", help="folder or hub id")
+    check.add_argument(
+        "--adapters",
+        dest="merged",
+        nargs="+",
+        default=[],
+        type=expand,
+        metavar="DIR",
+        help="PEFT's, folders or hub ids, to be merged into the LLM in this order",
+    )
+    check.set_defaults(run=_check_models)
+
 
 def _import_model(arguments: argparse.Namespace) -> int:
+    if arguments.source.endswith(".gguf"):
+        from mtllm_engine.models import import_gguf
+
+        source, dtype = Path(arguments.source), arguments.dtype
+        count = import_gguf(source, arguments.out, dtype=dtype)
+        print(f"{arguments.out}: {count:,} weights in {dtype}")
+        return 0
     from mtllm_engine.export.authors import adapters_from
 
     rank = arguments.rank
-    left = adapters_from(arguments.folder, arguments.base, arguments.out, rank=rank)
+    left = adapters_from(arguments.source, arguments.base, arguments.out, rank=rank)
     print(f"{arguments.out}: adapters of rank {rank}; of the linears' differences they leave out")
     for kind, share in left.items():
         print(f"  {kind:<9}  {share:.2e}")
     return 0
+
+
+def _check_models(arguments: argparse.Namespace) -> int:
+    from mtllm_engine.models import check
+    from mtllm_engine.training.log import print_table
+
+    found = check(arguments.encoder, arguments.llm, arguments.merged)
+    print_table(found.rows)
+    for problem in found.problems:
+        print("mtllm: error:", problem, file=sys.stderr)
+    return 1 if found.problems else 0
 
 
 def _add_languages(commands: argparse._SubParsersAction) -> None:
@@ -399,14 +451,23 @@ def _languages(arguments: argparse.Namespace) -> int:
     from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer  # imports transformers
 
     tokens = language_tokens(load_tokenizer(arguments.encoder)) if arguments.encoder else None
+    known = codes_of(tokens or ())
     for code, name in NAMES.items():
         row = [code, f"{name:<24}", SCRIPTS[code[4:]]]
         if tokens is not None:
-            row.insert(1, "yes" if nllb_token(code) in tokens else "no ")
+            row.insert(1, "yes" if code in known else "no ")
         print("  ".join(row))
-    for token in sorted((tokens or set()) - {nllb_token(code) for code in NAMES}):
-        print(f"{token}  yes  not in FLORES-200")
+    for code in sorted(known - set(NAMES)):
+        print(f"{code}  yes  not in FLORES-200")
     return 0
+
+
+def _checked(language: str) -> str:
+    """A corpus' language, told where few encoders have it: it may be misspelled."""
+    if check_code(language) not in NAMES:
+        lack = "is none of FLORES-200's languages: only an encoder with a token of that name reads"
+        print(f"mtllm: {language} {lack} it", file=sys.stderr)
+    return language
 
 
 def _pack(arguments: argparse.Namespace) -> int:
@@ -414,7 +475,7 @@ def _pack(arguments: argparse.Namespace) -> int:
         arguments.inputs,
         arguments.out,
         field=arguments.field,
-        language=check_language(arguments.language),
+        language=_checked(arguments.language),
         shards=arguments.shards,
         licence=arguments.licence,
         on_error=arguments.on_error,
@@ -426,7 +487,7 @@ def _pack(arguments: argparse.Namespace) -> int:
 def _import(arguments: argparse.Namespace) -> int:
     report = shards.import_shards(
         arguments.folder,
-        language=check_language(arguments.language),
+        language=_checked(arguments.language),
         field=arguments.field,
         licence=arguments.licence,
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mtllm_engine.files import expand, is_name
-from mtllm_engine.languages import check_language, is_well_formed
+from mtllm_engine.languages import check_code, is_well_formed
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linears of a layer of Llama, and of most LLMs."""
@@ -65,6 +65,9 @@ class ModelConfig:
     """The MT encoder (M2M-100, NLLB): a folder or a Hugging Face hub id."""
     decoder: PathText
     """The LLM (Llama, Mistral, Qwen, Gemma, ...): a folder or a Hugging Face hub id."""
+    adapters: tuple[PathText, ...] = ()
+    """PEFT's adapters, folders or hub ids, that are merged into the LLM while it is read, in order:
+    it is the LLM that they make that everything here stands on."""
     causal: bool = False
     """False: LLM2Vec's bidirectional attention."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -704,7 +707,7 @@ def _check_fallback(fallback: Mapping[str, Any]) -> None:
         if not isinstance(target, str):
             raise ValueError(f"languages.fallback.{code} must be a language code, not {target!r}")
         try:
-            check_language(target)
+            check_code(target)
         except ValueError as error:
             raise ValueError(f"languages.fallback.{code}: {error}") from None
 

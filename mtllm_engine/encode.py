@@ -55,6 +55,8 @@ class Request:
     encoder: str = ""
     decoder: str = ""
     """The models that it was trained with, where they lie elsewhere now."""
+    merged: Sequence[str] = ()
+    """Likewise the adapters of `model.adapters`."""
     language: str | None = None
     fields: Sequence[str] = ("text",)
     """Two, where a task compares two texts."""
@@ -141,8 +143,8 @@ class Request:
         return str(find_trained(self.model, **self._places).folder)
 
     @property
-    def _places(self) -> dict[str, str]:
-        return {"encoder": self.encoder, "decoder": self.decoder}
+    def _places(self) -> dict[str, Any]:
+        return {"encoder": self.encoder, "decoder": self.decoder, "merged": self.merged}
 
     def load(self, world: "World") -> "MTLLM":
         """Raises: ValueError: As `MTLLM.from_pretrained` and `MTLLM.add_task`."""

@@ -25,6 +25,7 @@ _KEPT_S = 30 * 24 * 3600  # how long it is remembered when something was checked
 _HASH_BYTES = hashlib.sha256().digest_size
 _HOME = re.compile(r"(?:[\w.+-]+:)?(~)")  # also behind the name of a data set
 
+_POINTER = b"version https://git-lfs"
 _NEIGHBOUR = re.compile(r"[\w-][\w.-]{,254}")
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 """What file systems say that know no symbolic links."""
@@ -162,6 +163,14 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_pulled(path: Path) -> None:
+    """Raises: ValueError: What lies there is not the file, but git-lfs's pointer to it."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            fix = f"run `git lfs pull` in {path.parent}"
+            raise ValueError(f"{path} is a git-lfs pointer, and not the file itself; {fix}")
 
 
 def sha256_of(path: Path) -> str:

@@ -41,6 +41,7 @@ from mtllm_engine.model.weights import (
     saved_name,
 )
 from mtllm_engine.tasks import belebele, xquad
+from mtllm_engine.training.checkpoint import EARLIER
 from mtllm_engine.training.engine import shard
 from mtllm_engine.training.origins import check_origin, check_origins
 from mtllm_engine.training.trained import (
@@ -106,6 +107,7 @@ class MTLLM:
         quantization: Literal["none", "fp8", "nf4"] | None = None,
         encoder: str = "",
         decoder: str = "",
+        merged: Sequence[str] = (),
     ) -> "MTLLM":
         """A run, a checkpoint of one, a sum, a recipe's folder, an exported folder, or a hub id of
         one, ready to read.
@@ -114,6 +116,7 @@ class MTLLM:
             device: By default a GPU where there is one.
             dtype, quantization: Of the frozen weights, by default as in training.
             encoder, decoder: The models that it was trained with, where they lie elsewhere now.
+            merged: Likewise all adapters of `model.adapters`.
 
         Raises:
             ValueError: There is no such thing, it has no projection, or it is damaged or does not
@@ -122,9 +125,10 @@ class MTLLM:
         for value, known in ((dtype, DTYPES), (quantization, QUANTIZATIONS)):
             if value not in (None, *known):
                 raise ValueError(f"{value!r} is none of {', '.join(known)}")
-        trained = find_trained(name, encoder=encoder, decoder=decoder)
-        if trained.is_exported and (encoder or decoder):
-            raise ValueError(f"{name} has its own encoder and LLM; leave out encoder= and decoder=")
+        trained = find_trained(name, encoder=encoder, decoder=decoder, merged=merged)
+        if trained.is_exported and (encoder or decoder or merged):
+            fix = "leave out encoder=, decoder= and merged="
+            raise ValueError(f"{name} has its own encoder and LLM; {fix}")
         if not trained.reads_stack:
             fix = "load the stage 1 of its LLM, and give it this with add_task"
             raise ValueError(f"{name} is a fine-tuned LLM without a projection; {fix}")
@@ -454,8 +458,8 @@ class MTLLM:
         """Raises: ValueError: The adapters were trained on another LLM, or another attention."""
         trained = self.trained
         if trained.is_exported:  # its models have other files than they had in training
-            keys = ("model.causal", "model.decoder")
-            current = {key: trained.record["identity"][key] for key in keys}
+            keys = ("model.causal", "model.decoder", "model.adapters")
+            current = {key: (EARLIER | trained.record["identity"])[key] for key in keys}
             if (folder / "state.json").exists():
                 check_origin(folder, current, dict.fromkeys(keys, f"that of {trained.name}"))
             return

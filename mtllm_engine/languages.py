@@ -1,8 +1,9 @@
 """Languages: FLORES-200's codes and names, benchmarks' codes for them, and NLLB's tokens.
 
 A language is a code of the form `swh_Latn`: ISO 639-3, script by ISO 15924. Where FLORES-200 lacks
-a language, it keeps a code of that form (`nij_Latn`) and is unknown to every NLLB encoder; qaa to
-qtz, ISO 639-3's private range, are there for encoders of one's own.
+a language, it keeps a code of that form (`nij_Latn`) and is unknown to NLLB's encoders, but not to
+one whose tokenizer was given that token; qaa to qtz, ISO 639-3's private range, are there for
+encoders of one's own.
 """
 
 import re
@@ -170,9 +171,30 @@ def readable(tokens: Collection[str], fallback: Mapping[str, str]) -> tuple[str,
     Args:
         tokens, fallback: As for `resolve_language`.
     """
-    ours = {code for code in FLORES_200 if nllb_token(code) in tokens}
-    private = set(filter(_PRIVATE.fullmatch, tokens))
-    return tuple(sorted({*ours, *private, *fallback}))
+    return tuple(sorted({*codes_of(tokens), *fallback}))
+
+
+def codes_of(tokens: Collection[str]) -> set[str]:
+    """The languages that an encoder has tokens for: FLORES-200's, and those of its own."""
+    flores = {nllb_token(code): code for code in FLORES_200}
+    return {flores.get(token, token) for token in tokens if is_well_formed(token)}
+
+
+def token_of(code: str, tokens: Collection[str]) -> str:
+    """An encoder's token for a language.
+
+    Args:
+        tokens: All that it has for languages.
+
+    Raises:
+        ValueError: It has none, or this is no language's code.
+    """
+    known = codes_of(tokens)
+    if code in known:
+        return nllb_token(code)
+    near = ", ".join(nearest(check_code(code), known)) or "none"
+    lack = f"the encoder's tokenizer has no token for the language {code}"
+    raise ValueError(f"{lack}; the nearest that it has: {near}")
 
 
 def nllb_token(code: str) -> str:
@@ -190,6 +212,18 @@ def check_language(code: str, known: Collection[str] = FLORES_200) -> str:
     if code in known or (known is FLORES_200 and _PRIVATE.fullmatch(code)):
         return code
     raise ValueError(f"unknown language {code!r}; did you mean {', '.join(nearest(code, known))}?")
+
+
+def check_code(code: str) -> str:
+    """Returns the code of texts that no encoder is there to be asked about: one of FLORES-200's, or
+    one of that form for a language that FLORES-200 lacks, which an encoder may have a token for.
+
+    Raises:
+        ValueError: It is not known; the message suggests the nearest known ones.
+    """
+    language = code.partition("_")[0]
+    is_here = language in OTHER_CODES or any(each.startswith(f"{language}_") for each in NAMES)
+    return code if is_well_formed(code) and not is_here else check_language(code)
 
 
 def nearest(code: str, known: Collection[str] = FLORES_200) -> list[str]:

@@ -4,19 +4,17 @@ Small files are read, and no model's weights.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub import snapshot_download
 
 from mtllm_engine import config as configs
 from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
 from mtllm_engine.evaluation.systems import cost
 from mtllm_engine.export.card import WHAT
 from mtllm_engine.languages import readable
+from mtllm_engine.model import hub
 from mtllm_engine.model.licences import licence_of
-from mtllm_engine.model.tensors import FILES
 from mtllm_engine.training.log import learns
 from mtllm_engine.training.origins import summed_in
 from mtllm_engine.training.trained import Head, Trained, find_trained, head_of
@@ -26,13 +24,13 @@ WIDEST = 160  # characters of a row
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
-def show(name: str, *, encoder: str = "", decoder: str = "") -> str:
+def show(name: str, *, encoder: str = "", decoder: str = "", merged: Sequence[str] = ()) -> str:
     """A table of names and values. Args: as `find_trained`.
 
     Raises:
         ValueError: As `find_trained`.
     """
-    trained = find_trained(name, encoder=encoder, decoder=decoder)
+    trained = find_trained(name, encoder=encoder, decoder=decoder, merged=merged)
     rows = {**_what(trained), **_models(trained), **_tasks(trained), **_made(trained)}
     rows["size"] = _size(trained)
     width = max(map(len, rows))
@@ -66,11 +64,22 @@ def _models(trained: Trained) -> dict[str, str]:
     return {
         "encoder": _licensed(trained, "encoder") if trained.reads_stack else "",
         "LLM": f"{_licensed(trained, 'llm')}, {attention}, {kept}",
+        "merged": _merged(trained),
         "languages": _languages(trained) if trained.reads_stack else "",
         "texts": f"read {parts[data.parts]}, {reads}",
         "adapters": "merged into the LLM's weights" if trained.is_merged else adapters,
         "projection": bias if trained.reads_stack else "none: the LLM reads its own tokens",
     }
+
+
+def _merged(trained: Trained) -> str:
+    """The adapters that were merged into the LLM first, in order, and their licences."""
+    if trained.is_exported:
+        about = trained.record["about"]
+        each = {name: about["licences"][name] for name in about.get("adapters", ())}
+    else:
+        each = {name: licence_of(name) for name in trained.config.model.adapters}
+    return " then ".join(f"{name}, licence {licence}" for name, licence in each.items())
 
 
 def _licensed(trained: Trained, which: str) -> str:
@@ -102,7 +111,7 @@ def _on_disk(model: str) -> Path:
     if Path(model).is_dir():
         return Path(model)
     try:
-        return Path(snapshot_download(model, allow_patterns=list(FILES), local_files_only=True))
+        return hub.cached(model)
     except Exception:  # the client raises a dozen unrelated types
         raise ValueError(f"{model} is not on this machine") from None
 

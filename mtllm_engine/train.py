@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from mtllm_engine.tasks import Task
 
 PLACES = ("run.dir", "data.train", "validation.corpus", "task.test", "evaluate.")
-PLACES += ("model.encoder", "model.decoder", "model.init_from", "model.teacher")
+PLACES += ("model.encoder", "model.decoder", "model.adapters")
+PLACES += ("model.init_from", "model.teacher")
 """Keys that say where something lies, whose content a checkpoint knows, or that training does not
 read."""
 

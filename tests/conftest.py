@@ -21,7 +21,7 @@ SLOW = ("test_zero", "test_compile", "test_kernels", "test_recipe", "test_gpu_su
 SLOW += ("test_prose", "test_poison", "test_step_benchmark", "test_native", "test_babel")
 SLOW += ("test_finetune", "test_run_folder", "test_launch", "test_origins", "test_provenance")
 SLOW += ("test_probe", "test_systems", "test_span", "test_packaging", "test_quantised")
-SLOW += ("test_sum_start", "test_sums", "test_checkpoint")
+SLOW += ("test_sum_start", "test_sums", "test_checkpoint", "test_chain", "test_merged")
 SLOW += ("test_folder", "test_sentences", "test_card", "test_encode", "test_show")
 SLOW += ("test_inference", "test_inference_tasks", "test_families", "test_family_runs")
 

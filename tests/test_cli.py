@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from mtllm_engine import cli, train
 from mtllm_engine.config import dumps
+from mtllm_engine.data.shards import Manifest
 from tests.support.tiny import build_config, build_encoder
 
 
@@ -70,6 +71,11 @@ def status_of(main, arguments):
             "shards pack a.txt --out out --language english",
             1,
             "unknown language 'english'; did you mean ",
+        ),
+        (
+            "shards pack a.txt --out out --language sat_Beng",
+            1,
+            "unknown language 'sat_Beng'; did you mean sat_Olck",
         ),
         (
             "shards pack a.txt --out out --language eng_Latn --shards x",
@@ -217,3 +223,12 @@ def test_languages_of_an_encoder(folder, capsys):
     has = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}
     assert {code for code, answer in has.items() if answer == "no"} == {"arb_Latn", "min_Arab"}
     assert len(has) == 205 and has["qaa_Latn"] == has["sat_Olck"] == "yes"
+
+
+def test_texts_of_a_language_of_few_encoders_are_packed_and_it_is_told(folder, capfd):
+    pack = "shards pack a.txt --shards 1 --out"
+    assert cli.main([*f"{pack} english --language".split(), "eng_Latn"]) == 0
+    assert "FLORES-200" not in capfd.readouterr().err
+    assert cli.main([*f"{pack} out --language".split(), "nij_Latn"]) == 0
+    assert "nij_Latn is none of FLORES-200's languages: only an enc" in capfd.readouterr().err
+    assert Manifest.load("out").language == "nij_Latn"

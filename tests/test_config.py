@@ -96,6 +96,7 @@ BY_KEY = {  # where the type alone allows more
         st.sampled_from(["llm", "translate_test", "sum", "stack"]), min_size=1
     ),
     "evaluate.stage1": st.lists(NAME),
+    "model.adapters": st.lists(NAME),
     "evaluate.languages": st.lists(FILE_NAME),
     "evaluate.stack_name": FILE_NAME,
     "probe.split": FILE_NAME,
@@ -176,6 +177,10 @@ def test_paper_config_is_the_papers_run():
     assert config.data.lanes * config.data.pack_documents == 256
     assert (config.optim.steps, config.optim.lr) == (10_000, 2e-4)
     assert (config.lora.rank, config.lora.alpha) == (16, 32.0)
+    parts = "facebook/nllb-200-distilled-600M", "meta-llama/Meta-Llama-3-8B-Instruct"
+    assert (config.model.encoder, config.model.decoder) == parts
+    llm2vec = "McGill-NLP/LLM2Vec-Meta-Llama-3-8B-Instruct-mntp"
+    assert config.model.adapters == (llm2vec, f"{llm2vec}-unsup-simcse")
 
 
 @pytest.mark.parametrize("key", HINTS)
@@ -285,7 +290,7 @@ def test_error_names_the_key_and_the_fix(override_, message, override):
         "memory.max_tokens=2047",
         "languages.fallback={indonesian = 'ind_Latn'}",
         "languages.fallback.nij_Latn=ind",
-        "languages.fallback.nij_Latn=bbc_Latn",
+        "languages.fallback.nij_Latn=swa_Latn",
         "languages.fallback.nij_Latn=1",
         "checkpoint.every=0",
         "checkpoint.keep=0",

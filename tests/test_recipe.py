@@ -499,7 +499,7 @@ def topics(tmp_path_factory) -> Path:
         ),
         (
             "evaluate.systems=translate_test evaluate.translator=/nope",
-            "evaluate-3: /nope is neither a folder nor a model the hub gives",
+            "evaluate-3: /nope is neither a folder nor a model",
         ),
         ("stage2.data.train=/nope", "stage2-3: no manifest.json in /nope"),
         ("stage1.model.init_from=/nope", "stage1: /nope is no checkpoint of a run"),

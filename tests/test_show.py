@@ -129,7 +129,7 @@ def test_adapters_in_the_weights_are_none(models: Path, exported: Path):
 @pytest.mark.parametrize("name", ["absent/at all", "models", "half", "damaged"])
 def test_what_is_no_such_thing_is_one_line(name: str, models, exported, tmp_path, capfd):
     reason = {
-        "absent/at all": "absent/at all is neither a folder nor a model the hub gives",
+        "absent/at all": "absent/at all is neither a folder nor a model",
         "models": f"{models}/encoder is neither a run, a checkpoint nor an exported folder",
         "half": f"{exported} is not complete: student/projection.safetensors is missing",
         "damaged": f"{exported}/mtllm.json is damaged; copy or download the folder again",

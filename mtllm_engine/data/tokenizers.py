@@ -2,18 +2,22 @@
 
 import copy
 import itertools
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import tokenizers
+import transformers
 from tokenizers import Encoding, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mtllm_engine.data.annotations import Annotations, Range, Removed, token_range, token_spans
 from mtllm_engine.data.parts import Parted, PartsTokenizer, cuts
-from mtllm_engine.languages import check_language, is_well_formed, nllb_token
+from mtllm_engine.files import check_pulled
+from mtllm_engine.languages import is_well_formed, token_of
 
 Encoded = Encoding | Parted
 
@@ -121,6 +125,9 @@ class PairTokenizer:
         self.parts = parts
         self.encoder = load_tokenizer(encoder)
         self.decoder = load_tokenizer(decoder)
+        if reader != "llm" and self.encoder.eos_token_id is None:
+            fix = "give its tokenizer_config.json the model's, </s> of NLLB"
+            raise ValueError(f"the tokenizer in {encoder} has no eos_token; {fix}")
         self.teacher = _plain_side(self.decoder)
         self._students: dict[str, Side] = {}
 
@@ -148,27 +155,27 @@ class PairTokenizer:
 
     @property
     def largest_student_id(self) -> int:
-        return max(self.encoder.get_vocab().values())
+        """That the encoder may be given, in any of its languages."""
+        vocabulary = self.encoder.get_vocab()
+        around = (vocabulary[token] for token in (*self.languages, self.encoder.eos_token))
+        return _largest_id(self.encoder, around)
 
     @property
     def largest_teacher_id(self) -> int:
-        return max(self.decoder.get_vocab().values())
+        return _largest_id(self.decoder, [*self.teacher.prefix, *self.teacher.suffix])
 
     def student(self, language: str) -> Side:
         """The encoder's side in a source language: language token, text, `</s>` (NLLB's format), or
         so of each part.
 
         Raises:
-            ValueError: The code is not a FLORES-200 code, or this encoder has no token for it.
+            ValueError: The code is no language's, or this encoder has no token for it.
         """
         if language not in self._students:
-            token = nllb_token(check_language(language))
+            token = token_of(language, self.languages)
             backend, suffix = self.encoder.backend_tokenizer, (self.encoder.eos_token_id,)
-            token_id = backend.token_to_id(token) if token in self.languages else None
-            if token_id is None:
-                raise ValueError(
-                    f"the encoder's tokenizer has no token for the language {language}"
-                )
+            token_id = backend.token_to_id(token)
+            assert token_id is not None
             self._students[language] = Side("encoder", backend, (token_id,), suffix)
             if self.parts != "whole":
                 parts = PartsTokenizer(
@@ -397,14 +404,13 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     Raises:
         ValueError: There is none, it has no Rust backend, or it needs code of its own.
     """
+    _check_pulled(Path(folder))
     try:
         # "Split": control tokens in a text are not looked for.
         options = {"trust_remote_code": False, "split_special_tokens": True}
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        if "trust_remote_code" in str(error):
-            reason = "it needs its own code, which is never run"
+    except Exception as error:  # tokenizers raises bare ones, transformers of many types
+        reason = _reason(Path(folder), error)
         raise ValueError(f"cannot load a tokenizer from {folder}: {reason}") from error
     added = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
     if set(tokenizer.get_vocab()) <= added:
@@ -414,6 +420,45 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _check_pulled(folder: Path) -> None:
+    """Raises: ValueError: git-lfs's pointer lies in the place of a file that would be read."""
+    is_whole = (folder / "tokenizer.json").is_file()  # which all is in
+    for pattern in ("tokenizer*.json", *([] if is_whole else ["*.model"])):
+        for path in folder.glob(pattern):
+            check_pulled(path)
+
+
+def _reason(folder: Path, error: Exception) -> str:
+    """Why a tokenizer does not load."""
+    said = " ".join(str(error).split())
+    if "trust_remote_code" in said:
+        return "it needs its own code, which is never run"
+    needed = ["tokenizer_config.json"]
+    needed += [] if any(folder.glob("*.model")) else ["tokenizer.json"]
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if folder.is_dir() and missing:
+        return f"it has no {' and no '.join(missing)}; copy that from the model"
+    if isinstance(error, OSError | ValueError):
+        return said
+    about = folder / "tokenizer_config.json"
+    saved = json.loads(about.read_bytes()) if about.is_file() else {}
+    if empty := [key for key in ("eos_token", "unk_token") if saved.get(key, "") is None]:
+        return f"its tokenizer_config.json has no {' and no '.join(empty)}; give it the model's"
+    version = f"tokenizers {tokenizers.__version__} and transformers {transformers.__version__}"
+    return f"its files are damaged, or not of this version ({version}): {said}"
+
+
+def _largest_id(tokenizer: PreTrainedTokenizerFast, around: Iterable[int]) -> int:
+    """The largest id that can come out of a text with some around it: what else was added to the
+    vocabulary, such as a token for padding, does not, spelled in a text or not.
+    """
+    backend = tokenizer.backend_tokenizer
+    words = backend.get_vocab(with_added_tokens=False).values()
+    added = backend.get_added_tokens_decoder()
+    plain = (token_id for token_id, token in added.items() if not token.special)
+    return max(itertools.chain(words, plain, around))
 
 
 def _plain_side(tokenizer: PreTrainedTokenizerFast) -> Side:

@@ -22,12 +22,15 @@ from typing import Any, Literal
 from mtllm_engine.config import Config, flatten
 from mtllm_engine.evaluation.predictions import Predictions
 from mtllm_engine.files import sha256_of
+from mtllm_engine.model.merge import chain_fingerprint
 from mtllm_engine.model.tensors import fingerprint, resolve
 from mtllm_engine.model.weights import RUN_FILES
 from mtllm_engine.training.log import commit
 
 SETTINGS = ("model.causal", "model.dtype", "model.quantization")
 SETTINGS += ("data.max_length", "data.truncation")
+EARLIER = {"model.adapters": ""}
+"""What settings are of predictions that do not say."""
 OF_STACK = {"data.parts": "whole"}
 """Settings of the stack alone, and what they are of predictions that do not say."""
 
@@ -64,11 +67,13 @@ def makers(
         "evaluated": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
     }
     made: dict[str, dict[str, Any]] = {}
+    chain = chain_fingerprint(model.adapters)
     for system, (kind, checkpoints) in readers.items():
         reads_stack = kind == "stack"
         names = {"model.decoder": model.decoder}
         names |= {"model.encoder": model.encoder} if reads_stack else {}
         models = {key: digest_of_model(name) for key, name in names.items()}
+        models["model.adapters"] = chain
         keys = (*SETTINGS, *(OF_STACK if reads_stack else ()))
         files = (*RUN_FILES, "adapter_config.json")
         made[system] = about | {
@@ -121,6 +126,7 @@ def _marks(item: Predictions) -> Iterator[tuple[tuple, Any]]:
     system, place = (item.system,), (item.dataset, item.language)
     yield ("checkpoint", *system, item.seed), maker.get("checkpoint")
     settings = maker.get("settings", {})
+    settings = EARLIER | settings if item.maker else settings
     settings = OF_STACK | settings if "model.encoder" in settings else settings
     for key, value in sorted(settings.items()):
         yield (key, *system), value

@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mtllm_engine.data.tokenizers import load_tokenizer
 from mtllm_engine.files import sync
-from mtllm_engine.languages import ENGLISH, check_language, nllb_token
+from mtllm_engine.languages import ENGLISH, check_code, nllb_token
 from mtllm_engine.model.build import load_config
 from mtllm_engine.model.tensors import TensorFiles, check_finite, fingerprint, resolve
 from mtllm_engine.tasks import Example
@@ -138,7 +138,7 @@ class Translator:
                 written.
         """
         for language in (source, target):
-            check_language(language)
+            check_code(language)
         _check_segments(texts)
         wanted = dict.fromkeys(text for text in texts if text.strip())
         file = _CacheFile(self.cache, self.settings | {"source": source, "target": target})

@@ -2,7 +2,7 @@
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_re
 
 from mtllm_engine import files
 from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
-from mtllm_engine.languages import check_language, nllb_token
+from mtllm_engine.languages import check_code, codes_of
 from mtllm_engine.model.tensors import resolve
 from mtllm_engine.model.weights import ADAPTERS
 from mtllm_engine.training.origins import check_origins
@@ -52,11 +52,12 @@ def export(
     tasks: Mapping[str, str | Path] | None = None,
     encoder: str = "",
     decoder: str = "",
+    merged: Sequence[str] = (),
 ) -> Path:
     """Writes what was trained as a folder, whole or not at all.
 
     Args:
-        name, encoder, decoder: As `find_trained`.
+        name, encoder, decoder, merged: As `find_trained`.
         out: A folder that is not there yet.
         format: One of `FORMATS`.
         dtype, merge, default_language, tasks: As `Options`.
@@ -69,7 +70,7 @@ def export(
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} is there already; name a new folder")
-    trained = find_trained(name, encoder=encoder, decoder=decoder)
+    trained = find_trained(name, encoder=encoder, decoder=decoder, merged=merged)
     checkpoints = {task: checkpoint_in(Path(each)) for task, each in (tasks or {}).items()}
     options = Options(
         dtype=dtype,
@@ -129,7 +130,7 @@ def _check(trained: Trained, format: str, options: Options) -> None:
             raise ValueError(f"{option} is for --format folder; {format} has no place for it")
     if options.default_language:
         tokens = language_tokens(load_tokenizer(resolve(trained.config.model.encoder)))
-        if nllb_token(check_language(options.default_language)) not in tokens:
+        if check_code(options.default_language) not in codes_of(tokens):
             raise ValueError(f"--language: the encoder has no token for {options.default_language}")
     _check_tasks(trained, options.tasks)
 

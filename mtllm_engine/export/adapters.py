@@ -12,6 +12,7 @@ from mtllm_engine.model.weights import RUN_FILES
 from mtllm_engine.training.checkpoint import READS
 from mtllm_engine.training.trained import Trained
 
+MODELS = ("model.encoder", "model.decoder", "model.adapters")
 CARD = """
 # Adapters of $llm for the states of $encoder
 
@@ -43,7 +44,7 @@ encoder = AutoModel.from_pretrained(ENCODER, **options).encoder.eval()
 config = AutoConfig.from_pretrained(LLM)
 config.is_causal = $causal
 llm = AutoModel.from_pretrained(LLM, config=config, **options)
-llm = PeftModel.from_pretrained(llm, ADAPTERS).eval()
+${merged}llm = PeftModel.from_pretrained(llm, ADAPTERS).eval()
 projection = load_file(f"{ADAPTERS}/projection.safetensors")
 
 
@@ -77,7 +78,7 @@ def write(trained: Trained, draft: Path, options: Options) -> None:
     write_checkpoint(trained, trained.student, draft)
     flat, said = flatten(trained.config), trained.record.get("identity", {})
     identity = {key: flat[key] for key in READS}
-    identity |= {key: said[key] for key in ("model.encoder", "model.decoder") if key in said}
+    identity |= {key: said[key] for key in MODELS if key in said}
     identity |= {"task.name": trained.task, "model.teacher": trained.config.model.teacher and "-"}
     written = (*RUN_FILES, peft.FILE)
     hashes = {name: sha256_of(draft / name) for name in written if (draft / name).is_file()}

@@ -22,6 +22,7 @@ from mtllm_engine.export.models import (
     copy_tokenizer,
     dtype_of,
     encoder_tensors,
+    llm_dtype,
     merged_llm,
     read_config,
     write_card,
@@ -71,7 +72,8 @@ def write(trained: Trained, draft: Path, options: Options) -> None:
             fix = "export the folder, which has one"
             raise ValueError(f"{trained.name}: the authors' layout has no place for {name}; {fix}")
     write_safetensors(draft / "model.safetensors", _tensors(trained, projection, options.dtype))
-    described = {part: read_config(part, options.dtype) for part in (encoder, llm)}
+    dtypes = {encoder: options.dtype, llm: llm_dtype(trained, options.dtype)}
+    described = {part: read_config(part, dtype) for part, dtype in dtypes.items()}
     config = {
         "architectures": ["NLLBLLM2Vec"],
         "auto_map": {

@@ -33,6 +33,7 @@ def about(trained: Trained) -> dict[str, Any]:
     return {
         "encoder": public_name(model.encoder),
         "llm": public_name(model.decoder),
+        "adapters": list(map(public_name, model.adapters)),
         "licences": licences_of(trained.config),
         "quantization": model.quantization,
         "is_sum": bool(summed_in(trained.folder)),
@@ -113,7 +114,8 @@ def written(about: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 def _front_matter(about: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     licence = about["licences"].get(about["encoder"], UNKNOWN).lower()
-    hub_ids = [name for name in (about["encoder"], about["llm"]) if "/" in name]
+    parts = (about["encoder"], about["llm"], *about.get("adapters", ()))
+    hub_ids = [name for name in parts if "/" in name]
     data = ModelCardData(
         license=licence if licence == NON_COMMERCIAL else "other",
         language=sorted({code[:3] for code in settings["languages"]}),
@@ -144,12 +146,19 @@ def _summary(about: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         "a text in any of its languages, a linear projection takes its states to the LLM, and the",
         "LLM goes on with adapters: they were trained on English to give the states that the LLM",
         "has when it reads a text itself.",
+        *merged_first(about),
         f"It reads {reads}; a token of the LLM sees {sight}; a text's vector is the mean of all",
         f"states; texts longer than {settings['max_length']} tokens are cut.",
         *([f"It answers: {tasks}."] if tasks else []),
         *([f"Languages: {', '.join(dict.fromkeys(known))}."] if known else []),
     ]
     return "\n".join(text)
+
+
+def merged_first(about: Mapping[str, Any]) -> list[str]:
+    """The sentence that says which adapters are in the LLM's weights, if there are any."""
+    chain = " and then ".join(about.get("adapters", ()))
+    return [f"The LLM is {about['llm']} with the adapters {chain} merged into it."] if chain else []
 
 
 def _use(settings: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
 from mtllm_engine.export import Options, card, seal
 from mtllm_engine.export.models import (
     copy_tokenizer,
+    llm_dtype,
     llm_tensors,
     read_json,
     write_checkpoint,
@@ -28,7 +29,7 @@ from mtllm_engine.inference import MTLLM
 from mtllm_engine.languages import ENGLISH, NAMES, SCRIPTS, readable
 from mtllm_engine.model.tensors import resolve
 from mtllm_engine.model.weights import ADAPTERS, HEAD_FILE, PROJECTION_FILE, RUN_FILES
-from mtllm_engine.training.checkpoint import READS, fingerprint_of
+from mtllm_engine.training.checkpoint import READS, chain_of, fingerprint_of
 from mtllm_engine.training.trained import (
     ENCODER,
     EXPORTED,
@@ -107,7 +108,7 @@ def _write_llm(trained: Trained, folder: Path, options: Options) -> None:
     tensors = llm_tensors(trained, options.dtype, merge=options.merge)
     write_safetensors(folder / "model.safetensors", tensors)
     sight = {} if trained.config.model.causal else {"is_causal": False}
-    write_config(source, folder, options.dtype, **sight)
+    write_config(source, folder, llm_dtype(trained, options.dtype), **sight)
     copy_tokenizer(source, folder)
     if (generation := source / "generation_config.json").is_file():
         write_json(folder / generation.name, read_json(generation))
@@ -173,6 +174,7 @@ def _record(trained: Trained, options: Options, settings: Mapping[str, Any]) -> 
             "model.causal": config.model.causal,
             "model.encoder": fingerprint_of(config.model.encoder),
             "model.decoder": fingerprint_of(config.model.decoder),
+            "model.adapters": chain_of(config.model.adapters),
         },
         "about": card.about(trained),
     }

@@ -15,6 +15,9 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from mtllm_engine.model.refusals import why_not
+from mtllm_engine.model.tensors import check_model
+
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -239,6 +242,7 @@ def read_config(folder: Path, key: str) -> PreTrainedConfig:
     Raises:
         ValueError: It cannot be read, or is a quantised model's.
     """
+    check_model(folder, key)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError, huggingface_hub's own, ...
@@ -248,8 +252,7 @@ def read_config(folder: Path, key: str) -> PreTrainedConfig:
         reason = " ".join(str(error).split())
         raise ValueError(f"{key}: {folder} has no readable config.json: {reason}") from error
     if getattr(config, "quantization_config", None):
-        takes = "this takes float32, bfloat16 or float16 weights"
-        raise ValueError(f"{key}: {folder} is quantised; {takes}")
+        raise ValueError(f"{key}: {folder} does not go in: {why_not(config)}")
     return config
 
 
@@ -265,7 +268,9 @@ def decoder_spec(config: PreTrainedConfig, name: str = "model.decoder") -> Decod
     text = config.get_text_config() if config.model_type in WRAPPERS else config
     row = FAMILIES.get(text.model_type)
     if row is None:
-        raise ValueError(f"{name} is a {text.model_type} model; this takes {', '.join(FAMILIES)}")
+        reason = f", which does not go in: {why_not(config)}" if why_not(config) else ""
+        takes = f"this takes {', '.join(FAMILIES)}"
+        raise ValueError(f"{name} is a {text.model_type} model{reason}; {takes}")
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     max_length, limit = _limit(text)
     is_causal = getattr(text, "is_causal", True)

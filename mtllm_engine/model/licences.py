@@ -39,8 +39,8 @@ def licence_of(model: str | Path) -> str:
 
 
 def licences_of(config: Config) -> dict[str, str]:
-    """Of the encoder and the LLM, by their public names."""
-    models = (config.model.encoder, config.model.decoder)
+    """Of the encoder, the LLM and the adapters merged into it, by their public names."""
+    models = (config.model.encoder, config.model.decoder, *config.model.adapters)
     return {public_name(model): licence_of(model) for model in models}
 
 

@@ -3,6 +3,10 @@
 import hashlib
 import json
 import math
+import pickle
+import re
+import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +15,19 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 
-from mtllm_engine.files import sha256_of
+from mtllm_engine.files import check_pulled, sha256_of
+from mtllm_engine.model import hub
 
-FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "*.model")
 TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.model")
+# Names of an embedding, and of what may stand for it where the two are one tensor.
+TIED = (("model.embed_tokens.weight", "embed_tokens.weight"), ("lm_head.weight",))
+TIED_PAIR = (
+    ("model.shared.weight", "model.encoder.embed_tokens.weight", "shared.weight")
+    + ("encoder.embed_tokens.weight", "embed_tokens.weight"),
+    ("model.decoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
+)
+ADAPTER_CONFIG = "adapter_config.json"
+_FOREIGN = re.compile(r"GLOBAL ([\w.]*\w) ")  # in torch's message
 FLOATS = {"F64", "F32", "BF16", "F16"}  # by safetensors' names
 FLOATS |= {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
@@ -52,14 +65,17 @@ class TensorFiles:
         self.folder = folder
         self.paths = list(_weight_files(folder) if files is None else files)
         self._files: dict[str, tuple[Path, str]] = {}
-        for path in self.paths:
-            for theirs in _tensor_names(path):
+        # Kept, as one without a memory map is read whole.
+        self._open: dict[Path, Mapping] = {path: _open(path) for path in self.paths}
+        for path, opened in self._open.items():
+            for theirs in opened.keys():  # noqa: SIM118 - of safetensors no mapping
                 name = rename(theirs)
                 if files and name in self._files:
                     earlier = self._files[name][0]
                     raise ValueError(f"{path} has the tensor {name}, and so has {earlier}")
                 self._files[name] = (path, theirs)
-        self._open: dict[Path, Mapping] = {}
+        if files is None:
+            self._tie(rename)
 
     @property
     def names(self) -> list[str]:
@@ -94,12 +110,20 @@ class TensorFiles:
         rows = tensor[first : -(-stop // row)]
         return rows.reshape(-1)[start - first * row : stop - first * row]
 
+    def _tie(self, rename: Callable[[str], str]) -> None:
+        """Gives an embedding its name that stands under another of those that share it."""
+        is_pair = any("encoder.layers." in name for name in self._files)
+        names, stands_for = TIED_PAIR if is_pair else TIED
+        if any(rename(name) in self._files for name in names) or not _is_tied(self.folder):
+            return
+        for other in filter(self._files.__contains__, map(rename, stands_for)):
+            self._files[rename(names[0])] = self._files.pop(other)
+            return
+
     def _tensor(self, name: str):
         if name not in self._files:
             raise ValueError(f"{self.folder} has no tensor {name}")
         path, theirs = self._files[name]
-        if path not in self._open:
-            self._open[path] = _open(path)
         opened = self._open[path]
         tensor = opened[theirs] if isinstance(opened, dict) else opened.get_slice(theirs)
         # What is packed or scaled by another tensor would be taken for the numbers themselves.
@@ -123,20 +147,35 @@ def resolve(name: str) -> Path:
     """A folder as it is, or a hub id's snapshot, downloaded if need be.
 
     Raises:
-        ValueError: Neither exists.
+        ValueError: Neither exists, or it is a file or a folder of GGUF.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download  # only here is a network wanted
+    path = Path(name)
+    if path.is_file() and path.suffix != ".gguf":
+        raise ValueError(f"{name} is a file; name its folder, {path.parent}")
+    packed = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if packed and not (path / "config.json").is_file():
+        steps = f"`mtllm models import {packed[0]} --out DIR`, and name DIR"
+        raise ValueError(f"{name} is GGUF, which is made a model's folder first: {steps}")
+    return path if path.is_dir() else hub.fetch(name)
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
-    except Exception as error:  # the client raises a dozen unrelated types
-        kind = type(error).__name__
-        raise ValueError(
-            f"{name} is neither a folder nor a model the hub gives ({kind})"
-        ) from error
+
+def check_model(folder: Path, name: str) -> None:
+    """Looks whether a folder is a model's, before its configuration is read.
+
+    Args:
+        name: Where the user named it.
+
+    Raises:
+        ValueError: It holds adapters alone, or git-lfs's pointers.
+    """
+    # Adapters' folders may have a copy of their model's configuration.
+    weights = (*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin*"))
+    if (folder / ADAPTER_CONFIG).is_file() and not weights:
+        base = json.loads((folder / ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
+        fix = f"put it into model.adapters, and the model that it is for, {base}, as model.decoder"
+        raise ValueError(f"{name}: {folder} has adapters and no model's weights; {fix}")
+    if (folder / "config.json").is_file():
+        check_pulled(folder / "config.json")
 
 
 def fingerprint(folder: Path) -> str:
@@ -154,6 +193,15 @@ def fingerprint(folder: Path) -> str:
 def tokenizer_files(folder: Path) -> list[Path]:
     """What a checkpoint's tokenizer is read from."""
     return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)})
+
+
+def _is_tied(folder: Path) -> bool:
+    """Whether a model's embedding and head are one tensor, by its config.json."""
+    path = folder / "config.json"
+    config = json.loads(path.read_bytes()) if path.is_file() else {}
+    # What is not said is as the family has it.
+    by_family = str(config.get("model_type")).startswith(("m2m_100", "gemma", "smollm3"))
+    return bool(config.get("tie_word_embeddings", by_family))
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -175,15 +223,22 @@ def _weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
 
 
-def _tensor_names(path: Path) -> list[str]:
-    return list(_open(path).keys())
-
-
 def _open(path: Path):
-    """The file's tensors by name, memory-mapped."""
+    """The file's tensors by name, memory-mapped where its format can be."""
+    check_pulled(path)
     try:
         if path.suffix == ".safetensors":
             return safe_open(path, framework="pt")
-        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        # Those of torch before 1.6 are no zip files.
+        with warnings.catch_warnings(action="ignore"):  # of pickles that others wrote
+            is_mapped = zipfile.is_zipfile(path)
+            tensors = torch.load(path, mmap=is_mapped, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:  # and what it says is advice to run it
+        asked = _FOREIGN.search(str(error))
+        reason = f"asks for {asked[1]}, and code is never run" if asked else "is no file of weights"
+        raise ValueError(f"{path} {reason}; take safetensors, or save its tensors anew") from error
     except Exception as error:  # each library has its own types for a cut or damaged file
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise ValueError(f"{path} holds something else than tensors by their names")
+    return tensors

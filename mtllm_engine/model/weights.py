@@ -183,12 +183,19 @@ def checkpoint_tensors(folder: str | Path) -> TensorFiles:
 def _adapter_name(name: str) -> str:
     """PEFT's name on the LLM itself of a tensor that was saved on a model around it, such as
     LlamaForCausalLM."""
-    around = "base_model.model.model."
-    return f"base_model.model.{name.removeprefix(around)}" if name.startswith(around) else name
+    own = "base_model.model."
+    for prefix in DECODER_PREFIXES:
+        if name.startswith(f"{own}{prefix}layers."):
+            return own + name.removeprefix(own + prefix)
+    return name
 
 
 def has_head(files: Tensors) -> bool:
     return saved_name(HEAD) in files.names
+
+
+def has_projection(files: Tensors) -> bool:
+    return any(saved_name(name) in files.names for name in PROJECTION)
 
 
 def saved_name(name: str) -> str:
@@ -211,9 +218,11 @@ def file_of(saved: str) -> str:
 
 
 def _is_begun(name: str, start: Tensors) -> bool:
-    """Whether a parameter of the student's or the head comes from a checkpoint, or is drawn."""
+    """Whether a parameter of what is trained comes from a checkpoint, or is drawn."""
     if name == HEAD:
         return has_head(start)
+    if name in PROJECTION:
+        return has_projection(start)
     return ".student." not in name or start.adapts(name.split(".")[-2])
 
 

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from mtllm_engine.data.shards import Manifest
 from mtllm_engine.data.stream import Stream
 from mtllm_engine.files import sha256_of
 from mtllm_engine.model import peft
+from mtllm_engine.model.merge import chain_fingerprint
 from mtllm_engine.model.sums import open_start
 from mtllm_engine.model.tensors import fingerprint, resolve, tokenizer_files
 from mtllm_engine.model.weights import ADAPTERS, HEAD_FILE, RUN_FILES, file_of, saved_name
@@ -45,6 +46,7 @@ READS = ("model.causal", "model.dtype", "model.projection_bias")
 READS += ("data.max_length", "data.truncation", "data.parts", "languages.fallback")
 """Keys that say how a text is read, whatever is learned from it."""
 EARLIER = {"lora.rslora": False, "lora.train": "all", "data.parts": "whole", "data.pairs": 0.0}
+EARLIER |= {"model.adapters": ""}
 """Keys that older checkpoints lack, and what they were then."""
 
 
@@ -155,17 +157,23 @@ def repair(folder: Path) -> None:
             files.link(folder / name, target.name)
 
 
-def follow(config: Config) -> Config:
+def follow(config: Config, find: Callable[[str], str] = str) -> Config:
     """With `latest` and `best` of other runs replaced by what they mean, where that is not what
-    lies at their place, as in a copy or after a kill."""
-    model, stage1 = config.model, tuple(map(_meant, config.evaluate.stage1))
-    starts, teacher = tuple(map(_meant, model.init_from)), _meant(model.teacher)
-    model = replace(model, init_from=starts, teacher=teacher)
+    lies at their place, as in a copy or after a kill.
+
+    Args:
+        find: Where a checkpoint's name leads, such as a hub id.
+    """
+
+    def meant(name: str) -> str:
+        return str(_target(Path(find(name)))) if name else ""
+
+    model, stage1 = config.model, tuple(map(meant, config.evaluate.stage1))
+    starts, teacher = tuple(map(meant, model.init_from)), meant(model.teacher)
+    # A hub id of these stays: what is trained says on which adapters it stands, to anybody.
+    chain = tuple(str(_target(Path(name))) for name in model.adapters)
+    model = replace(model, init_from=starts, adapters=chain, teacher=teacher)
     return replace(config, model=model, evaluate=replace(config.evaluate, stage1=stage1))
-
-
-def _meant(name: str) -> str:
-    return str(_target(Path(name))) if name else ""
 
 
 def _target(path: Path) -> Path:
@@ -208,6 +216,7 @@ def identity(config: Config) -> dict[str, Any]:
     models = {
         "model.encoder": fingerprint_of(model.encoder),
         "model.decoder": fingerprint_of(model.decoder),
+        "model.adapters": chain_of(model.adapters),
         "model.init_from": " + ".join(map(_run_fingerprint, model.init_from)),
         "model.teacher": _run_fingerprint(model.teacher),
     }
@@ -224,6 +233,7 @@ def teacher_identity(config: Config) -> dict[str, Any]:
     tokenizers = [*map(tokenizer_files, map(resolve, (model.encoder, model.decoder)))]
     return {key: flat[key] for key in keys} | {
         "model.decoder": fingerprint_of(model.decoder),
+        "model.adapters": chain_of(model.adapters),
         "model.teacher": _run_fingerprint(model.teacher),
         "tokenizers": " ".join(map(sha256_of, itertools.chain(*tokenizers))),
     }
@@ -234,6 +244,12 @@ def fingerprint_of(model: str) -> str:
     """Of the model that the run began with: what a hub id means may change, and must not be fetched
     in mid-run."""
     return fingerprint(resolve(model))
+
+
+@functools.cache
+def chain_of(adapters: tuple[str, ...]) -> str:
+    """Of `model.adapters`, as the run began with them."""
+    return chain_fingerprint(adapters)
 
 
 @functools.cache
@@ -322,7 +338,9 @@ def _contents(config: Config, state: TrainedState) -> dict[str, bytes]:
     contents[OPTIMIZER] = safetensors.torch.save(moments)
     if ADAPTERS in contents:
         model = config.model
-        about = peft.peft_config(config.lora, model.decoder, causal=model.causal)
+        about = peft.peft_config(
+            config.lora, model.decoder, causal=model.causal, chain=model.adapters
+        )
         contents[peft.FILE] = json.dumps(about, indent=1).encode()
     copied = Path(config.model.teacher) / HEAD_FILE
     if config.model.teacher and copied.is_file():

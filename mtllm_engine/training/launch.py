@@ -68,10 +68,11 @@ def run_command(
 
     def read() -> Callable[[World], None]:
         # Here, as it imports the engine, which who only launches has no use for.
+        from mtllm_engine.model.hub import snapshot
         from mtllm_engine.training.checkpoint import follow
 
         config = configs.load(words[0], words[1:], finetunes=finetunes)
-        return partial(function, follow(config))
+        return partial(function, follow(config, snapshot))
 
     return run_ranks(read)
 

@@ -25,6 +25,7 @@ from mtllm_engine.files import write_text
 from mtllm_engine.model.licences import licence_of, public_name
 from mtllm_engine.model.lora import quantised_weights
 from mtllm_engine.model.stack import Stack
+from mtllm_engine.model.weights import PROJECTION_FILE
 from mtllm_engine.training.checkpoint import Progress
 from mtllm_engine.training.closed_form import Fit
 from mtllm_engine.training.step import StepResult
@@ -224,6 +225,7 @@ def write_header(
         "starts from": _starts(config),
         "encoder": f"{model.encoder} (frozen)" if stack.reads_stack else "none",
         "decoder": f"{model.decoder} ({'causal' if model.causal else 'bidirectional'})",
+        "merged": " then ".join(model.adapters),
         "texts": tokenizer.around,
         "projection": str(fit or ""),
         "parameters": _parameters(config, stack),
@@ -249,16 +251,19 @@ def learns(config: Config) -> str:
 def _starts(config: Config) -> str:
     """What the adapters begin as, in words; "" for new ones."""
     origins, lora = config.model.init_from, config.lora
+    has_one = any((Path(origin) / PROJECTION_FILE).is_file() for origin in origins)
+    is_new = origins and config.objective.reader == "stack" and not has_one
+    projection = ", with a new projection" if is_new else ""
     if len(origins) < 2:
-        return "".join(origins)
+        return "".join(origins) + projection
     learns = f", of which {origins[0]} learns" if lora.train == "first" else ""
-    return f"{' + '.join(origins)}: adapters of rank {lora.rank}{learns}"
+    return f"{' + '.join(origins)}: adapters of rank {lora.rank}{learns}{projection}"
 
 
 def _licences(config: Config, stack: Stack) -> str:
     """Of the models and the corpora that are read, which what comes out is bound by too."""
     model = config.model
-    models = (*([model.encoder] if stack.reads_stack else []), model.decoder)
+    models = (*([model.encoder] if stack.reads_stack else []), model.decoder, *model.adapters)
     corpora = {Path(folder).name: Manifest.load(folder).licence for folder in config.data.train}
     licences = {public_name(each): licence_of(each) for each in models} | corpora
     return ", ".join(f"{name}: {licence}" for name, licence in licences.items())

@@ -23,8 +23,10 @@ from mtllm_engine.model.weights import (
     file_of,
 )
 from mtllm_engine.training.checkpoint import (
+    EARLIER,
     FORMAT,
     READS,
+    chain_of,
     fingerprint_of,
     read_record,
     record_of,
@@ -49,10 +51,12 @@ def check_origins(config: Config) -> None:
         if not (Path(folder) / "state.json").exists():
             continue
         current = {"model.causal": model.causal, "model.decoder": fingerprint_of(model.decoder)}
+        current["model.adapters"] = chain_of(model.adapters)
         # A projection is of one encoder; who reads the LLM's own tokens has none.
         if reads_stack and (Path(folder) / PROJECTION_FILE).is_file():
             current["model.encoder"] = fingerprint_of(model.encoder)
         names = {f"model.{key}": getattr(model, key) for key in ("causal", "decoder", "encoder")}
+        names["model.adapters"] = list(model.adapters)
         check_origin(Path(folder), current, names)
 
 
@@ -66,11 +70,17 @@ def check_origin(folder: Path, current: Mapping[str, Any], names: Mapping[str, A
     Raises:
         ValueError: It is damaged, or was trained with something else.
     """
-    saved = read_record(folder, COPY, names=(*RUN_FILES, peft.FILE))["identity"]
+    saved = _models_of(read_record(folder, COPY, names=(*RUN_FILES, peft.FILE)))
     for key, value in current.items():
         if saved.get(key, value) != value:  # a sum may not know it of its parts
             change = f"another {key} than {names[key]}; set it to that one"
             raise ValueError(f"{folder} was trained with {change}")
+
+
+def _models_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity in a record. Who names an LLM and no chain was trained before there were any."""
+    said = record["identity"]
+    return {"model.adapters": EARLIER["model.adapters"]} | said if "model.decoder" in said else said
 
 
 def add_up(folders: Sequence[str], out: Path) -> LoraConfig:
@@ -100,7 +110,8 @@ def add_up(folders: Sequence[str], out: Path) -> LoraConfig:
     with files.atomic_folder(out) as draft:
         saved = {name: safetensors.torch.save(each, FORMAT) for name, each in contents.items()}
         causal = record["identity"].get("model.causal") is not False
-        config = peft.peft_config(lora, peft.read_base(parts[0]), causal=causal)
+        about = {"causal": causal, "chain": peft.read_chain(parts[0])}
+        config = peft.peft_config(lora, peft.read_base(parts[0]), **about)
         saved[peft.FILE] = json.dumps(config, indent=1).encode()
         hashes = {name: write_file(draft / name, content) for name, content in saved.items()}
         write_file(draft / "state.json", files.sealed(record | {"files": hashes}))
@@ -120,15 +131,16 @@ def _origins(parts: Sequence[Path]) -> dict[str, Any]:
         if not (part / "state.json").exists():
             continue
         state = read_record(part, COPY, names=(*RUN_FILES, peft.FILE))
+        said = _models_of(state)
         # What they must have in common, and what one of them alone says.
-        keys = ["model.causal", "model.decoder"]
+        keys = ["model.causal", "model.decoder", "model.adapters"]
         has_projection, has_head = (name in state["files"] for name in RUN_FILES[1:])
         alone = ["model.encoder", *READS[1:]] if has_projection else []
         alone += ["task.name"] if has_head else []
         for key in (*keys, *alone):
-            if key not in state["identity"]:
+            if key not in said:
                 continue
-            value = state["identity"][key]
+            value = said[key]
             if identity.setdefault(key, value) != value:
                 raise ValueError(f"{said_by[key]} and {part} were trained with another {key} each")
             said_by.setdefault(key, part)

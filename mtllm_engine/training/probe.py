@@ -19,7 +19,7 @@ from mtllm_engine.config import Config
 from mtllm_engine.data.annotations import NO_ANNOTATIONS
 from mtllm_engine.data.batch import IDLE, ONE_PART, Document, Pack, Totals, collate, join
 from mtllm_engine.data.tokenizers import PairTokenizer, Reading
-from mtllm_engine.languages import ENGLISH, check_language, is_well_formed, nllb_token
+from mtllm_engine.languages import ENGLISH, codes_of, is_well_formed
 from mtllm_engine.training.engine import PlainEngine, ZeroEngine
 from mtllm_engine.world import World
 
@@ -123,7 +123,7 @@ def open_probe(config: Config, world: World, tokenizer: PairTokenizer) -> Probe 
     count = min(config.probe.lines or len(english), len(english))
     lines = {}
     for language in config.probe.languages or _present(folder, split, tokenizer):
-        tokenizer.student(check_language(language))
+        tokenizer.student(language)
         path = _path(folder, split, language)
         texts = _read(path)
         if len(texts) != len(english):
@@ -181,7 +181,7 @@ def _document(index: int, student: Reading, teacher: Reading) -> Document:
 
 def _present(folder: Path, split: str, tokenizer: PairTokenizer) -> list[str]:
     """The languages that a folder has lines in and the encoder a token for."""
-    return sorted(code for code in _codes(folder, split) if nllb_token(code) in tokenizer.languages)
+    return sorted(codes_of(tokenizer.languages).intersection(_codes(folder, split)))
 
 
 def _codes(folder: Path, split: str) -> Iterator[str]:

@@ -13,9 +13,9 @@ from typing import Any
 from mtllm_engine import config as configs
 from mtllm_engine import files
 from mtllm_engine.config import Config, flatten
-from mtllm_engine.model import peft
+from mtllm_engine.model import hub, peft
 from mtllm_engine.model.peft import read_lora
-from mtllm_engine.model.tensors import FILES, resolve
+from mtllm_engine.model.tensors import resolve
 from mtllm_engine.model.weights import (
     ADAPTERS,
     HEAD_FILE,
@@ -29,7 +29,7 @@ from mtllm_engine.training import checkpoint
 from mtllm_engine.training.checkpoint import READS
 from mtllm_engine.training.origins import COPY, summed_in
 
-EXPORTED = "mtllm.json"
+EXPORTED = hub.EXPORTED
 """The sealed record of an exported folder: {"reads": the keys `checkpoint.READS`, "tasks": {name:
 head}, "files": {path: {"bytes", "sha256"}}, "about": what a person wants to know}."""
 ENCODER, LLM, STUDENT, TEACHER, TASKS = "encoder", "llm", "student", "teacher", "tasks"
@@ -114,11 +114,14 @@ class Trained:
         ]
         read = {key: flat[key] for key in READS} | {"quantization": self.config.model.quantization}
         models = self.record.get("files") if self.is_exported else self.record.get("identity")
-        content = json.dumps([read, files_read, models or self.config.model.decoder])
+        llm = " + ".join((self.config.model.decoder, *self.config.model.adapters))
+        content = json.dumps([read, files_read, models or llm])
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-def find_trained(name: str | Path, *, encoder: str = "", decoder: str = "") -> Trained:
+def find_trained(
+    name: str | Path, *, encoder: str = "", decoder: str = "", merged: Sequence[str] = ()
+) -> Trained:
     """What a run, a checkpoint of one, a sum, a recipe's folder, an exported folder or a hub id of
     one holds; its small files have been found to be those that were written.
 
@@ -128,6 +131,7 @@ def find_trained(name: str | Path, *, encoder: str = "", decoder: str = "") -> T
     Args:
         encoder, decoder: The models that it was trained with, where they are not at the place that
             the run's configuration says.
+        merged: Likewise the adapters of `model.adapters`.
 
     Raises:
         ValueError: There is no such thing, or it is damaged or half copied.
@@ -136,7 +140,8 @@ def find_trained(name: str | Path, *, encoder: str = "", decoder: str = "") -> T
     folder = folder if folder.is_dir() else resolve(str(name))
     if (folder / EXPORTED).is_file():
         return _exported(str(name), folder)
-    return _of_checkpoint(str(name), checkpoint_in(folder), encoder=encoder, decoder=decoder)
+    moved = {"encoder": encoder, "decoder": decoder, "adapters": tuple(merged)}
+    return _of_checkpoint(str(name), checkpoint_in(folder), moved)
 
 
 def head_of(folder: Path, task: str, labels: Sequence[str] = ()) -> Head | None:
@@ -217,14 +222,15 @@ def _stack_in(recipe: Path) -> Path:
     raise ValueError(f"{recipe} is {lack}: it has no {EXPORTED}, {ADAPTERS} or checkpoints")
 
 
-def _of_checkpoint(name: str, folder: Path, *, encoder: str, decoder: str) -> Trained:
+def _of_checkpoint(name: str, folder: Path, moved: Mapping[str, Any]) -> Trained:
+    """Args: moved: the keys of [model] that say another place than the run does."""
     record: Mapping[str, Any] = {}
     if (folder / "state.json").exists():
         record = checkpoint.read_record(folder, COPY, names=(*RUN_FILES, peft.FILE))
     parts = summed_in(folder)
     trained = next((run for part in (folder, *parts) if (run := _stack_run(part))), None)
     trained = trained or run_of(folder)
-    if trained is None and not (encoder and decoder):
+    if trained is None and not (moved["encoder"] and moved["decoder"]):
         lack = "there is no config.toml of its run beside it"
         fix = "copy the run's folder as it is, or say encoder= and decoder="
         raise ValueError(f"{folder}: {lack}, so what it was trained with is not known; {fix}")
@@ -232,6 +238,8 @@ def _of_checkpoint(name: str, folder: Path, *, encoder: str, decoder: str) -> Tr
         config = checkpoint.follow(configs.load(trained / "config.toml"))
     else:  # others' folders say nothing of how texts are read
         config = _saying(record.get("identity", {}))
+        chain = peft.read_chain(folder) if (folder / peft.FILE).is_file() else ()
+        config = replace(config, model=replace(config.model, adapters=chain))
         if record.get("identity", {}).get("model.teacher"):  # which is somewhere else
             config = replace(config, model=replace(config.model, teacher=str(folder / TEACHER)))
     has_task = (folder / HEAD_FILE).is_file()
@@ -243,8 +251,7 @@ def _of_checkpoint(name: str, folder: Path, *, encoder: str, decoder: str) -> Tr
     task = record.get("identity", {}).get("task.name", config.task.name)
     model = replace(
         config.model,
-        encoder=encoder or config.model.encoder,
-        decoder=decoder or config.model.decoder,
+        **{key: place for key, place in moved.items() if place},
         init_from=(str(folder),),
         teacher=teacher,
     )
@@ -295,7 +302,7 @@ def _exported(name: str, folder: Path) -> Trained:
 
 
 def _is_read(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in FILES)
+    return any(fnmatch(name, pattern) for pattern in hub.FILES)
 
 
 def check_files(folder: Path, written: Mapping[str, Mapping[str, Any]]) -> None:

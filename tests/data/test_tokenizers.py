@@ -279,6 +279,81 @@ def test_folder_without_tokenizer_is_named_in_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def edit_json(path, **keys):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | keys))
+
+
+BROKEN = {  # what is done to an encoder's folder, and what is said of it
+    "no tokenizer_config.json": (
+        lambda folder: (folder / "tokenizer_config.json").unlink(),
+        "it has no tokenizer_config.json; copy that from the model",
+    ),
+    "no tokenizer": (
+        lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
+        "it has no tokenizer_config.json and no tokenizer.json",
+    ),
+    "no end": (
+        lambda folder: edit_json(folder / "tokenizer_config.json", eos_token=None),
+        "its tokenizer_config.json has no eos_token; give it the model's",
+    ),
+    "another version": (
+        lambda folder: edit_json(folder / "tokenizer.json", model={"type": "BPE2"}),
+        "its files are damaged, or not of this version .*: data did not match",
+    ),
+    "empty": (
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        "its files are damaged, or not of this version",
+    ),
+    "cut": (lambda folder: (folder / "tokenizer.json").write_text('{"model"'), ".* line 1 column"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
+def test_what_is_wrong_with_a_tokenizer_is_told_in_one_line(folder, tmp_path, damage, message):
+    copy = shutil.copytree(folder / "encoder", tmp_path / "encoder")
+    damage(copy)
+    with pytest.raises(ValueError, match=f"load a tokenizer from {copy}: {message}") as error:
+        load_tokenizer(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_an_encoder_whose_texts_do_not_end_is_refused_where_it_is_read(folder):
+    """The LLM's tokenizer stands for one without eos_token."""
+    sides = (folder / "decoder", folder / "decoder")
+    with pytest.raises(ValueError, match="decoder has no eos_token; give its tokenizer_config"):
+        PairTokenizer(*sides, max_length=9)
+    assert PairTokenizer(*sides, max_length=9, reader="llm")("a", SWAHILI)[0].size
+
+
+def extended(folder, out, tokens, *, special):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(tokens, special_tokens=special)
+    tokenizer.save_pretrained(out)
+    return out, len(tokenizer) - 1
+
+
+def test_an_encoder_reads_the_languages_that_it_was_given(folder, tmp_path):
+    encoder, added = extended(folder / "encoder", tmp_path, ["nij_Latn"], special=True)
+    pair = PairTokenizer(encoder, folder / "decoder", max_length=24)
+    assert pair("a text", "nij_Latn")[0][0] == added == pair.largest_student_id
+    with pytest.raises(ValueError, match="no token for the language bzd_Latn; the nearest"):
+        pair("a text", "bzd_Latn")
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_ids_that_no_text_has_do_not_count(folder, tmp_path, side, special):
+    """A token for padding, as fine-tuned models have it; one of words does."""
+    other, added = extended(folder / side, tmp_path / side, ["<more>"], special=special)
+    folders = {"encoder": folder / "encoder", "decoder": folder / "decoder", side: other}
+    pair = PairTokenizer(*folders.values(), max_length=24)
+    largest = pair.largest_student_id if side == "encoder" else pair.largest_teacher_id
+    assert largest == (added - 1 if special else added)
+    ids_S = pair("a <more> text", SWAHILI)[side == "decoder"]
+    assert (added in ids_S.tolist()) == (not special) and ids_S.max() <= largest
+
+
 SENTENCES = (
     "the teacher reads texts that are longer, Ünïcode too. 1 2 3 4",
     "учитель читает текст который длиннее других слово за словом",

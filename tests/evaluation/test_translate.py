@@ -256,7 +256,7 @@ def test_santali_goes_by_the_name_that_nllb_gives_it(checkpoint, tmp_path):
 
 
 def test_what_is_no_translator_is_refused(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="neither a folder nor a model the hub gives|is no model"):
+    with pytest.raises(ValueError, match="neither a folder nor a model|is no model"):
         run(tmp_path, tmp_path / "cache", ["a"])
     with pytest.raises(ValueError, match="num_beams=0 and max_tokens=8192 must be at least 1"):
         Translator(checkpoint, cache=tmp_path, world=build_world(), num_beams=0)

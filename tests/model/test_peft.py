@@ -23,8 +23,9 @@ from transformers import LlamaForCausalLM, LlamaModel
 from mtllm_engine.config import LORA_TARGETS, Config, LoraConfig
 from mtllm_engine.data.batch import Document, collate
 from mtllm_engine.model.build import build_stack
-from mtllm_engine.model.peft import peft_config, read_lora
+from mtllm_engine.model.peft import peft_config, read_chain, read_lora
 from mtllm_engine.training.engine import shard
+from tests.support.adapters import make_adapters
 from tests.support.padded import assert_close, attention_mask, load_llm
 from tests.support.tiny import build_config, build_decoder, build_encoder, build_world
 
@@ -50,13 +51,7 @@ def llm(models: Config) -> LlamaModel:
 
 def make(llm: LlamaModel, folder: Path, **keys) -> None:
     """PEFT's adapters of random values in a folder."""
-    model = peft.get_peft_model(copy.deepcopy(llm), peft.LoraConfig(**keys))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad or "lora_" in name:
-                parameter.normal_(std=0.3, generator=generator)
-    model.save_pretrained(folder)
+    make_adapters(copy.deepcopy(llm), folder, **keys)
 
 
 def edit(folder: Path, **keys) -> None:
@@ -146,9 +141,10 @@ KEYS = {  # of PEFT's LoraConfig: values that it or its file may have
     "ensure_weight_tying": [False, True],
     "a_key_of_tomorrow": [None, False, 0, "", [], 1.5, "yes"],
 }
-HARMLESS = {"init_lora_weights": [True, "gaussian", "orthogonal"]}
+HARMLESS = {"init_lora_weights": [True, "gaussian", "orthogonal", "eva", "mica"]}
 FREE = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
 FREE |= {"inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "qalora_group_size"}
+FREE |= {"eva_config"}
 
 
 def test_every_key_of_peft_is_tried():
@@ -156,7 +152,8 @@ def test_every_key_of_peft_is_tried():
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_a_value_that_asks_for_something_is_named(tmp_path: Path, key: str):
+def test_a_value_that_asks_for_something_is_named(llm: LlamaModel, tmp_path: Path, key: str):
+    make(llm, tmp_path, **PLAIN)  # of which a pattern means some alone
     usual = json.loads(json.dumps(peft.LoraConfig().to_dict(), default=str))
     harmless = [usual.get(key), None, False, [], {}, "", *HARMLESS.get(key, [])]
     for value in KEYS[key]:
@@ -332,13 +329,69 @@ def test_adapters_of_a_causal_lm_are_those_of_its_llm(
         our_states(models, tmp_path / "outer", role)
 
 
-@given(names=NAMES, causal=st.booleans())
-def test_what_is_written_is_read(tmp_path_factory, names: list[str], causal: bool):
+@pytest.mark.parametrize("role", ["teacher", "init_from"])
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_mean_all_linears_alike_are_applied(
+    models: Config, llm: LlamaModel, tmp_path: Path, role: str, key: str
+):
+    """And those that mean none, as PEFT leaves them there; others are refused."""
+    make(llm, tmp_path, **PLAIN | {key: {"(q|down)_proj": 3, "v_proj": 9}})
+    assert_same_states(models, llm, tmp_path, our_states(models, tmp_path, role))
+    make(llm, tmp_path, **PLAIN | {key: {r"layers\.0\..*": 3}})
+    with pytest.raises(ValueError, match=f"{FILE}: {key}=.* every linear the same, or name these"):
+        our_states(models, tmp_path, role)
+
+
+CHAINS = st.lists(st.text(min_size=1), max_size=3)
+
+
+def test_a_stack_begins_with_adapters_that_have_no_projection(
+    models: Config, llm: LlamaModel, tmp_path: Path
+):
+    """Such as LLM2Vec's: that is drawn as without them. Who only reads needs one."""
+    make(llm, tmp_path, **PLAIN)
+    model = replace(models.model, init_from=(str(tmp_path),))
+    config = replace(models, model=model, lora=read_lora(tmp_path))
+    _, weights = build_stack(config)
+    _, fresh = build_stack(models)
+    for name in ("projection.weight", "projection.bias"):
+        size = weights.shapes[name].numel()
+        assert torch.equal(weights.read(name, 0, size), fresh.read(name, 0, size))
+    name = "decoder.layers.0.down.student.down_proj.lora_A"
+    saved = load_file(tmp_path / TENSORS)["base_model.model.layers.0.mlp.down_proj.lora_A.weight"]
+    assert torch.equal(weights.read(name, 0, saved.numel()), saved.flatten())
+    with pytest.raises(ValueError, match=f"{tmp_path} has no projection.safetensors; it takes"):
+        build_stack(config, learns=False)
+
+
+@pytest.mark.parametrize("place", ["model.language_model.", "language_model.model."])
+def test_adapters_of_a_model_that_sees_are_those_of_its_llm(
+    models: Config, llm: LlamaModel, tmp_path: Path, place: str
+):
+    make(llm, tmp_path, **PLAIN)
+    expected = our_states(models, tmp_path, "teacher")
+    tensors = load_file(tmp_path / TENSORS)
+    own = "base_model.model."
+    save_file(
+        {name.replace(own, own + place): tensors[name] for name in tensors}, tmp_path / TENSORS
+    )
+    assert torch.equal(our_states(models, tmp_path, "teacher"), expected)
+
+
+@given(names=NAMES, causal=st.booleans(), chain=CHAINS)
+@example(names=["q_proj"], causal=True, chain=["a) then b", ", after merging ", "x/y (1)", "%29"])
+def test_what_is_written_is_read(
+    tmp_path_factory, names: list[str], causal: bool, chain: list[str]
+):
     lora = LoraConfig(rank=4, alpha=6.0, rslora=True, target_modules=tuple(names))
     path = tmp_path_factory.getbasetemp() / FILE
-    saved = peft_config(lora, "", causal=causal)
+    saved = peft_config(lora, "", causal=causal, chain=chain)
     path.write_text(json.dumps(saved))
-    assert read_lora(path.parent) == lora
+    assert read_lora(path.parent) == lora and read_chain(path.parent) == tuple(chain)
+    expression = saved["target_modules"]
+    linears = [f"layers.1.self_attn.{name}" for name in LORA_TARGETS]
+    meant = [name for name in linears if re.fullmatch(expression, name)]
+    assert {name.rpartition(".")[2] for name in meant} == set(names)
     # An expression that is not just ours is not taken for it.
     path.write_text(json.dumps(saved | {"target_modules": saved["target_modules"] + "?"}))
     with pytest.raises(ValueError, match="target_modules=.* is not implemented"):
@@ -353,11 +406,13 @@ def test_our_adapters_open_on_the_llm_and_fail_by_name_on_what_is_around_it(
     make(llm, tmp_path, **PLAIN)
     listed = our_states(models, tmp_path, "init_from")
     lora = read_lora(tmp_path)
-    edit(tmp_path, **peft_config(lora, models.model.decoder, causal=causal))
+    chain = ["someone/mntp", "its (second)"]
+    edit(tmp_path, **peft_config(lora, models.model.decoder, causal=causal, chain=chain))
     ours = our_states(models, tmp_path, "init_from")
     assert torch.equal(ours, listed)
     assert_same_states(models, llm, tmp_path, ours)
     outer = LlamaForCausalLM.from_pretrained(models.model.decoder)
-    where = "on AutoModel)" if causal else "on AutoModel with is_causal=False)"
+    where = "on AutoModel" if causal else "on AutoModel with is_causal=False"
+    where += ", after merging someone/mntp then its%20%28second%29)"
     with pytest.raises(ValueError, match=re.escape(where)):
         peft.PeftModel.from_pretrained(outer, tmp_path)

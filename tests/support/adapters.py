@@ -7,7 +7,7 @@ import peft
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import LlamaModel, M2M100Config
+from transformers import LlamaModel, M2M100Config, PreTrainedModel
 
 from mtllm_engine import config as configs
 from mtllm_engine import files
@@ -31,6 +31,18 @@ def write_adapters(
                 value = 0.2 * torch.randn(size, generator=generator) / size[1] ** 0.5
                 tensors[f"{prefix}.lora_{matrix}.weight"] = value.to(dtype)
     save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def make_adapters(model: PreTrainedModel, folder: Path, *, seed: int = 0, **keys: Any) -> Path:
+    """Adapters that PEFT made on a model, which they change. Args: keys: of PEFT's LoraConfig."""
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**keys))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad or "lora_" in name:
+                parameter.normal_(std=0.3, generator=generator)
+    adapted.save_pretrained(folder)
     return folder
 
 

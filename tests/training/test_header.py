@@ -56,3 +56,14 @@ def test_the_header_says_what_is_added_up(tmp_path: Path, capsys):
     (row,) = [line for line in printed if line.startswith("starts from ")]
     said = f"{first} + {second}: adapters of rank 8, of which {first} learns"
     assert row.split(maxsplit=2)[2] == said
+    # Without a projection, as LLM2Vec's.
+    alone = stage1_config(
+        tmp_path,
+        model={"init_from": str(second)},
+        run={"dir": str(tmp_path / "alone")},
+        optim={"steps": 1},
+    )
+    train(alone, ALONE)
+    printed = capsys.readouterr().out.splitlines()
+    (row,) = [line for line in printed if line.startswith("starts from ")]
+    assert row.split(maxsplit=2)[2] == f"{second}, with a new projection"
