@@ -245,6 +245,14 @@ def test_states_and_gradients_are_those_of_transformers_and_peft(
         assert_same(pair, documents_of(sizes, pair))
 
 
+def test_a_soft_cap_is_refused_where_attention_has_none(encoder: Path, tmp_path: Path):
+    config = small_config("gemma2", attn_logit_softcapping=50.0)
+    write_llm(tmp_path / "decoder", config)
+    for attention in ("auto", "torch"):
+        with pytest.raises(ValueError, match="cap"):
+            build_stack(configure(tmp_path, encoder, model={"attention": attention}))
+
+
 PUBLISHED = json.loads((Path(__file__).parent / "families.json").read_text())
 
 
