@@ -14,9 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, M2M100
 
 from mtllm_engine import files
 from mtllm_engine.config import Config, from_dict
-from mtllm_engine.data.tokenizers import PairTokenizer, load_tokenizer
+from mtllm_engine.data.encoder_languages import EncoderLanguages
+from mtllm_engine.data.tokenizers import PairTokenizer
+from mtllm_engine.data.vocabulary import load_tokenizer
 from mtllm_engine.export.streaming import Planned, write_safetensors
-from mtllm_engine.languages import ENGLISH, codes_of
+from mtllm_engine.languages import ENGLISH
 from mtllm_engine.model.build import build_stack, build_tokenizer, load_config
 from mtllm_engine.model.families import DecoderSpec, decoder_spec, read_config
 from mtllm_engine.model.licences import licence_of
@@ -196,7 +198,7 @@ def _config(encoder: str, llm: str, adapters: Sequence[str], *, max_length: int)
 
 def _examples(tokenizer: PairTokenizer) -> dict[str, str]:
     """A text as both sides read it, and the languages that it may be in."""
-    codes = sorted(codes_of(tokenizer.languages))
+    codes = sorted(tokenizer.languages.codes)
     if not codes:
         raise ValueError("the encoder's tokenizer has no language's token, such as swh_Latn")
     language = ENGLISH if ENGLISH in codes else codes[0]
@@ -205,8 +207,14 @@ def _examples(tokenizer: PairTokenizer) -> dict[str, str]:
     shown = f"{', '.join(codes[:8])}{', ...' if len(codes) > 8 else ''}"
     return {
         "an example": f"{EXAMPLE!r} is {tokens[0]!r} for the encoder, {tokens[1]!r} for the LLM",
-        "languages": f"{len(codes)}: {shown}",
+        "languages": f"{len(codes)}{_how(tokenizer.languages)}: {shown}",
     }
+
+
+def _how(languages: EncoderLanguages) -> str:
+    if languages.is_told:
+        return ""
+    return ", not told to the encoder" + ("" if languages.trained else ", which reads any")
 
 
 def _read_bytes(weights: Weights) -> dict[str, str]:
