@@ -40,6 +40,7 @@ check: lint
 	@$(BIN)/mypy & types=$$!; $(PYTEST) -m "not slow" && wait $$types
 
 prove: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-profile long tests/model/test_families.py
 	@$(BIN)/python -m benchmarks.babel
 
 lint: $(INSTALLED)

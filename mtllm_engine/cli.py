@@ -392,6 +392,7 @@ def _add_models(commands: argparse._SubParsersAction) -> None:
     check.add_argument("llm", type=expand, metavar="LLM", help="folder or hub id")
     check.add_argument(
         "--adapters",
+        dest="merged",
         nargs="+",
         default=[],
         type=expand,
@@ -423,7 +424,7 @@ def _check_models(arguments: argparse.Namespace) -> int:
     from mtllm_engine.models import check
     from mtllm_engine.training.log import print_table
 
-    found = check(arguments.encoder, arguments.llm, arguments.adapters)
+    found = check(arguments.encoder, arguments.llm, arguments.merged)
     print_table(found.rows)
     for problem in found.problems:
         print("mtllm: error:", problem, file=sys.stderr)

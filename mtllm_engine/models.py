@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, M2M100
 
 from mtllm_engine import files
 from mtllm_engine.config import Config, from_dict
-from mtllm_engine.data.encoder_languages import EncoderLanguages
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.data.vocabulary import load_tokenizer
 from mtllm_engine.export.streaming import Planned, write_safetensors
@@ -22,7 +21,7 @@ from mtllm_engine.languages import ENGLISH
 from mtllm_engine.model.build import build_stack, build_tokenizer, load_config
 from mtllm_engine.model.families import DecoderSpec, decoder_spec, read_config
 from mtllm_engine.model.licences import licence_of
-from mtllm_engine.model.tensors import TensorFiles, check_model, resolve
+from mtllm_engine.model.tensors import TensorFiles, resolve
 from mtllm_engine.model.weights import Weights
 from mtllm_engine.training import plan
 
@@ -155,7 +154,7 @@ def check(encoder: str, llm: str, adapters: Sequence[str] = ()) -> Findings:
     spec = llm_folder and ask(lambda: _spec(llm_folder))
     for side in filter(None, (folder, llm_folder)):
         ask(lambda side=side: load_tokenizer(side))
-        ask(lambda side=side: TensorFiles(side))
+    tensors = [side and ask(lambda side=side: TensorFiles(side)) for side in (folder, llm_folder)]
     if read:
         size = f"{read.encoder_layers} layers of {read.d_model}"
         rows["encoder"] = f"{encoder}: {read.model_type}, {size}, vocabulary {read.vocab_size:,}"
@@ -179,13 +178,14 @@ def check(encoder: str, llm: str, adapters: Sequence[str] = ()) -> Findings:
         rows |= ask(lambda: _examples(tokenizer)) or {}
     ends = f"{read.max_position_embeddings:,} tokens for the encoder"
     rows["longest text"] = f"{ends}, {spec.max_length:,} for the LLM ({spec.limit})"
-    rows |= _read_bytes(weights)
+    if adapters:
+        rows["adapters"] = f"merged into the LLM first: {', then '.join(adapters)}"
+    rows |= _read_bytes(weights, *tensors)
     rows["memory"] = _memory(config, read, spec)
     return found
 
 
 def _spec(folder: Path) -> DecoderSpec:
-    check_model(folder, "the LLM")
     return decoder_spec(read_config(folder, "the LLM"), f"the LLM {folder}")
 
 
@@ -205,33 +205,29 @@ def _examples(tokenizer: PairTokenizer) -> dict[str, str]:
     sides = zip((tokenizer.encoder, tokenizer.decoder), tokenizer(EXAMPLE, language))
     tokens = [" ".join(side.convert_ids_to_tokens(ids_S.tolist())) for side, ids_S in sides]
     shown = f"{', '.join(codes[:8])}{', ...' if len(codes) > 8 else ''}"
+    how = "" if tokenizer.languages.is_told else " (it is not told which, and reads others too)"
     return {
         "an example": f"{EXAMPLE!r} is {tokens[0]!r} for the encoder, {tokens[1]!r} for the LLM",
-        "languages": f"{len(codes)}{_how(tokenizer.languages)}: {shown}",
+        "languages": f"{len(codes)}{how}: {shown}",
     }
 
 
-def _how(languages: EncoderLanguages) -> str:
-    if languages.is_told:
-        return ""
-    return ", not told to the encoder" + ("" if languages.trained else ", which reads any")
-
-
-def _read_bytes(weights: Weights) -> dict[str, str]:
+def _read_bytes(weights: Weights, encoder: TensorFiles, llm: TensorFiles) -> dict[str, str]:
     """What of each model's files fills the stack."""
-    sizes: dict[str, Counter[str]] = {"encoder's weights": Counter(), "LLM's weights": Counter()}
-    paths: dict[str, set[Path]] = {side: set() for side in sizes}
-    for parameter, source in weights.sources.items():
-        is_llm = parameter.startswith(("decoder.", "objective."))
-        side = [*sizes][is_llm]
-        for name in source.names:
-            dtype = source.files.read(name, 0, 1).dtype
-            count = math.prod(source.files.shape(name))
-            sizes[side][str(dtype).removeprefix("torch.")] += count * dtype.itemsize
-            paths[side].add(source.files.path(name))
     rows = {}
-    for side, total in sizes.items():
-        in_files = f"{len(paths[side])} file{'s' if len(paths[side]) > 1 else ''}"
+    for side, tensors, ours in (
+        ("encoder's weights", encoder, ("encoder.", "projection.")),
+        ("LLM's weights", llm, ("decoder.", "objective.")),
+    ):
+        total: Counter[str] = Counter()
+        sources = [each for name, each in weights.sources.items() if name.startswith(ours)]
+        names = {name for source in sources for name in source.names}
+        for name in names:
+            dtype = tensors.read(name, 0, 1).dtype  # as it is stored
+            size = math.prod(tensors.shape(name)) * dtype.itemsize
+            total[str(dtype).removeprefix("torch.")] += size
+        count = len({tensors.path(name) for name in names})
+        in_files = f"{count} file{'s' if count > 1 else ''}"
         rows[side] = f"{total.total() / 1e9:,.3f} GB of {', '.join(total)}, in {in_files}"
     return rows
 

@@ -28,6 +28,7 @@ SLOW += ("test_inference", "test_inference_tasks")
 # On busy cores drawing takes its time too, which is no test's failure.
 PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("reproducible", derandomize=True, max_examples=50, **PATIENT)
+settings.register_profile("long", max_examples=500, **PATIENT)  # for `make prove`
 settings.load_profile("reproducible")
 
 

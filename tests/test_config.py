@@ -290,7 +290,7 @@ def test_error_names_the_key_and_the_fix(override_, message, override):
         "memory.max_tokens=2047",
         "languages.fallback={indonesian = 'ind_Latn'}",
         "languages.fallback.nij_Latn=ind",
-        "languages.fallback.nij_Latn=bbc_Latn",
+        "languages.fallback.nij_Latn=swa_Latn",
         "languages.fallback.nij_Latn=1",
         "checkpoint.every=0",
         "checkpoint.keep=0",

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from mtllm_engine import cli, models
 from mtllm_engine.data.batch import Document, collate
 from mtllm_engine.data.tokenizers import load_tokenizer
 from mtllm_engine.models import check, import_gguf
+from tests.support.adapters import make_adapters
 from tests.support.packed import write_gguf
 from tests.support.padded import TOLERANCE, build
 from tests.support.tiny import build_config, build_decoder, build_encoder, build_world, texts
@@ -163,6 +165,21 @@ def test_what_is_read_is_counted(land: Path):
     whole = load_file(land / "decoder" / "model.safetensors")
     read = sum(each.numel() for name, each in whole.items() if name != "lm_head.weight")
     assert rows["LLM's weights"] == f"{4 * read / 1e9:,.3f} GB of float32, in 1 file"
+
+
+def test_adapters_are_looked_at_too(land: Path, tmp_path: Path):
+    """And are no bytes of the LLM's."""
+    folders = (tmp_path / "mntp", tmp_path / "simcse")
+    llm = partial(AutoModel.from_pretrained, land / "decoder")
+    chain = [str(make_adapters(llm(), folder)) for folder in folders]
+    pair = (str(land / "encoder"), str(land / "decoder"))
+    found, bare = check(*pair, chain), check(*pair)
+    assert not found.problems
+    assert found.rows["adapters"] == f"merged into the LLM first: {chain[0]}, then {chain[1]}"
+    assert found.rows["LLM's weights"] == bare.rows["LLM's weights"]
+    (tmp_path / "simcse" / "adapter_config.json").unlink()
+    (problem,) = check(*pair, chain).problems
+    assert "simcse" in problem
 
 
 def test_every_problem_is_a_line(land: Path, tmp_path: Path, capfd):

@@ -5,10 +5,10 @@ An exported folder carries this file as it is, so it imports nothing of ours.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
 
 Range = tuple[int, int]  # characters [start, end) of a text
 
@@ -24,14 +24,17 @@ class Tokens:
 class SentencePieces:
     """M2M-100's tokenizer, of which `tokenizers` has none: the pieces that SentencePiece makes, by
     their ids in the model's own vocabulary, and their characters.
+
+    Args:
+        tokenizer: transformers' M2M100Tokenizer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        from sentencepiece import sentencepiece_pb2  # of no other encoder
+    def __init__(self, tokenizer: Any) -> None:
+        import sentencepiece.sentencepiece_pb2 as messages  # of no other encoder
 
         self.model, self.ids = tokenizer.sp_model, tokenizer.encoder
         self.unknown = self.ids[tokenizer.unk_token]
-        self._parse = sentencepiece_pb2.SentencePieceText.FromString
+        self._parse = messages.SentencePieceText.FromString  # type: ignore[attr-defined]
 
     def encode(self, text: str, *, add_special_tokens: bool) -> Tokens:
         assert not add_special_tokens

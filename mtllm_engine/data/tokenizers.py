@@ -187,8 +187,8 @@ class PairTokenizer:
         """
         if language not in self._students:
             prefix, suffix = self._special(language)
-            backend = backend_of(self.encoder)
-            backend = Prefixed(backend, self.encoder_prefix) if self.encoder_prefix else backend
+            bare, text = backend_of(self.encoder), self.encoder_prefix
+            backend: Backend = Prefixed(bare, text) if text else bare
             self._students[language] = Side("encoder", backend, prefix, suffix)
             if self.parts != "whole":
                 parts = PartsTokenizer(
@@ -208,7 +208,8 @@ class PairTokenizer:
         token = self.languages.token_of(language)
         if token is None:
             return self._untold
-        token_id, end = self.encoder.convert_tokens_to_ids(token), self.encoder.eos_token_id
+        token_id, end = map(self.encoder.convert_tokens_to_ids, (token, self.encoder.eos_token))
+        assert isinstance(token_id, int) and isinstance(end, int)
         return ((), (end, token_id)) if self.languages.is_last else ((token_id,), (end,))
 
     @functools.cached_property

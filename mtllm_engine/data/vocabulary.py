@@ -79,7 +79,7 @@ def backend_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | SentencePieces
 
 
 def around_of(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The special tokens that a tokenizer puts around a text by itself, found by looking."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]

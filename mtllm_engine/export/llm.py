@@ -4,6 +4,8 @@ projection in one beside it: what a server needs that takes embeddings in the pl
 
 from pathlib import Path
 
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
 from mtllm_engine.export import Options
 from mtllm_engine.export.models import (
     copy_tokenizer,
@@ -15,14 +17,15 @@ from mtllm_engine.export.models import (
     write_encoder,
 )
 from mtllm_engine.export.streaming import write_safetensors
+from mtllm_engine.model.families import decoder_spec, read_config
 from mtllm_engine.model.tensors import resolve
 from mtllm_engine.model.weights import HEAD_FILE, PROJECTION_FILE
 from mtllm_engine.training.trained import Trained
 
 ENCODER = "encoder"
-# vLLM's names for Llama as a model of states: the first takes attention from both sides and the
-# mean from config.json's "pooling"; the second is told on the command line.
-BIDIRECTIONAL, CAUSAL = "LlamaBidirectionalModel", "LlamaModel"
+# vLLM's name for Llama as a model of states that takes attention from both sides, and the mean from
+# config.json's "pooling". Of other LLMs it has transformers' names.
+BIDIRECTIONAL = "LlamaBidirectionalModel"
 CARD = """
 # $llm, taught to read the states of $encoder
 
@@ -84,7 +87,7 @@ Or in one process, with vLLM's own Python:
               pooling_params=PoolingParams(use_activation=False))
 
 What was tried: `embed`, its embeddings read by transformers' `AutoModel`, against the engine's
-vectors. What was not: any server. The names of the architecture and of its pooling, and that
+vectors. What was not: any server. Llama's name of the architecture and of its pooling, and that
 pooling models take prompt embeddings (since September 2026), were read in vLLM's source; there
 `/v1/embeddings` has no field for embeddings of its own, and that its chat messages take them like
 those of chat completions is likely, and not known.
@@ -103,7 +106,9 @@ def write(trained: Trained, draft: Path, options: Options) -> None:
     source, dtype = resolve(trained.config.model.decoder), options.dtype
     write_safetensors(draft / "model.safetensors", merged_llm(trained, dtype))
     changed = {} if causal else {"is_causal": False, "pooling": "avg"}
-    architecture = CAUSAL if causal else BIDIRECTIONAL
+    family = decoder_spec(read_config(source, "the LLM")).family
+    is_renamed = family == "llama" and not causal
+    architecture = BIDIRECTIONAL if is_renamed else MODEL_MAPPING_NAMES[family]
     stored = llm_dtype(trained, dtype)
     write_config(source, draft, stored, architectures=[architecture], **changed)
     copy_tokenizer(source, draft)

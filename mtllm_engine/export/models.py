@@ -13,16 +13,24 @@ import torch
 
 from mtllm_engine.export import card
 from mtllm_engine.export.streaming import Planned, merged, planned, write_safetensors
-from mtllm_engine.model import peft
+from mtllm_engine.model import families, peft
 from mtllm_engine.model.merge import open_decoder
 from mtllm_engine.model.tensors import TensorFiles, Tensors, resolve, tokenizer_files
-from mtllm_engine.model.weights import ADAPTERS, HEAD_FILE, RUN_FILES, checkpoint_tensors, file_of
+from mtllm_engine.model.weights import (
+    ADAPTERS,
+    DECODER_PREFIXES,
+    HEAD_FILE,
+    RUN_FILES,
+    checkpoint_tensors,
+    file_of,
+)
 from mtllm_engine.training.trained import Trained
 
-ENCODER_PREFIXES, LLM_PREFIXES = ("model.encoder.", "encoder.", ""), ("model.", "")
+ENCODER_PREFIXES = ("model.encoder.", "encoder.", "")
 SHARED = ("model.shared", "shared")  # the encoder's embedding, where that stands beside it
 PLACES = ("_name_or_path", "name_or_path")
-FIRST = "layers.0.self_attn.q_proj.weight"
+FIRST = "layers.0.self_attn.q_proj.weight"  # of any encoder, and of any LLM:
+LLM_FIRST = "layers.0.mlp.down_proj.weight"
 
 
 def encoder_tensors(trained: Trained, dtype: str) -> list[Planned]:
@@ -37,25 +45,32 @@ def encoder_tensors(trained: Trained, dtype: str) -> list[Planned]:
 
 
 def llm_tensors(trained: Trained, dtype: str, *, merge: bool) -> Iterator[Planned]:
-    """All that there are. Args: merge: the student's adapters are added to the weights in fp32,
-    which then are cast."""
+    """All that there are; of a model of texts and images the text's, by its own names.
+
+    Args:
+        merge: The student's adapters are added to the weights in fp32, which then are cast.
+    """
     files = open_decoder(trained.config.model)
     dtype = llm_dtype(trained, dtype)
     adapters = checkpoint_tensors(trained.student)
-    prefix = _first_of(files, LLM_PREFIXES, FIRST)
+    prefix = _first_of(files, DECODER_PREFIXES, LLM_FIRST)
+    is_wrapped = _is_wrapped(Path(files.folder))
     for name in files.names:
-        tensor = planned(files, name, dtype=dtype_of(dtype))
-        saved = f"base_model.model.{name.removeprefix(prefix).removesuffix('.weight')}"
+        short = name.removeprefix(prefix)
+        if is_wrapped and not name.startswith(prefix):
+            continue
+        tensor = planned(files, name, dtype=dtype_of(dtype), to=short if is_wrapped else name)
+        saved = f"base_model.model.{short.removesuffix('.weight')}"
         is_adapted = merge and f"{saved}.lora_A.weight" in adapters.names
         yield merged(tensor, adapters, saved, trained.config.lora) if is_adapted else tensor
 
 
 def merged_llm(trained: Trained, dtype: str) -> Iterator[Planned]:
-    """`llm_tensors`, merged, by the names of transformers' LlamaModel. There is no head for words:
-    what is read are states."""
+    """`llm_tensors`, merged, by the names of transformers' model without a head for words: what is
+    read are states."""
     tensors = list(llm_tensors(trained, dtype, merge=True))
     names = [tensor.name for tensor in tensors]
-    prefix = next(each for each in LLM_PREFIXES if each + FIRST in names)
+    prefix = next(each for each in DECODER_PREFIXES if each + LLM_FIRST in names)
     for tensor in tensors:
         to = tensor.name.removeprefix(prefix)
         if to.startswith(("layers.", "embed_tokens.", "norm.")) and "rotary_emb" not in to:
@@ -84,11 +99,19 @@ def write_config(source: Path, folder: Path, dtype: str, **changed: Any) -> None
 
 
 def read_config(source: Path, dtype: str) -> dict[str, Any]:
-    """A model's config.json for weights of another dtype; ""; of their own."""
+    """A model's config.json for weights of another dtype; ""; of their own. Of a model of texts and
+    images the text's."""
     config = read_json(source / "config.json")
+    if _is_wrapped(source):
+        config = families.read_config(source, "the LLM").get_text_config().to_diff_dict()
+        config = {key: value for key, value in config.items() if key not in PLACES}
     stored = config.pop("torch_dtype", None)  # transformers' older name
     kept = dtype or config.get("dtype") or stored
     return config | ({"dtype": kept} if kept else {})
+
+
+def _is_wrapped(source: Path) -> bool:
+    return read_json(source / "config.json")["model_type"] in families.WRAPPERS
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -14,6 +14,7 @@ from mtllm_engine.model.families import DecoderSpec, decoder_spec, read_config
 from mtllm_engine.model.merge import open_decoder
 from mtllm_engine.model.objective import HeadSize
 from mtllm_engine.model.peft import read_lora
+from mtllm_engine.model.refusals import why_not
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.sums import open_start
 from mtllm_engine.model.tensors import TensorFiles, resolve
@@ -166,7 +167,8 @@ def load_config(folder: Path, kind: type[PreTrainedConfig], key: str) -> PreTrai
     """
     config = read_config(folder, key)
     if not isinstance(config, kind):
-        model_type = f"a {config.model_type} model; this takes {kind.model_type}"
+        reason = f", which does not go in: {why_not(config)}" if why_not(config) else ""
+        model_type = f"a {config.model_type} model{reason}; this takes {kind.model_type}"
         raise ValueError(f"{key}: {folder} is {model_type}")
     return config
 
@@ -175,6 +177,9 @@ def _check_configs(config: Config, encoder: M2M100Config, decoder: DecoderSpec) 
     activation, heads = encoder.activation_function, encoder.encoder_attention_heads
     if activation not in ACTIVATIONS:
         raise ValueError(f"model.encoder: activation {activation!r} is not supported")
+    if encoder.pad_token_id is None:
+        fix = "positions count from it: set it to the tokenizer's, 1 of NLLB"
+        raise ValueError(f"model.encoder: pad_token_id is null in its config.json, and {fix}")
     if encoder.d_model % heads:
         width = f"its width {encoder.d_model} is no multiple of its {heads} heads"
         raise ValueError(f"model.encoder: {width}")

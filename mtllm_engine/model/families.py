@@ -5,6 +5,7 @@ is built from a `DecoderSpec` alone. Of every field of a configuration it is dec
 read or has no influence on states (`decided`).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from mtllm_engine.model.refusals import why_not
+from mtllm_engine.model.tensors import check_model
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -239,6 +243,7 @@ def read_config(folder: Path, key: str) -> PreTrainedConfig:
     Raises:
         ValueError: It cannot be read, or is a quantised model's.
     """
+    check_model(folder, key)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError, huggingface_hub's own, ...
@@ -248,8 +253,7 @@ def read_config(folder: Path, key: str) -> PreTrainedConfig:
         reason = " ".join(str(error).split())
         raise ValueError(f"{key}: {folder} has no readable config.json: {reason}") from error
     if getattr(config, "quantization_config", None):
-        takes = "this takes float32, bfloat16 or float16 weights"
-        raise ValueError(f"{key}: {folder} is quantised; {takes}")
+        raise ValueError(f"{key}: {folder} does not go in: {why_not(config)}")
     return config
 
 
@@ -265,7 +269,9 @@ def decoder_spec(config: PreTrainedConfig, name: str = "model.decoder") -> Decod
     text = config.get_text_config() if config.model_type in WRAPPERS else config
     row = FAMILIES.get(text.model_type)
     if row is None:
-        raise ValueError(f"{name} is a {text.model_type} model; this takes {', '.join(FAMILIES)}")
+        reason = f", which does not go in: {why_not(config)}" if why_not(config) else ""
+        takes = f"this takes {', '.join(FAMILIES)}"
+        raise ValueError(f"{name} is a {text.model_type} model{reason}; {takes}")
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     max_length, limit = _limit(text)
     is_causal = getattr(text, "is_causal", True)
@@ -274,7 +280,9 @@ def decoder_spec(config: PreTrainedConfig, name: str = "model.decoder") -> Decod
     kinds = list(_rope_parameters(text))
     options = {"is_partial": row.is_partial, "name": name}
     ropes = tuple(_rope(text, kind, head_width, scale, **options) for kind in kinds)
-    of_layers = text.layer_types if kinds[0] else [None] * text.num_hidden_layers
+    of_layers = _own(text, "layer_types") if kinds[0] else [None] * text.num_hidden_layers
+    if of_layers is None:
+        raise ValueError(f"{name}: its rope_parameters are by kinds of layers, which it has not")
     differs.setdefault("rope_of", tuple(map(kinds.index, of_layers)))
     return DecoderSpec(
         family=text.model_type,
@@ -295,15 +303,22 @@ def decoder_spec(config: PreTrainedConfig, name: str = "model.decoder") -> Decod
     )
 
 
+def _own(config: PreTrainedConfig, key: str) -> Any:
+    """The value of a field that the family has; of others, which configurations carry along, None:
+    transformers does not look at them either."""
+    is_own = key in (each.name for each in dataclasses.fields(config))
+    return getattr(config, key) if is_own else None
+
+
 def _biases(config: PreTrainedConfig) -> frozenset[str]:
     names = {"attention_bias": ("qkv", "out"), "mlp_bias": ("gate_up", "down")}
     return frozenset(
-        name for key, linears in names.items() if getattr(config, key, False) for name in linears
+        name for key, linears in names.items() if _own(config, key) for name in linears
     )
 
 
 def _activation(config: PreTrainedConfig, name: str) -> str:
-    theirs = getattr(config, "hidden_activation", None) or config.hidden_act
+    theirs = _own(config, "hidden_activation") or config.hidden_act
     if theirs not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"{name}: activation {theirs!r} is not supported; this takes {known}")
@@ -315,8 +330,8 @@ def _limit(config: PreTrainedConfig) -> tuple[int, str]:
     window that its attention looks through, or where it begins to read positions in another way.
     """
     limits = {"max_position_embeddings": config.max_position_embeddings}
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    if slides and getattr(config, "sliding_window", None):
+    slides = "sliding_attention" in (_own(config, "layer_types") or ["sliding_attention"])
+    if slides and _own(config, "sliding_window"):
         limits["sliding_window"] = config.sliding_window
     for rope in _rope_parameters(config).values():
         if rope.get("rope_type") == "longrope" or rope.get("llama_4_scaling_beta"):

@@ -200,7 +200,7 @@ def _is_tied(folder: Path) -> bool:
     path = folder / "config.json"
     config = json.loads(path.read_bytes()) if path.is_file() else {}
     # What is not said is as the family has it.
-    by_family = str(config.get("model_type")).startswith(("m2m_100", "gemma"))
+    by_family = str(config.get("model_type")).startswith(("m2m_100", "gemma", "smollm3"))
     return bool(config.get("tie_word_embeddings", by_family))
 
 

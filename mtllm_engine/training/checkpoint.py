@@ -169,8 +169,10 @@ def follow(config: Config, find: Callable[[str], str] = str) -> Config:
         return str(_target(Path(find(name)))) if name else ""
 
     model, stage1 = config.model, tuple(map(meant, config.evaluate.stage1))
-    starts, chain = (tuple(map(meant, each)) for each in (model.init_from, model.adapters))
-    model = replace(model, init_from=starts, adapters=chain, teacher=meant(model.teacher))
+    starts, teacher = tuple(map(meant, model.init_from)), meant(model.teacher)
+    # A hub id of these stays: what is trained says on which adapters it stands, to anybody.
+    chain = tuple(str(_target(Path(name))) for name in model.adapters)
+    model = replace(model, init_from=starts, adapters=chain, teacher=teacher)
     return replace(config, model=model, evaluate=replace(config.evaluate, stage1=stage1))
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from mtllm_engine.model.hub import wanted_files
+from mtllm_engine.model.hub import snapshot, wanted_files
 from mtllm_engine.model.tensors import resolve
+from mtllm_engine.training.checkpoint import follow
 from tests.support.machine import ROOT
+from tests.support.tiny import build_config
 
 COMMIT = 40 * "a"
 BOTH = ("config.json", "model.safetensors", "pytorch_model.bin", "consolidated.safetensors")
@@ -152,3 +154,14 @@ def test_a_file_for_a_folder_is_told(tmp_path: Path, name: str, message: str):
         (tmp_path / each).touch()
     with pytest.raises(ValueError, match=message):
         resolve(str(tmp_path / name))
+
+
+def test_a_checkpoint_may_be_a_hub_id_and_a_place_is_none(tmp_path: Path):
+    there = tmp_path / "stage1"
+    there.mkdir()
+    for name in ("", "stage1", "runs/stage1/checkpoints/latest", "../a/b", "/a", str(there)):
+        assert snapshot(name) == name
+    model = {"init_from": ["own/adapters", str(there)], "teacher": "own/teacher"}
+    config = follow(build_config(tmp_path, model=model), lambda name: name.replace("own/", "/hub/"))
+    assert config.model.init_from == ("/hub/adapters", str(there))
+    assert config.model.teacher == "/hub/teacher"

@@ -635,6 +635,11 @@ def quantise(folder: Path) -> None:
     edit_config(folder / "decoder", quantization_config={"quant_method": "compressed-tensors"})
 
 
+def no_padding(folder: Path) -> None:
+    path = folder / "encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": None}))
+
+
 MISSING = [
     ("encoder", "model.encoder.layers.0.self_attn.q_proj.weight"),
     ("encoder", "model.encoder.layers.1.fc1.bias"),
@@ -676,7 +681,7 @@ ERRORS = {  # what is done to a folder with an encoder and a decoder, and what t
     ),
     "another family": (
         change("decoder", model_type="gpt_neox"),
-        "/decoder is a gpt_neox model; this takes llama, mistral, ",
+        "/decoder is a gpt_neox model, .* side by side; this takes llama, mistral, ",
     ),
     "encoder's activation": (
         change("encoder", activation_function="gelu_new"),
@@ -711,7 +716,22 @@ ERRORS = {  # what is done to a folder with an encoder and a decoder, and what t
     "encoder's heads": (change("encoder", encoder_attention_heads=5), "model.encoder: .*heads"),
     "rope's keys": (change("decoder", rope_parameters=HALF_LLAMA3), "model.decoder: .*rope"),
     "a cut index": (cut_index, "/decoder/model.safetensors.index.json"),
-    "quantised weights": (quantise, "/decoder.* quanti[sz]"),
+    "quantised weights": (
+        quantise,
+        r"model.decoder: .*/decoder does not go in: .* quantised \(compressed-tensors\); name",
+    ),
+    "a mixture of experts": (
+        change("decoder", model_type="mixtral"),
+        "/decoder is a mixtral model, which does not go in: it is a mixture of experts.*; this tak",
+    ),
+    "an encoder of experts": (
+        change("encoder", model_type="nllb-moe"),
+        "/encoder is a nllb-moe model, which does not go in: it is a mixture of experts",
+    ),
+    "no padding": (
+        no_padding,
+        "model.encoder: pad_token_id is null in its config.json, and positions count from it",
+    ),
     "only the head, untied": (
         lose_tensor("decoder", "model.embed_tokens.weight"),
         "/decoder has no tensor model.embed_tokens.weight",

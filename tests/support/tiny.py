@@ -86,6 +86,25 @@ def build_decoder(
     **options,
 ) -> Path:
     """A Llama-shaped checkpoint with its tokenizer, trained on `samples` too."""
+    num_tokens = build_llm_tokenizer(folder, samples)
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=vocab_size or num_tokens,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=2 * width,
+        max_position_embeddings=256,
+        rope_parameters=rope or {"rope_type": "default", "rope_theta": 10000.0},
+        **options,
+    )
+    _randomise(LlamaForCausalLM(config)).save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def build_llm_tokenizer(folder: Path, samples: Sequence[str] = ()) -> int:
+    """An LLM's tokenizer, trained on `samples` too. Returns: How many tokens it has."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -98,20 +117,7 @@ def build_decoder(
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=start)
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(2)
-    config = LlamaConfig(
-        vocab_size=vocab_size or len(tokenizer),
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=2 * width,
-        max_position_embeddings=256,
-        rope_parameters=rope or {"rope_type": "default", "rope_theta": 10000.0},
-        **options,
-    )
-    _randomise(LlamaForCausalLM(config)).save_pretrained(folder, max_shard_size=max_shard_size)
-    return folder
+    return len(tokenizer)
 
 
 def build_corpus(folder: Path, count: int, *, num_shards: int = 3, seed: int = 0) -> Path:

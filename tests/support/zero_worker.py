@@ -23,6 +23,7 @@ from mtllm_engine.evaluate import evaluate
 from mtllm_engine.model import activations
 from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.model.stack import Stack
+from mtllm_engine.model.tensors import TensorFiles
 from mtllm_engine.targets import write_targets
 from mtllm_engine.training.engine import ZeroEngine, import_deepspeed, shard
 from mtllm_engine.world import World, connect
@@ -234,6 +235,40 @@ def adapter_digests(config: Config, world: World) -> dict[str, str]:
     with gathered:
         contents = {name: each.detach().numpy().tobytes() for name, each in adapters.items()}
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+
+
+def families(folder: Path, world: World) -> dict:
+    """LLMs of several families: what of their files these ranks read, before three steps."""
+    reads = {}
+    for llm in sorted((folder / "llms").iterdir()):
+        config = family_config(folder, f"{llm.name}_{world.size}", llm, stage=3)
+        with recorded_reads() as reads[llm.name]:
+            shard(*build_stack(config), config, world)
+        run(config, world)
+    return reads
+
+
+def family_config(folder: Path, name: str, llm: Path, *, stage: int) -> Config:
+    options = {"run": {"dir": str(folder / name)}, "zero": {"stage": stage}}
+    optim = {"steps": 3, "lr": 0.01, "warmup_ratio": 0.0, "eps": 1e-3}
+    model = {"decoder": str(llm), "projection_init": "linear"}  # the other looks at embeddings
+    return build_config(folder, model=model, optim=optim, **options, **UNDROPPED)
+
+
+@contextlib.contextmanager
+def recorded_reads():
+    """(file, tensor, first element, end) of all that is read of tensors."""
+    reads, read = [], TensorFiles.read
+
+    def recording(self, name: str, start: int, stop: int) -> torch.Tensor:
+        reads.append((str(self.path(name)), name, start, stop))
+        return read(self, name, start, stop)
+
+    TensorFiles.read = recording
+    try:
+        yield reads
+    finally:
+        TensorFiles.read = read
 
 
 def evaluation(folder: Path, world: World) -> dict:

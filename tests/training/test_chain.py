@@ -171,6 +171,19 @@ def test_a_finished_run_is_read_with_its_chain(folder: Path, tmp_path: Path):
     assert list(find_trained(alone, **models).config.model.adapters) == merged
 
 
+def test_hub_ids_of_a_chain_stay(tmp_path: Path):
+    """Others find them by these, and in no machine's cache; of a run's `latest` it is what lies
+    there."""
+    step = tmp_path / "checkpoints" / "step-00000002"
+    step.mkdir(parents=True)
+    (step / "state.json").write_bytes(files.sealed({"step": 2}))
+    chain = ["someone/mntp", str(tmp_path / "checkpoints" / "latest")]
+    config = stage1_config(tmp_path, model={"adapters": chain, "init_from": "someone/stage1"})
+    found = checkpoint.follow(config, find=lambda name: f"/cache/{name}").model
+    assert found.adapters == ("someone/mntp", str(step))
+    assert found.init_from == ("/cache/someone/stage1",)
+
+
 def test_a_sum_stands_on_its_parts_chain(folder: Path, tmp_path: Path):
     parts = [
         str(checkpoint_of(folder, *each)) for each in (("stage1", "latest"), ("finetune-sib200",))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from mtllm_engine.config import dumps
 from mtllm_engine.finetune import finetune
 from mtllm_engine.train import train
 from tests.support.adapters import write_adapters
+from tests.support.families import build_llm
 from tests.support.machine import ROOT, launch
 from tests.support.padded import assert_close, load_llm
 from tests.support.stages import (
@@ -45,6 +47,7 @@ from tests.support.zero_worker import (
     adapter_digests,
     bf16_config,
     evaluated,
+    family_config,
     parts_config,
     recorded_keys,
     run,
@@ -58,10 +61,11 @@ DAMAGE = ["damaged_shard", "full_disk"]
 TRAFFIC = ["joint_forward", "two_passes"]
 TASK = ["task_runs", "evaluation"]
 MEASURED = {"loss", "grad_norm", "accuracy", "validation_accuracy", "validation_fvu"}
+FAMILIES = ("gemma3_text", "olmo2", "phi3")
 EXTRA = {
-    1: ["evaluation", "texts_in_parts", "sums"],
+    1: ["evaluation", "texts_in_parts", "sums", "families"],
     2: [*VARIANTS, *RESUME, *DAMAGE, *TRAFFIC, "task_runs"],
-    3: [*TASK, "texts_in_parts", "sums"],
+    3: [*TASK, "texts_in_parts", "sums", "families"],
     4: ["evaluation"],
 }
 
@@ -94,6 +98,9 @@ def folder(tmp_path_factory) -> Path:
     write_adapters(folder / "other", load_llm(build_config(folder)), **keys)
     learn_choices(folder)
     learn_spans(folder)
+    for family in FAMILIES:
+        llm = build_llm(folder / "llms" / family, family)
+        train(family_config(folder, f"{family}_0", llm, stage=0), ALONE)
     return folder
 
 
@@ -316,6 +323,34 @@ def test_any_number_of_ranks_reads_and_trains_a_sum_as_plain_pytorch_does(
 
 def adapters_in(run_folder: Path) -> Path:
     return run_folder / "checkpoints" / "latest" / "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_together_read_every_byte_once(worlds: Path, family: str, size: int):
+    """Of an LLM: its head, which nothing asks for, never."""
+    path = worlds / "llms" / family / "model.safetensors"
+    ranges: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for result in results(worlds, "families", size):
+        for file, name, start, stop in result[family]:
+            if file == str(path):
+                ranges[name].append((start, stop))
+    sizes = {name: each.numel() for name, each in load_file(path).items()}
+    sizes.pop("lm_head.weight", None)
+    assert ranges.keys() == sizes.keys()
+    for name, read in ranges.items():
+        starts, stops = zip(*sorted(read))
+        assert (*starts[1:], sizes[name]) == stops and starts[0] == 0, name
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_number_of_ranks_trains_any_family_as_plain_pytorch_does(
+    worlds: Path, family: str, size: int
+):
+    expected = losses(worlds / f"{family}_0")
+    assert losses(worlds / f"{family}_{size}") == pytest.approx(expected, rel=1e-5)
+    assert len(set(expected)) == 3
 
 
 @pytest.fixture(scope="module")
