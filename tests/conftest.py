@@ -17,7 +17,15 @@ from tests.support.machine import threads
 
 # Files that take ten seconds or more, the longest first: they begin first where several run at
 # once, and `make check` leaves them out.
-SLOW = ("test_zero", "test_compile", "test_kernels", "test_recipe", "test_gpu_suite", "test_slurm")
+SLOW = (
+    "test_zero",
+    "test_zero_encoders",
+    "test_compile",
+    "test_kernels",
+    "test_recipe",
+    "test_gpu_suite",
+    "test_slurm",
+)
 SLOW += ("test_prose", "test_poison", "test_step_benchmark", "test_native", "test_babel")
 SLOW += ("test_finetune", "test_run_folder", "test_launch", "test_origins", "test_provenance")
 SLOW += ("test_probe", "test_systems", "test_span", "test_packaging", "test_quantised")

@@ -9,7 +9,8 @@ letters stand in its `__init__`:
     D LLM width    E encoder width    F feed-forward, or any linear's output width    V vocabulary
     H query heads    G kv heads    K head width, k half of it    R LoRA rank    X resamples
     B batch, L padded length: at Hugging Face's edges, and where Babel's small models train
-    W words of Babel's pivot    digits: themselves (2: [start, end), or a pair)
+    I the places of several padded groups, B L of each    W words of Babel's pivot
+    digits: themselves (2: [start, end), or a pair)
 
 Of texts in parts (`data.parts`) a student token is one of the LLM's stream: Q parts with U encoder
 tokens, special ones included, and the LLM's own Z tokens between them, S = U + Z. Of texts that are

@@ -13,8 +13,10 @@ from mtllm_engine.model.encoder import ACTIVATIONS
 from mtllm_engine.model.families import DecoderSpec, decoder_spec, read_config
 from mtllm_engine.model.merge import open_decoder
 from mtllm_engine.model.objective import HeadSize
+from mtllm_engine.model.padded import FAMILIES as PADDED
+from mtllm_engine.model.padded import check_encoder
 from mtllm_engine.model.peft import read_lora
-from mtllm_engine.model.refusals import why_not
+from mtllm_engine.model.refusals import MIXTURE, has_experts, why_not
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.sums import open_start
 from mtllm_engine.model.tensors import TensorFiles, resolve
@@ -123,16 +125,44 @@ def _check_adapters(config: Config, start: TensorFiles) -> None:
             raise ValueError(f"lora.{key} is {now}, and {before} in {source}; set it to that")
 
 
-def read_models(config: ModelConfig) -> tuple[M2M100Config, DecoderSpec]:
+def read_models(config: ModelConfig) -> tuple[PreTrainedConfig, DecoderSpec]:
     """What both models' configurations say; no weight is read.
 
     Raises:
         ValueError: One cannot be read, or is of another architecture.
     """
-    encoder = load_config(resolve(config.encoder), M2M100Config, "model.encoder")
+    encoder = read_encoder(resolve(config.encoder))
     folder = resolve(config.decoder)
     decoder = read_config(folder, "model.decoder")
     return encoder, decoder_spec(decoder, f"model.decoder: {folder}")
+
+
+def read_encoder(folder: Path) -> PreTrainedConfig:
+    """An encoder's config.json.
+
+    Raises:
+        ValueError: It cannot be read, or is of no family that goes in.
+    """
+    config = read_config(folder, "model.encoder")
+    kind, takes = config.model_type, (M2M100Config.model_type, *PADDED)
+    if kind not in takes:
+        reason = f", which does not go in: {MIXTURE}" if has_experts(config) else ""
+        known = f"this takes {', '.join(takes)}"
+        raise ValueError(f"model.encoder: {folder} is a {kind} model{reason}; {known}")
+    if kind in PADDED:
+        try:
+            check_encoder(config)
+        except ValueError as error:
+            raise ValueError(f"model.encoder: {folder}: {error}") from None
+    return config
+
+
+def longest_text(encoder: PreTrainedConfig) -> int | None:
+    """How many tokens an encoder reads at most; None: any number."""
+    if isinstance(encoder, M2M100Config):
+        return encoder.max_position_embeddings
+    count = PADDED[encoder.model_type].num_positions
+    return count(encoder) if count else None
 
 
 def settle(config: Config) -> Config:
@@ -173,22 +203,27 @@ def load_config(folder: Path, kind: type[PreTrainedConfig], key: str) -> PreTrai
     return config
 
 
-def _check_configs(config: Config, encoder: M2M100Config, decoder: DecoderSpec) -> None:
-    activation, heads = encoder.activation_function, encoder.encoder_attention_heads
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"model.encoder: activation {activation!r} is not supported")
-    if encoder.pad_token_id is None:
-        fix = "positions count from it: set it to the tokenizer's, 1 of NLLB"
-        raise ValueError(f"model.encoder: pad_token_id is null in its config.json, and {fix}")
-    if encoder.d_model % heads:
-        width = f"its width {encoder.d_model} is no multiple of its {heads} heads"
-        raise ValueError(f"model.encoder: {width}")
+def _check_configs(config: Config, encoder: PreTrainedConfig, decoder: DecoderSpec) -> None:
     if config.model.causal and decoder.is_bidirectional:
         trained = "model.decoder was trained with attention from both sides"
         raise ValueError(f"model.causal=true, and {trained}; set it to false")
-    length = config.data.max_length
-    if length > (positions := encoder.max_position_embeddings):
+    if isinstance(encoder, M2M100Config):
+        _check_m2m100(encoder)
+    length, positions = config.data.max_length, longest_text(encoder)
+    if positions is not None and length > positions:
         raise ValueError(f"data.max_length={length} is above the {positions} of model.encoder")
     if length > decoder.max_length:
         limit = f"the {decoder.limit}={decoder.max_length} of model.decoder"
         raise ValueError(f"data.max_length={length} is above {limit}")
+
+
+def _check_m2m100(config: M2M100Config) -> None:
+    activation, heads = config.activation_function, config.encoder_attention_heads
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"model.encoder: activation {activation!r} is not supported")
+    if config.pad_token_id is None:
+        fix = "positions count from it: set it to the tokenizer's, 1 of NLLB"
+        raise ValueError(f"model.encoder: pad_token_id is null in its config.json, and {fix}")
+    if config.d_model % heads:
+        width = f"its width {config.d_model} is no multiple of its {heads} heads"
+        raise ValueError(f"model.encoder: {width}")

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+MIXTURE = "it is a mixture of experts, which reads each token with other weights"
 PLAIN = "float32, bfloat16 or float16 weights"
 EXPERTS = (  # how many there are, by the names that families give it
     "num_experts",
@@ -38,9 +39,8 @@ def why_not(config: PreTrainedConfig) -> str:
     if quantised := getattr(config, "quantization_config", None):
         fix = f"name the model that it was made from, with {PLAIN}"
         return f"its weights are quantised ({_method(quantised)}); {fix}"
-    counts = [getattr(text, key, None) or 0 for key in EXPERTS]
-    if max(counts) > 1 or "moe" in text.model_type.replace("-", "_").split("_"):
-        return "it is a mixture of experts, which reads each token with other weights"
+    if has_experts(text):
+        return MIXTURE
     if getattr(text, "kv_lora_rank", None):
         return "its attention compresses keys and values (MLA)"
     for reason, families in REASONS.items():
@@ -49,6 +49,12 @@ def why_not(config: PreTrainedConfig) -> str:
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "it is no LLM, but guesses masked words"
     return ""
+
+
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Whether a model, an encoder too, is a mixture of experts."""
+    counts = [getattr(config, key, None) or 0 for key in EXPERTS]
+    return max(counts) > 1 or "moe" in config.model_type.replace("-", "_").split("_")
 
 
 def _method(quantised: Any) -> str:

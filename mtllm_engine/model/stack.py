@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 from torch import nn
-from transformers import M2M100Config
+from torch.nn import functional
+from transformers import M2M100Config, PreTrainedConfig
 
 from mtllm_engine.config import Config, LoraConfig
 from mtllm_engine.data.batch import Batch, Parts, Totals
@@ -24,22 +25,33 @@ from mtllm_engine.model.objective import (
     build_head,
     build_reading,
 )
+from mtllm_engine.model.padded import PaddedEncoder
 from mtllm_engine.world import device_type
 
 LAYER_NORM_EPS = 1e-5  # PyTorch's default, which M2M-100 uses
 
 
 class Projection(nn.Module):
-    """The encoder's final LayerNorm (frozen) and the trained Linear(E -> D), fp32 parameters."""
+    """The encoder's final LayerNorm (frozen), where the encoder leaves it to us, and the trained
+    Linear(E -> D), fp32 parameters.
+    """
 
-    def __init__(self, in_width: int, out_width: int, dtype: torch.dtype, *, bias: bool) -> None:
+    def __init__(
+        self, in_width: int, out_width: int, dtype: torch.dtype, *, bias: bool, norms: bool
+    ) -> None:
         super().__init__()
-        self.norm_weight = nn.Parameter(torch.empty(in_width, dtype=dtype))
-        self.norm_bias = nn.Parameter(torch.empty(in_width, dtype=dtype))
+        self.norm_weight = self.norm_bias = None
+        if norms:
+            self.norm_weight = nn.Parameter(torch.empty(in_width, dtype=dtype))
+            self.norm_bias = nn.Parameter(torch.empty(in_width, dtype=dtype))
         self.weight = nn.Parameter(torch.empty(out_width, in_width))
         self.bias = nn.Parameter(torch.empty(out_width)) if bias else None
 
     def forward(self, hidden_SE: torch.Tensor) -> torch.Tensor:
+        if self.norm_weight is None:
+            dtype = hidden_SE.dtype
+            bias_D = None if self.bias is None else self.bias.to(dtype)
+            return functional.linear(hidden_SE, self.weight.to(dtype), bias_D)
         return projection(
             hidden_SE, self.norm_weight, self.norm_bias, LAYER_NORM_EPS, self.weight, self.bias
         )
@@ -72,7 +84,7 @@ class Stack(nn.Module):
     def __init__(
         self,
         config: Config,
-        encoder: M2M100Config,
+        encoder: PreTrainedConfig,
         decoder: DecoderSpec,
         *,
         head: HeadSize | None = None,
@@ -88,9 +100,13 @@ class Stack(nn.Module):
         # What is below the LLM.
         self.encoder = self.projection = None
         if self.reads_stack:
-            bias = config.model.projection_bias
-            self.encoder = Encoder(encoder, dtype, self.attention)
-            self.projection = Projection(encoder.d_model, width, dtype, bias=bias)
+            is_ours = isinstance(encoder, M2M100Config)
+            if is_ours:
+                self.encoder = Encoder(encoder, dtype, self.attention)
+            else:  # no module, hence no part of what is sharded, trained or cast
+                self.encoder = PaddedEncoder(encoder, dtype)
+            options = {"bias": config.model.projection_bias, "norms": is_ours}
+            self.projection = Projection(encoder.hidden_size, width, dtype, **options)
         # The LLM, with the student's adapters and, if it has learned a task, the teacher's.
         adapters = {"student": config.lora}
         if teacher:
@@ -157,11 +173,11 @@ class Stack(nn.Module):
         )
         if not self.reads_stack:
             return 0, (4 if self.learns else 2) * decoder
-        below = (
-            item
-            for module in (self.encoder.layers, self.projection)
-            for item in module.parameters()
-        )
+        below = [*self.projection.parameters()]
+        if isinstance(self.encoder, PaddedEncoder):
+            below += [linear.weight for linear in self.encoder.linears]
+        else:
+            below += self.encoder.layers.parameters()
         encoder = sum(item.numel() for item in below if item.dim() == 2)
         teaches = isinstance(self.objective, Distillation) and not stored_states
         return 4 * decoder + 2 * encoder, 2 * decoder * teaches
@@ -171,11 +187,9 @@ class Stack(nn.Module):
         """The modules whose weights ZeRO-3 gathers and releases as one, in the order of the
         forward.
         """
-        below = (
-            [self.encoder.embedding, *self.encoder.layers, self.projection]
-            if self.reads_stack
-            else []
-        )
+        below = [self.projection] if self.reads_stack else []
+        if isinstance(self.encoder, Encoder):
+            below = [self.encoder.embedding, *self.encoder.layers, *below]
         return [*below, self.decoder.embedding, *self.decoder.layers, self.objective]
 
     def _hidden(self, batch: Batch, *, teaches: bool) -> list[torch.Tensor]:

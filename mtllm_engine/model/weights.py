@@ -7,6 +7,7 @@ stack's parameters, cast after slicing, so that W ZeRO-3 ranks together read eac
 import hashlib
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from mtllm_engine.model.families import DecoderSpec
 from mtllm_engine.model.lora import initial_adapter
+from mtllm_engine.model.padded import PaddedEncoder
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.tensors import TensorFiles, Tensors, check_finite
 
@@ -26,6 +28,10 @@ EMBEDDING = "decoder.embedding.weight"
 EMBEDDING_SAMPLE = 1 << 24  # numbers of the LLM's embedding that stand for all of it
 DECODER_PREFIXES = ("model.", "", "model.language_model.", "language_model.model.")
 DECODER_PREFIXES += ("language_model.",)
+PADDED_PREFIXES = ("", "roberta.", "bert.", "model.encoder.", "encoder.", "model.")
+PADDED_PREFIXES += ("transformer.encoder.",)
+LAYER = re.compile(r".*?\.\d+\.")  # such as `encoder.block.0.`
+OLD_NORMS = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +99,13 @@ class Weights:
         self.shapes = {name: parameter.shape for name, parameter in stack.named_parameters()}
         self.embedding_scale = stack.decoder.embedding_scale
         self.sources = _decoder_sources(decoder, stack.decoder.spec)
-        if stack.reads_stack:
+        self.norms = ["projection.norm_weight", "projection.norm_bias"]
+        if isinstance(stack.encoder, PaddedEncoder):
+            self.norms = [f"encoder.{name}" for name in stack.encoder.norms]
+            named = stack.encoder.named_parameters()
+            self.shapes |= {f"encoder.{name}": parameter.shape for name, parameter in named}
+            self.sources |= _padded_sources(encoder, stack.encoder)
+        elif stack.reads_stack:
             self.sources |= _encoder_sources(encoder, len(stack.encoder.layers))
         if start:
             rest = [name for name in self.shapes if name not in self.sources]
@@ -149,9 +161,8 @@ class Weights:
         first = max(0, (size - EMBEDDING_SAMPLE) // 2)
         sample = self.read(EMBEDDING, first, min(first + EMBEDDING_SAMPLE, size))
         embedding_rms = _rms(sample) * self.embedding_scale
-        # Of the encoder's states after its last LayerNorm.
-        norm = [self.read(f"projection.norm_{part}", 0, width) for part in ("weight", "bias")]
-        normed_rms = math.hypot(*map(_rms, norm))
+        # Of the encoder's states after its last norm.
+        normed_rms = math.hypot(*(_rms(self.read(name, 0, width)) for name in self.norms))
         # A uniform variable's bound is sqrt(3) times its root mean square.
         return math.sqrt(3) * embedding_rms / normed_rms
 
@@ -267,6 +278,28 @@ def _encoder_sources(files: TensorFiles, num_layers: int) -> dict[str, Source]:
     ):
         stacked = [f"{prefix}layers.{layer}.{name}.{kind}" for name in theirs]
         names[f"encoder.layers.{layer}.{ours}.{kind}"] = stacked
+    return _sources(files, names)
+
+
+def _padded_sources(files: TensorFiles, encoder: PaddedEncoder) -> dict[str, Source]:
+    """Raises: ValueError: A tensor is missing, or a layer has one that the class does not know."""
+    ours = [name for name, _ in encoder.named_parameters()]
+    prefix = _prefix(files, PADDED_PREFIXES, next(name for name in ours if LAYER.match(name)))
+    names = {}
+    for name in ours:
+        candidates = [prefix + name]
+        if name == encoder.family.embedding:
+            candidates += encoder.family.shared
+        for new, old in OLD_NORMS.items():
+            candidates += [prefix + name.replace(new, old)] * name.endswith(new)
+        names[f"encoder.{name}"] = [_first_of(files, candidates)]
+    read = {name for (name,) in names.values()}
+    layers = {match[0] for match in map(LAYER.match, read) if match}
+    for name in files.names:
+        match = LAYER.match(name)
+        if match and match[0] in layers and name not in read:
+            reason = f"{encoder.family.model} has no such part"
+            raise ValueError(f"{files.path(name)}: nothing reads its tensor {name}; {reason}")
     return _sources(files, names)
 
 

@@ -7,7 +7,7 @@ whole for as long as this takes.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,12 +16,13 @@ import torch
 from torch.nn import functional
 
 from mtllm_engine.config import Config
+from mtllm_engine.data.batch import Tokens
 from mtllm_engine.data.stream import Stream, agree, build_stream
 from mtllm_engine.data.tokenizers import PairTokenizer
-from mtllm_engine.model.encoder import Encoder
+from mtllm_engine.model.padded import PaddedEncoder
 from mtllm_engine.model.stack import LAYER_NORM_EPS, Stack
 from mtllm_engine.model.weights import EMBEDDING, Weights
-from mtllm_engine.training.engine import fill
+from mtllm_engine.training.engine import fill, fill_padded
 from mtllm_engine.world import World
 
 NUM_DOCUMENTS = 1024
@@ -87,7 +88,7 @@ def read_pairs(
     """This rank's pairs, a micro-batch at a time, in whole steps until all ranks have read
     `NUM_DOCUMENTS`, or as many as there are.
     """
-    encoder, norm = world.together(lambda: _build_encoder(stack, weights, world))
+    encode = world.together(lambda: _build_encoder(stack, weights, world))
     wanted = min(NUM_DOCUMENTS, sum(corpus.manifest.samples for corpus in stream.mixture.corpora))
     while wanted > 0:
         global_batch = agree(stream, world, config.memory.max_tokens)
@@ -97,11 +98,10 @@ def read_pairs(
                 batch.aligned_S if batch.parts is None else batch.aligned_S[batch.parts.places_U]
             )
             is_aligned_U = aligned_U >= 0
-            hidden_SE = encoder(batch.encoder)[is_aligned_U].float()
+            states_SE = encode(batch.encoder)[is_aligned_U].float()
             ids_S = batch.teacher.ids_S[aligned_U[is_aligned_U]].cpu().numpy()
-            normed_SE = functional.layer_norm(hidden_SE, norm[0].shape, *norm)
             embeddings_SD = world.together(partial(_embeddings, weights, ids_S))
-            yield normed_SE, embeddings_SD.to(world.device)
+            yield states_SE, embeddings_SD.to(world.device)
 
 
 def solve(sums: torch.Tensor, *, bias: bool) -> Fit:
@@ -138,10 +138,13 @@ def solve(sums: torch.Tensor, *, bias: bool) -> Fit:
 
 def _build_encoder(
     stack: Stack, weights: Weights, world: World
-) -> tuple[Encoder, list[torch.Tensor]]:
-    """The encoder, whole, on this rank's device, and its final LayerNorm: width, weight, bias and
-    epsilon.
+) -> Callable[[Tokens], torch.Tensor]:
+    """Tokens to what the projection's linear reads (S, E), by the encoder, whole, on this rank's
+    device.
     """
+    if isinstance(stack.encoder, PaddedEncoder):
+        fill_padded(stack.encoder, weights, world)
+        return stack.encoder
     encoder = copy.deepcopy(stack.encoder).to_empty(device=world.device)
     for name, parameter in encoder.named_parameters():
         fill(parameter, f"encoder.{name}", weights, world)
@@ -149,7 +152,10 @@ def _build_encoder(
     norm = [
         weights.read(f"projection.norm_{part}", 0, width).float() for part in ("weight", "bias")
     ]
-    return encoder, [*(each.to(world.device) for each in norm), LAYER_NORM_EPS]
+    norm = [each.to(world.device) for each in norm]
+    return lambda tokens: functional.layer_norm(
+        encoder(tokens).float(), (width,), *norm, LAYER_NORM_EPS
+    )
 
 
 def _embeddings(weights: Weights, ids_S: np.ndarray) -> torch.Tensor:

@@ -25,6 +25,7 @@ from mtllm_engine.model.decoder import DecoderLayer
 from mtllm_engine.model.encoder import EncoderLayer
 from mtllm_engine.model.lora import LoraLinear
 from mtllm_engine.model.objective import Share
+from mtllm_engine.model.padded import PaddedEncoder
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.weights import Weights
 from mtllm_engine.world import AgreedError, World
@@ -99,7 +100,7 @@ def import_deepspeed():
 
 def shard(stack: Stack, weights: Weights, config: Config, world: World) -> Stack:
     """Fills a stack built on the meta device, leaf by leaf; under ZeRO-3 each rank reads and keeps
-    only its slices.
+    only its slices, and of a padded encoder all.
 
     A quantised base is made full one layer at a time.
 
@@ -110,6 +111,8 @@ def shard(stack: Stack, weights: Weights, config: Config, world: World) -> Stack
     check_available(config.model.quantization, world.device, getattr(torch, config.model.dtype))
     decoder = stack.decoder
     decoder.frequencies = tuple(each.to(world.device) for each in decoder.frequencies)
+    if isinstance(stack.encoder, PaddedEncoder):
+        world.together(partial(fill_padded, stack.encoder, weights, world))
     names = {id(module): name for name, module in stack.named_modules()}
     for leaf in stack.leaves:
         _materialise(leaf, world.device)
@@ -421,6 +424,16 @@ def _quantise(leaf: nn.Module, kind: str) -> None:
 def _fill_all(leaf: nn.Module, prefix: str, weights: Weights, world: World) -> None:
     for name, parameter in leaf.named_parameters():
         fill(parameter, f"{prefix}.{name}", weights, world)
+
+
+def fill_padded(encoder: PaddedEncoder, weights: Weights, world: World) -> None:
+    """An encoder that is whole on every rank, on this one; reads it once, whoever asks first."""
+    if encoder.is_filled:
+        return
+    encoder.materialise(world.device)
+    for name, parameter in encoder.named_parameters():
+        fill(parameter, f"encoder.{name}", weights, world)
+    encoder.is_filled = True
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.files import write_text
 from mtllm_engine.model.licences import licence_of, public_name
 from mtllm_engine.model.lora import quantised_weights
+from mtllm_engine.model.padded import PaddedEncoder
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.weights import PROJECTION_FILE
 from mtllm_engine.training.checkpoint import Progress
@@ -223,7 +224,7 @@ def write_header(
         "run": f"{folder}{continued}",
         "learns": learns(config),
         "starts from": _starts(config),
-        "encoder": f"{model.encoder} (frozen)" if stack.reads_stack else "none",
+        "encoder": _encoder(config, stack),
         "decoder": f"{model.decoder} ({'causal' if model.causal else 'bidirectional'})",
         "merged": " then ".join(model.adapters),
         "texts": tokenizer.around,
@@ -246,6 +247,13 @@ def learns(config: Config) -> str:
     teacher = f"the LLM of {config.model.teacher}" if config.model.teacher else "the bare LLM"
     states = config.data.teacher_states
     return f"{learner} from {teacher}" + (f", its states stored as {states}" if states else "")
+
+
+def _encoder(config: Config, stack: Stack) -> str:
+    name = config.model.encoder
+    if isinstance(stack.encoder, PaddedEncoder):
+        return f"{name} (frozen, whole on each rank; {stack.encoder})"
+    return f"{name} (frozen)" if stack.reads_stack else "none"
 
 
 def _starts(config: Config) -> str:
@@ -273,6 +281,8 @@ def _parameters(config: Config, stack: Stack) -> str:
     sizes = {True: 0, False: 0}
     for parameter in stack.parameters():
         sizes[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
+    if isinstance(stack.encoder, PaddedEncoder):
+        sizes[False] += stack.encoder.num_weights
     trained = f"{sizes[True]:,} trained in fp32"
     frozen = f"{sizes[False]:,} frozen in {config.model.dtype}"
     quantised = sum(each.shape.numel() for each in quantised_weights(stack))
@@ -283,7 +293,10 @@ def _parameters(config: Config, stack: Stack) -> str:
 def _kernels(stack: Stack, device: str) -> str:
     """The ops, by what runs them."""
     ops: dict[str, list[str]] = {}
-    for name, kernel in (kernels.discover() | {"attention": stack.attention}).items():
+    offered = kernels.discover() | {"attention": stack.attention}
+    if isinstance(stack.encoder, PaddedEncoder):
+        del offered["projection"]  # which would norm the states once more
+    for name, kernel in offered.items():
         ops.setdefault(kernel.label(device), []).append(name)
     return "; ".join(f"{label}: {', '.join(names)}" for label, names in ops.items())
 

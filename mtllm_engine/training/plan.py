@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import M2M100Config
+from transformers import PreTrainedConfig
 
 from mtllm_engine.config import Config, LoraConfig
 from mtllm_engine.kernels.lora_linear.quantised import BYTES
 from mtllm_engine.model.families import POST_NORMS, DecoderSpec
 from mtllm_engine.model.lora import LoraLinear
+from mtllm_engine.model.padded import PaddedEncoder
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.training.engine import deepspeed_config
 from mtllm_engine.world import World
@@ -36,13 +37,16 @@ class Row(NamedTuple):
 
 
 def memory(
-    config: Config, encoder: M2M100Config, decoder: DecoderSpec, world_size: int
+    config: Config, encoder: PreTrainedConfig, decoder: DecoderSpec, world_size: int
 ) -> list[Row]:
     """What the backward of the longest micro-batch finds in a GPU's memory (never any logits)."""
     with torch.device("meta"):
         stack = Stack(config, encoder, decoder)
     held = _sharded if config.zero.stage == 3 else _whole
-    return [*held(config, stack, world_size), *_states(config, encoder, decoder)]
+    rows = [*held(config, stack, world_size), *_states(config, encoder, decoder)]
+    if isinstance(stack.encoder, PaddedEncoder):
+        rows[:0] = _padded(config, stack.encoder)
+    return rows
 
 
 def total(rows: Sequence[Row]) -> int:
@@ -76,12 +80,13 @@ def _whole(config: Config, stack: Stack, world_size: int) -> list[Row]:
         int(linears * BYTES.get(form, width)),
         form.replace("none", config.model.dtype),
     )
+    packed = "" if isinstance(stack.encoder, PaddedEncoder) else "encoder, "
     rows = [
         Row("LLM's linears", quantised, f"{linears:,} weights, {name}"),
         Row(
             "other frozen weights",
             others * width,
-            f"{others:,} weights: encoder, embeddings, norms",
+            f"{others:,} weights: {packed}embeddings, norms",
         ),
         Row("trained", PLAIN_TRAINED * trained, f"{trained:,} in fp32, gradients, two moments"),
     ]
@@ -111,7 +116,23 @@ def _sharded(config: Config, stack: Stack, world_size: int) -> list[Row]:
     ]
 
 
-def _states(config: Config, encoder: M2M100Config, decoder: DecoderSpec) -> list[Row]:
+def _padded(config: Config, encoder: PaddedEncoder) -> list[Row]:
+    """What an encoder of transformers' class adds, which no rank shares with another."""
+    width = getattr(torch, config.model.dtype).itemsize
+    tokens, longest = encoder.most_tokens(config.memory.max_tokens), config.data.max_length
+    states = 4 * encoder.width + 3 * encoder.inner_width + encoder.num_biases * longest
+    how = f"{tokens:,} tokens x {states * width / 1024:.0f} KiB"
+    return [
+        Row(
+            "encoder",
+            encoder.num_weights * width,
+            f"{encoder.num_weights:,} weights, whole on each rank",
+        ),
+        Row("a group of texts", tokens * states * width, f"{how}: padded, in a layer"),
+    ]
+
+
+def _states(config: Config, encoder: PreTrainedConfig, decoder: DecoderSpec) -> list[Row]:
     """What grows with memory.max_tokens. In a layer's backward its gradients are live beside what
     was saved."""
     dtype, tokens = getattr(torch, config.model.dtype), config.memory.max_tokens
@@ -126,7 +147,7 @@ def _states(config: Config, encoder: M2M100Config, decoder: DecoderSpec) -> list
     working = (4 * inner + 4 * width) * dtype.itemsize
     if config.model.quantization == "fp8":
         working += 2 * inner * (2 * dtype.itemsize + 1)
-    both = (4 * width + 2 * encoder.d_model) * dtype.itemsize
+    both = (4 * width + 2 * encoder.hidden_size) * dtype.itemsize
     each = f"{tokens:,} tokens x"
     return [
         Row("saved activations", tokens * saved, f"{tokens:,} student tokens x ({how})"),

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import mtllm_engine.kernels
 from mtllm_engine import train as training
@@ -26,6 +27,7 @@ from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.tensors import TensorFiles
 from mtllm_engine.targets import write_targets
 from mtllm_engine.training.engine import ZeroEngine, import_deepspeed, shard
+from mtllm_engine.training.step import train_step
 from mtllm_engine.world import World, connect
 from tests.support.machine import HANG_S
 from tests.support.stages import (
@@ -434,6 +436,62 @@ def saved_tensors(root) -> list[torch.Tensor]:
         todo += [following for following, _ in node.next_functions]
     activations._unpack = unpack
     return tensors
+
+
+def padded_encoder(folder: Path, world: World) -> dict:
+    """A run under an encoder that is whole on each rank: what each read, and its collectives with
+    and without that encoder.
+    """
+    read: Counter[str] = Counter()
+    with counting_reads(read):
+        run(padded_config(folder, f"padded_{world.size}"), world)
+    pairs = [collectives(folder, world, is_real=is_real) for is_real in (True, False)]
+    return {"read": read, "collectives": pairs}
+
+
+def padded_config(folder: Path, name: str, *, stage: int = 3) -> Config:
+    return build_config(
+        folder,
+        run={"dir": str(folder / name)},
+        model={"projection_init": "least_squares"},
+        optim={"steps": 3, "lr": 1e-2},
+        zero={"stage": stage},
+        **UNDROPPED,
+    )
+
+
+@contextlib.contextmanager
+def counting_reads(read: Counter):
+    """Counts the numbers that are read of each tensor, by its folder's name and its own."""
+    original = TensorFiles.read
+
+    def counting_read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        read[f"{Path(self.folder).name}/{name}"] += stop - start
+        return original(self, name, start, stop)
+
+    TensorFiles.read = counting_read
+    try:
+        yield
+    finally:
+        TensorFiles.read = original
+
+
+def collectives(folder: Path, world: World, *, is_real: bool) -> list[str]:
+    """Of three steps, in order. Args: is_real: or the encoder's states are all one, and no model
+    runs for them."""
+    config = padded_config(folder, "counted")
+    stack, weights = build_stack(config)
+    stream = build_stream(config.data, build_tokenizer(config, stack), world, seed=0)
+    engine = ZeroEngine(config, shard(stack, weights, config, world), world)
+    if not is_real:
+        width = stack.encoder.width
+        stack.encoder = lambda tokens: torch.ones(len(tokens.ids_S), width)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for step in range(3):
+            global_batch = agree(stream, world, config.memory.max_tokens)
+            train_step(config, world, engine, global_batch, step)
+    stream.close()
+    return [event.name for event in profiled.events() if event.name.startswith("c10d::")]
 
 
 if __name__ == "__main__":

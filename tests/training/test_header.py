@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, processors
 
 from mtllm_engine.train import train
+from tests.support.encoders import build_under_nllb
 from tests.support.stages import ALONE, build_models, stage1_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,3 +69,18 @@ def test_the_header_says_what_is_added_up(tmp_path: Path, capsys):
     printed = capsys.readouterr().out.splitlines()
     (row,) = [line for line in printed if line.startswith("starts from ")]
     assert row.split(maxsplit=2)[2] == f"{second}, with a new projection"
+
+
+def test_the_header_says_how_an_encoder_of_transformers_runs(tmp_path: Path, capsys):
+    """And counts it, and no kernel of ours that it does not need."""
+    build_models(tmp_path)
+    build_under_nllb(tmp_path / "encoder")
+    train(stage1_config(tmp_path, optim={"steps": 1}), ALONE)
+    printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert "(frozen, whole on each rank; transformers' XLMRobertaModel, sdpa" in printed["encoder"]
+    files = (tmp_path / side / "model.safetensors" for side in ("encoder", "decoder"))
+    tensors = [item for path in files for item in load_file(path).items()]
+    unread = ("pooler", "lm_head")
+    frozen = sum(each.numel() for name, each in tensors if not name.startswith(unread))
+    assert f"{frozen:,} frozen in float32" in printed["parameters"]
+    assert "projection" not in printed["kernels"] and "attention" in printed["kernels"]
