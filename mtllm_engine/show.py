@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mtllm_engine import config as configs
-from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
+from mtllm_engine.data.vocabulary import read_languages
 from mtllm_engine.evaluation.systems import cost
 from mtllm_engine.export.card import WHAT
-from mtllm_engine.languages import readable
 from mtllm_engine.model import hub
 from mtllm_engine.model.licences import licence_of
 from mtllm_engine.training.log import learns
@@ -59,6 +58,7 @@ def _models(trained: Trained) -> dict[str, str]:
     kept = model.dtype if model.quantization == "none" else f"{model.dtype}, {model.quantization}"
     parts = {"whole": "whole", "lines": "line by line", "sentences": "sentence by sentence"}
     reads = f"up to {data.max_length} tokens, {data.truncation} truncation"
+    behind = f" behind {model.encoder_prefix!r}" if model.encoder_prefix else ""
     adapters = f"rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.target_modules)}"
     bias = "with a bias" if model.projection_bias else "without a bias"
     return {
@@ -66,7 +66,7 @@ def _models(trained: Trained) -> dict[str, str]:
         "LLM": f"{_licensed(trained, 'llm')}, {attention}, {kept}",
         "merged": _merged(trained),
         "languages": _languages(trained) if trained.reads_stack else "",
-        "texts": f"read {parts[data.parts]}, {reads}",
+        "texts": f"read {parts[data.parts]}{behind}, {reads}",
         "adapters": "merged into the LLM's weights" if trained.is_merged else adapters,
         "projection": bias if trained.reads_stack else "none: the LLM reads its own tokens",
     }
@@ -97,10 +97,9 @@ def _languages(trained: Trained) -> str:
     """How many, and the first of them."""
     encoder, fallback = trained.config.model.encoder, trained.config.languages.fallback
     try:
-        tokens = language_tokens(load_tokenizer(_on_disk(encoder)))
+        codes = read_languages(_on_disk(encoder)).readable(fallback)
     except (ValueError, OSError) as error:
         return f"not known: {error}"
-    codes = readable(tokens, fallback)
     more = ", ..." if len(codes) > FIRST else ""
     instead = "".join(f"; {code} as {given}" for code, given in sorted(fallback.items()))
     return f"{len(codes)}: {', '.join(codes[:FIRST])}{more}{instead}"
