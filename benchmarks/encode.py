@@ -29,7 +29,7 @@ from benchmarks.measure import spread
 from benchmarks.tables import draw as draw_bars
 from benchmarks.tables import table
 from mtllm_engine import MTLLM
-from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
+from mtllm_engine.data.vocabulary import languages_of, load_tokenizer
 from mtllm_engine.training.log import environment
 from mtllm_engine.training.trained import ENCODER, find_trained
 from mtllm_engine.world import World, device_type
@@ -234,13 +234,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, command: str) -> list[Row]:
     device = arguments.device or device_type()
-    tokenizer = load_tokenizer(Path(arguments.folder) / ENCODER)
+    folder = Path(arguments.folder) / ENCODER
+    tokenizer = load_tokenizer(folder)
     known = [word.removeprefix(WORD) for word in tokenizer.get_vocab() if word.startswith(WORD)]
     words = sorted(filter(str.isalpha, known))
     trained = find_trained(arguments.folder)
     setting = Setting(
         folder=arguments.folder,
-        language=arguments.language or sorted(language_tokens(tokenizer))[0],
+        language=arguments.language or min(languages_of(tokenizer, folder).codes),
         dtype=arguments.dtype,
         device=device,
         threads=arguments.threads or torch.get_num_threads(),

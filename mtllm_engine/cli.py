@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from mtllm_engine.config import load
 from mtllm_engine.data import shards, sources
 from mtllm_engine.files import expand, expanded_path
-from mtllm_engine.languages import NAMES, SCRIPTS, check_code, codes_of
+from mtllm_engine.languages import NAMES, SCRIPTS, check_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -439,7 +439,7 @@ def _add_languages(commands: argparse._SubParsersAction) -> None:
         "--encoder",
         type=expand,
         metavar="DIR",
-        help="folder or hub id of an MT encoder's tokenizer",
+        help="folder or hub id of an encoder and its tokenizer",
     )
     parser.set_defaults(run=_languages)
 
@@ -448,13 +448,12 @@ def _languages(arguments: argparse.Namespace) -> int:
     """One line each: code, name, script; with an encoder whether it has the language, and its
     others at the end.
     """
-    from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer  # imports transformers
+    from mtllm_engine.data.vocabulary import read_languages  # imports transformers
 
-    tokens = language_tokens(load_tokenizer(arguments.encoder)) if arguments.encoder else None
-    known = codes_of(tokens or ())
+    known = read_languages(arguments.encoder).codes if arguments.encoder else frozenset()
     for code, name in NAMES.items():
         row = [code, f"{name:<24}", SCRIPTS[code[4:]]]
-        if tokens is not None:
+        if arguments.encoder:
             row.insert(1, "yes" if code in known else "no ")
         print("  ".join(row))
     for code in sorted(known - set(NAMES)):

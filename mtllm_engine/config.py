@@ -65,6 +65,8 @@ class ModelConfig:
     """The MT encoder (M2M-100, NLLB): a folder or a Hugging Face hub id."""
     decoder: PathText
     """The LLM (Llama, Mistral, Qwen, Gemma, ...): a folder or a Hugging Face hub id."""
+    encoder_prefix: str = ""
+    """Put before every text, or part of one, that the encoder reads, such as "passage: " of E5."""
     adapters: tuple[PathText, ...] = ()
     """PEFT's adapters, folders or hub ids, that are merged into the LLM while it is read, in order:
     it is the LLM that they make that everything here stands on."""

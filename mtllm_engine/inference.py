@@ -25,7 +25,7 @@ from mtllm_engine.data.batch import Batch, Document, collate
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.files import expanded_path
 from mtllm_engine.kernels.rms_norm import rms_norm
-from mtllm_engine.languages import NAMES, check_language, nearest, readable, resolve_language
+from mtllm_engine.languages import ENGLISH, NAMES, check_language, nearest
 from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.model.licences import licences_of
 from mtllm_engine.model.lora import LoraLinear
@@ -152,9 +152,10 @@ class MTLLM:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """The codes of the languages that it reads."""
-        tokens = self._sides["student"].tokenizer.languages
-        return readable(tokens, self.trained.config.languages.fallback)
+        """The codes of the languages that it reads; where the encoder takes no language's token,
+        those that it was trained on: it reads any."""
+        known = self._sides["student"].tokenizer.languages
+        return known.readable(self.trained.config.languages.fallback)
 
     @property
     def licences(self) -> dict[str, str]:
@@ -346,12 +347,13 @@ class MTLLM:
         Raises:
             ValueError: There is none, or the encoder does not know it.
         """
+        known = self._sides["student"].tokenizer.languages
         language = language or self.trained.record.get("default_language")
+        if not language and not known.is_told:
+            return ENGLISH  # as well as any
         if not language:
             raise ValueError('say which language the texts are in, such as language="swh_Latn"')
-        fallback = self.trained.config.languages.fallback
-        tokens = self._sides["student"].tokenizer.languages
-        given = resolve_language(language, tokens, fallback).given
+        given = known.resolve(language, self.trained.config.languages.fallback).given
         if given is None:
             if language not in NAMES:
                 check_language(language, self.languages)

@@ -7,10 +7,9 @@ encoders of one's own.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from difflib import SequenceMatcher
 from os.path import commonprefix
-from typing import Literal, NamedTuple
 
 ENGLISH = "eng_Latn"
 """What tasks are learned in, and what the teacher reads."""
@@ -107,13 +106,6 @@ _FORM = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 _PRIVATE = re.compile(r"q[a-t][a-z]_[A-Z][a-z]{3}")
 
 
-class Resolved(NamedTuple):
-    """What an encoder is given for a language: its own token, a declared other one's, or none."""
-
-    given: str | None
-    status: Literal["known", "fallback", "unknown"]
-
-
 def is_well_formed(code: str) -> bool:
     """Whether a code has the form of FLORES-200's, known there or not."""
     return bool(_FORM.fullmatch(code))
@@ -142,59 +134,6 @@ def flores_code(code: str) -> str:
             f"language {code!r} is written in several scripts: choose one of {', '.join(same)}"
         )
     return same[0] if same else check_language(code)
-
-
-def resolve_language(code: str, tokens: Collection[str], fallback: Mapping[str, str]) -> Resolved:
-    """What an encoder with these language tokens is given for a text: never one that it lacks.
-
-    Args:
-        tokens: `PairTokenizer.languages`.
-        fallback: `languages.fallback`; a language with a token of its own keeps that.
-
-    Raises:
-        ValueError: The declared fallback is a language that the encoder lacks too.
-    """
-    if nllb_token(code) in tokens:
-        return Resolved(code, "known")
-    if code not in fallback:
-        return Resolved(None, "unknown")
-    if nllb_token(fallback[code]) not in tokens:
-        raise ValueError(
-            f"languages.fallback.{code}={fallback[code]}: the encoder has no token for that either"
-        )
-    return Resolved(fallback[code], "fallback")
-
-
-def readable(tokens: Collection[str], fallback: Mapping[str, str]) -> tuple[str, ...]:
-    """The codes that texts of an encoder with these language tokens may have.
-
-    Args:
-        tokens, fallback: As for `resolve_language`.
-    """
-    return tuple(sorted({*codes_of(tokens), *fallback}))
-
-
-def codes_of(tokens: Collection[str]) -> set[str]:
-    """The languages that an encoder has tokens for: FLORES-200's, and those of its own."""
-    flores = {nllb_token(code): code for code in FLORES_200}
-    return {flores.get(token, token) for token in tokens if is_well_formed(token)}
-
-
-def token_of(code: str, tokens: Collection[str]) -> str:
-    """An encoder's token for a language.
-
-    Args:
-        tokens: All that it has for languages.
-
-    Raises:
-        ValueError: It has none, or this is no language's code.
-    """
-    known = codes_of(tokens)
-    if code in known:
-        return nllb_token(code)
-    near = ", ".join(nearest(check_code(code), known)) or "none"
-    lack = f"the encoder's tokenizer has no token for the language {code}"
-    raise ValueError(f"{lack}; the nearest that it has: {near}")
 
 
 def nllb_token(code: str) -> str:

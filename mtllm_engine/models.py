@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, M2M100
 
 from mtllm_engine import files
 from mtllm_engine.config import Config, from_dict
-from mtllm_engine.data.tokenizers import PairTokenizer, load_tokenizer
+from mtllm_engine.data.tokenizers import PairTokenizer
+from mtllm_engine.data.vocabulary import load_tokenizer
 from mtllm_engine.export.streaming import Planned, write_safetensors
-from mtllm_engine.languages import ENGLISH, codes_of
+from mtllm_engine.languages import ENGLISH
 from mtllm_engine.model.build import build_stack, build_tokenizer, load_config
 from mtllm_engine.model.families import DecoderSpec, decoder_spec, read_config
 from mtllm_engine.model.licences import licence_of
@@ -197,16 +198,17 @@ def _config(encoder: str, llm: str, adapters: Sequence[str], *, max_length: int)
 
 def _examples(tokenizer: PairTokenizer) -> dict[str, str]:
     """A text as both sides read it, and the languages that it may be in."""
-    codes = sorted(codes_of(tokenizer.languages))
+    codes = sorted(tokenizer.languages.codes)
     if not codes:
         raise ValueError("the encoder's tokenizer has no language's token, such as swh_Latn")
     language = ENGLISH if ENGLISH in codes else codes[0]
     sides = zip((tokenizer.encoder, tokenizer.decoder), tokenizer(EXAMPLE, language))
     tokens = [" ".join(side.convert_ids_to_tokens(ids_S.tolist())) for side, ids_S in sides]
     shown = f"{', '.join(codes[:8])}{', ...' if len(codes) > 8 else ''}"
+    how = "" if tokenizer.languages.is_told else " (it is not told which, and reads others too)"
     return {
         "an example": f"{EXAMPLE!r} is {tokens[0]!r} for the encoder, {tokens[1]!r} for the LLM",
-        "languages": f"{len(codes)}: {shown}",
+        "languages": f"{len(codes)}{how}: {shown}",
     }
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mtllm_engine import config as configs
-from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
+from mtllm_engine.data.vocabulary import read_languages
 from mtllm_engine.evaluation.systems import cost
 from mtllm_engine.export.card import WHAT
-from mtllm_engine.languages import readable
 from mtllm_engine.model import hub
 from mtllm_engine.model.licences import licence_of
 from mtllm_engine.training.log import learns
@@ -97,10 +96,9 @@ def _languages(trained: Trained) -> str:
     """How many, and the first of them."""
     encoder, fallback = trained.config.model.encoder, trained.config.languages.fallback
     try:
-        tokens = language_tokens(load_tokenizer(_on_disk(encoder)))
+        codes = read_languages(_on_disk(encoder)).readable(fallback)
     except (ValueError, OSError) as error:
         return f"not known: {error}"
-    codes = readable(tokens, fallback)
     more = ", ..." if len(codes) > FIRST else ""
     instead = "".join(f"; {code} as {given}" for code, given in sorted(fallback.items()))
     return f"{len(codes)}: {', '.join(codes[:FIRST])}{more}{instead}"

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import itemgetter
+from typing import Any, Protocol
 
 import regex
 from tokenizers import Tokenizer
@@ -53,6 +54,13 @@ SENTENCE_END = regex.compile(
 )
 
 
+class Backend(Protocol):
+    """What makes tokens of a text, with `ids` and `offsets`: a `Tokenizer`, or what takes its
+    place."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> Any: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parted:
     """What `PartsTokenizer` makes of a text; `ids` and `offsets` as those of an `Encoding`.
@@ -80,7 +88,7 @@ class PartsTokenizer:
     holds besides (as `.\\n` does) is in its part too; its offsets are the newlines' alone.
     """
 
-    encoder: Tokenizer
+    encoder: Backend
     llm: Tokenizer
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]

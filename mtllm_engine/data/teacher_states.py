@@ -25,7 +25,7 @@ from mtllm_engine.files import (
 )
 
 FORMAT = "mtllm-targets/2"
-EARLIER = {"data.parts": "whole", "model.adapters": ""}
+EARLIER = {"data.parts": "whole", "model.adapters": "", "model.encoder_prefix": ""}
 """Of a maker, what older states do not say."""
 
 

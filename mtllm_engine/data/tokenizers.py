@@ -1,25 +1,30 @@
 """Text to token ids for both models, cut so that teacher and student read the same characters."""
 
 import copy
+import functools
 import itertools
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tokenizers
-import transformers
-from tokenizers import Encoding, Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
 
 from mtllm_engine.data.annotations import Annotations, Range, Removed, token_range, token_spans
-from mtllm_engine.data.parts import Parted, PartsTokenizer, cuts
-from mtllm_engine.files import check_pulled
-from mtllm_engine.languages import is_well_formed, token_of
+from mtllm_engine.data.parts import Backend, Parted, PartsTokenizer, cuts
+from mtllm_engine.data.pieces import Prefixed, Tokens
+from mtllm_engine.data.vocabulary import (
+    around_of,
+    backend_of,
+    languages_of,
+    largest_id,
+    load_tokenizer,
+)
+from mtllm_engine.languages import ENGLISH
 
-Encoded = Encoding | Parted
+Encoded = Encoding | Tokens | Parted
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Side:
     """One tokenizer with its special tokens: `prefix + tokens + suffix`."""
 
     name: str  # of who reads it, in messages
-    backend: Tokenizer | PartsTokenizer  # the latter puts special tokens around each part itself
+    backend: Backend | PartsTokenizer  # the latter puts special tokens around each part itself
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
 
@@ -102,6 +107,7 @@ class PairTokenizer:
     reference code of arXiv 2406.12739 does.
 
     Args:
+        encoder_prefix: `model.encoder_prefix`.
         parts: `data.parts`. Of a text in parts that is too long `independent` keeps not the first
             tokens, but what `aligned` would for that side alone: each part ends in order.
         reader: Who alone reads a text, "stack" the encoder's tokens or "llm" the LLM's own: it is
@@ -117,18 +123,22 @@ class PairTokenizer:
         max_length: int,
         truncation: str = "aligned",
         parts: str = "whole",
+        encoder_prefix: str = "",
         reader: Literal["stack", "llm"] | None = None,
     ) -> None:
         self.reader = reader
+        self.encoder_prefix = encoder_prefix
         self.max_length = max_length
         self.truncation = truncation
         self.parts = parts
         self.encoder = load_tokenizer(encoder)
         self.decoder = load_tokenizer(decoder)
-        if reader != "llm" and self.encoder.eos_token_id is None:
+        self.languages = languages_of(self.encoder, encoder)
+        told = self.languages.is_told
+        if reader != "llm" and told and self.encoder.eos_token_id is None:
             fix = "give its tokenizer_config.json the model's, </s> of NLLB"
             raise ValueError(f"the tokenizer in {encoder} has no eos_token; {fix}")
-        self.teacher = _plain_side(self.decoder)
+        self.teacher = Side("LLM", self.decoder.backend_tokenizer, *around_of(self.decoder))
         self._students: dict[str, Side] = {}
 
     @property
@@ -136,57 +146,75 @@ class PairTokenizer:
         """What is put around a text that is read, in words: a tokenizer may lack what its model was
         trained with.
         """
-        to_words = self.decoder.convert_ids_to_tokens
-        prefix, suffix = (to_words(list(ids)) for ids in (self.teacher.prefix, self.teacher.suffix))
-        teacher = [*prefix, "...", *suffix]
-        student = ["LANGUAGE", "...", self.encoder.eos_token]
         encoder = "encoder" if self.parts == "whole" else f"encoder, {self.parts} one by one"
-        sides = {"stack": (encoder, student), "llm": ("LLM", teacher)}
-        read = [sides[self.reader]] if self.reader else sides.values()
+        names = {"stack": encoder, "llm": "LLM"}
+        words = {"stack": self._around_student, "llm": self._around_teacher}
+        readers = [self.reader] if self.reader else [*names]
+        around = {names[reader]: words[reader]() for reader in readers}
         return "; ".join(
-            f"{name}: {' '.join(words) if len(words) > 1 else 'nothing put around them'}"
-            for name, words in read
+            f"{name}: {' '.join(each) if len(each) > 1 else 'nothing put around them'}"
+            for name, each in around.items()
         )
 
-    @property
-    def languages(self) -> frozenset[str]:
-        """The encoder's language tokens."""
-        return language_tokens(self.encoder)
+    def _around_teacher(self) -> list[str]:
+        return _words(self.decoder, self.teacher.prefix, "...", self.teacher.suffix)
+
+    def _around_student(self) -> list[str]:
+        text = f"{self.encoder_prefix}..."
+        if not self.languages.is_told:
+            return _words(self.encoder, self._untold[0], text, self._untold[1])
+        end = self.encoder.eos_token
+        return [text, end, "LANGUAGE"] if self.languages.is_last else ["LANGUAGE", text, end]
 
     @property
     def largest_student_id(self) -> int:
         """That the encoder may be given, in any of its languages."""
-        vocabulary = self.encoder.get_vocab()
-        around = (vocabulary[token] for token in (*self.languages, self.encoder.eos_token))
-        return _largest_id(self.encoder, around)
+        codes = self.languages.tokens if self.languages.is_told else [ENGLISH]
+        around = [id for code in codes for ids in self._special(code) for id in ids]
+        return largest_id(self.encoder, around)
 
     @property
     def largest_teacher_id(self) -> int:
-        return _largest_id(self.decoder, [*self.teacher.prefix, *self.teacher.suffix])
+        return largest_id(self.decoder, [*self.teacher.prefix, *self.teacher.suffix])
 
     def student(self, language: str) -> Side:
-        """The encoder's side in a source language: language token, text, `</s>` (NLLB's format), or
-        so of each part.
+        """The encoder's side in a source language: its special tokens around the text, or around
+        each part.
 
         Raises:
-            ValueError: The code is no language's, or this encoder has no token for it.
+            ValueError: The code is no language's, or this encoder takes a token and has none for
+                it.
         """
         if language not in self._students:
-            token = token_of(language, self.languages)
-            backend, suffix = self.encoder.backend_tokenizer, (self.encoder.eos_token_id,)
-            token_id = backend.token_to_id(token)
-            assert token_id is not None
-            self._students[language] = Side("encoder", backend, (token_id,), suffix)
+            prefix, suffix = self._special(language)
+            bare, text = backend_of(self.encoder), self.encoder_prefix
+            backend: Backend = Prefixed(bare, text) if text else bare
+            self._students[language] = Side("encoder", backend, prefix, suffix)
             if self.parts != "whole":
                 parts = PartsTokenizer(
                     encoder=backend,
                     llm=self.decoder.backend_tokenizer,
-                    prefix=(token_id,),
+                    prefix=prefix,
                     suffix=suffix,
                     kind=self.parts,
                 )
                 self._students[language] = Side("encoder", parts, (), ())
         return self._students[language]
+
+    def _special(self, language: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the encoder reads before and behind a text in a language: the language's token and
+        the end, or what its tokenizer itself puts there.
+        """
+        token = self.languages.token_of(language)
+        if token is None:
+            return self._untold
+        token_id, end = map(self.encoder.convert_tokens_to_ids, (token, self.encoder.eos_token))
+        assert isinstance(token_id, int) and isinstance(end, int)
+        return ((), (end, token_id)) if self.languages.is_last else ((token_id,), (end,))
+
+    @functools.cached_property
+    def _untold(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return around_of(self.encoder)
 
     def read_by(
         self, reader: Literal["stack", "llm"] | None, *, truncation: str = ""
@@ -391,84 +419,8 @@ def _parts_of(encoding: Encoded) -> np.ndarray | None:
     return np.array(encoding.parts, np.int32) if isinstance(encoding, Parted) else None
 
 
-def language_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
-    """The tokens of a vocabulary that have the form of a language code."""
-    return frozenset(filter(is_well_formed, tokenizer.get_vocab()))
-
-
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """A Hugging Face tokenizer, from its folder or the hub; none of its code is run.
-
-    A text is a text: a control token that is spelled in it is its characters.
-
-    Raises:
-        ValueError: There is none, it has no Rust backend, or it needs code of its own.
-    """
-    _check_pulled(Path(folder))
-    try:
-        # "Split": control tokens in a text are not looked for.
-        options = {"trust_remote_code": False, "split_special_tokens": True}
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
-    except Exception as error:  # tokenizers raises bare ones, transformers of many types
-        reason = _reason(Path(folder), error)
-        raise ValueError(f"cannot load a tokenizer from {folder}: {reason}") from error
-    added = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
-    if set(tokenizer.get_vocab()) <= added:
-        raise ValueError(f"the tokenizer in {folder} has no words: is its tokenizer.json missing?")
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"the tokenizer in {folder} has no fast (tokenizers) version")
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    return tokenizer
-
-
-def _check_pulled(folder: Path) -> None:
-    """Raises: ValueError: git-lfs's pointer lies in the place of a file that would be read."""
-    is_whole = (folder / "tokenizer.json").is_file()  # which all is in
-    for pattern in ("tokenizer*.json", *([] if is_whole else ["*.model"])):
-        for path in folder.glob(pattern):
-            check_pulled(path)
-
-
-def _reason(folder: Path, error: Exception) -> str:
-    """Why a tokenizer does not load."""
-    said = " ".join(str(error).split())
-    if "trust_remote_code" in said:
-        return "it needs its own code, which is never run"
-    needed = ["tokenizer_config.json"]
-    needed += [] if any(folder.glob("*.model")) else ["tokenizer.json"]
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if folder.is_dir() and missing:
-        return f"it has no {' and no '.join(missing)}; copy that from the model"
-    if isinstance(error, OSError | ValueError):
-        return said
-    about = folder / "tokenizer_config.json"
-    saved = json.loads(about.read_bytes()) if about.is_file() else {}
-    if empty := [key for key in ("eos_token", "unk_token") if saved.get(key, "") is None]:
-        return f"its tokenizer_config.json has no {' and no '.join(empty)}; give it the model's"
-    version = f"tokenizers {tokenizers.__version__} and transformers {transformers.__version__}"
-    return f"its files are damaged, or not of this version ({version}): {said}"
-
-
-def _largest_id(tokenizer: PreTrainedTokenizerFast, around: Iterable[int]) -> int:
-    """The largest id that can come out of a text with some around it: what else was added to the
-    vocabulary, such as a token for padding, does not, spelled in a text or not.
-    """
-    backend = tokenizer.backend_tokenizer
-    words = backend.get_vocab(with_added_tokens=False).values()
-    added = backend.get_added_tokens_decoder()
-    plain = (token_id for token_id, token in added.items() if not token.special)
-    return max(itertools.chain(words, plain, around))
-
-
-def _plain_side(tokenizer: PreTrainedTokenizerFast) -> Side:
-    """The special tokens that a tokenizer puts around a text by itself, found by looking."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    places = (i for i in range(len(full)) if full[i : i + len(bare)] == bare)
-    start = next(places, None)
-    if start is None:
-        where = f"the tokenizer in {tokenizer.name_or_path}"
-        raise ValueError(f"{where} makes other tokens of a text when it puts its own around it")
-    prefix, suffix = tuple(full[:start]), tuple(full[start + len(bare) :])
-    return Side("LLM", tokenizer.backend_tokenizer, prefix, suffix)
+def _words(
+    tokenizer: PreTrainedTokenizerBase, before: Sequence[int], text: str, behind: Sequence[int]
+) -> list[str]:
+    to_words = tokenizer.convert_ids_to_tokens
+    return [*to_words(list(before)), text, *to_words(list(behind))]

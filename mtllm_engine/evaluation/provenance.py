@@ -31,7 +31,7 @@ SETTINGS = ("model.causal", "model.dtype", "model.quantization")
 SETTINGS += ("data.max_length", "data.truncation")
 EARLIER = {"model.adapters": ""}
 """What settings are of predictions that do not say."""
-OF_STACK = {"data.parts": "whole"}
+OF_STACK = {"data.parts": "whole", "model.encoder_prefix": ""}
 """Settings of the stack alone, and what they are of predictions that do not say."""
 
 

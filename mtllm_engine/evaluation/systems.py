@@ -14,18 +14,13 @@ import numpy as np
 from mtllm_engine import config as configs
 from mtllm_engine.config import Config
 from mtllm_engine.data.batch import Document
+from mtllm_engine.data.encoder_languages import EncoderLanguages, Resolved
 from mtllm_engine.data.stream import build_stream, each_step
 from mtllm_engine.data.teacher_states import cost_of, folder_of
-from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
+from mtllm_engine.data.vocabulary import read_languages
 from mtllm_engine.evaluation.predictions import Predictions
 from mtllm_engine.evaluation.translate import Translator, find_model, translate_examples
-from mtllm_engine.languages import (
-    ENGLISH,
-    Resolved,
-    is_well_formed,
-    nearest,
-    resolve_language,
-)
+from mtllm_engine.languages import ENGLISH, is_well_formed, nearest
 from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.model.objective import Outputs
 from mtllm_engine.model.peft import read_lora
@@ -40,12 +35,14 @@ from mtllm_engine.world import AgreedError, World
 
 @dataclass(frozen=True, kw_only=True)
 class Test:
-    """A test set in one language, and what the encoder is given for it."""
+    """A test set in one language, and what the encoder and the translator are given for it."""
 
     dataset: Dataset
     folder: Path
     language: str
     resolved: Resolved
+    translated: Resolved | None = None
+    """None: nobody translates."""
     digest: str = ""
     """Of its examples, once they are checked."""
 
@@ -185,24 +182,35 @@ def find_tests(config: Config) -> tuple[Task, list[Test]]:
         reason = "is answered with a piece of the text, and a translation has other pieces"
         system = f"evaluate.systems has 'translate_test', but task {task.name}"
         raise ValueError(f"{system} {reason}; leave it out")
-    if translates:
-        find_model(_translator_name(config))
-    tokens = language_tokens(load_tokenizer(resolve(config.model.encoder)))
-    return task, _tests(config, task, tokens)
+    translator = _translator_languages(_translator_name(config)) if translates else None
+    return task, _tests(config, task, read_languages(resolve(config.model.encoder)), translator)
 
 
-def _tests(config: Config, task: Task, tokens: Collection[str]) -> list[Test]:
+def _translator_languages(name: str) -> EncoderLanguages:
+    """Raises: ValueError: There is no such model, or it is none of NLLB's form."""
+    languages = read_languages(find_model(name))
+    if not all(map(is_well_formed, languages.tokens.values())) or not languages.tokens:
+        fix = "set evaluate.translator to an NLLB model, or leave it out"
+        raise ValueError(
+            f"evaluate.systems has 'translate_test', and {name} has no tokens as NLLB's; {fix}"
+        )
+    return languages
+
+
+def _tests(
+    config: Config, task: Task, encoder: EncoderLanguages, translator: EncoderLanguages | None
+) -> list[Test]:
     """Each test set in those of the languages asked for that it has; in all that it has, where none
     is asked for.
 
     Args:
-        tokens: The encoder's, of languages.
+        translator: None: nobody translates.
 
     Raises:
         ValueError: A language is in no test set, or a test set has none of the languages that a
             system can read, or is malformed, or has no labels.
     """
-    asked, known = config.evaluate.languages, (tokens, config.languages.fallback)
+    asked, fallback = config.evaluate.languages, config.languages.fallback
     # What there is, by test set: a benchmark's own code is ours by its own table, or the others'.
     sources = {source: find_dataset(task, source) for source in config.task.test}
     tables = [dataset.languages for dataset, _ in sources.values()]
@@ -215,9 +223,16 @@ def _tests(config: Config, task: Task, tokens: Collection[str]) -> list[Test]:
             there = [code for code in meanings if dataset.has(folder, "test", code)]
             codes += [code for code in there if code not in codes]
             missing -= {typed} if there else set()
-        about = {"dataset": dataset, "folder": folder}
-        resolved = [(code, resolve_language(code, *known)) for code in codes]
-        sets[source] = [Test(**about, language=code, resolved=each) for code, each in resolved]
+        sets[source] = [
+            Test(
+                dataset=dataset,
+                folder=folder,
+                language=code,
+                resolved=encoder.resolve(code, fallback),
+                translated=translator and translator.resolve(code, fallback),
+            )
+            for code in codes
+        ]
     # Whether it is all that is asked for, and of use to some system.
     tests = [test for part in sets.values() for test in part]
     if missing:
@@ -231,10 +246,18 @@ def _tests(config: Config, task: Task, tokens: Collection[str]) -> list[Test]:
         if not part:
             fix = " of evaluate.languages; leave it out, or add one that it has" if asked else ""
             raise ValueError(f"task.test: {source} has no test examples in any language{fix}")
-        if "llm" not in config.evaluate.systems and not any(test.resolved.given for test in part):
+        given = (each.given for test in part for each in _needed(test, config.evaluate.systems))
+        if "llm" not in config.evaluate.systems and not any(given):
             lack = f"the encoder has no token for any language of {source}"
             raise ValueError(f"task.test: {lack}; declare languages.fallback, or leave it out")
     return [test.checked(task) for test in tests]
+
+
+def _needed(test: Test, systems: Collection[str]) -> list[Resolved]:
+    """What those systems that are not the LLM alone are given."""
+    reads_stack = {"stack", "sum"} & {*systems}
+    each = (test.resolved if reads_stack else None, test.translated)
+    return [resolved for resolved in each if resolved]
 
 
 def _ours(typed: str, table: Mapping[str, str], tables: Sequence[Mapping[str, str]]) -> list[str]:
@@ -273,7 +296,7 @@ def predict(
     # Who is asked what, and whether there is anything to say.
     reads_stack = reader.config.objective.reader == "stack"
     needs_encoder = translator is not None or reads_stack
-    given, status = test.resolved
+    given, status = (translator and test.translated) or test.resolved
     about = {"system": "stack", "dataset": test.dataset.name, "language": test.language}
     about |= {"seed": config.run.seed, "metric": task.metric}
     about |= {"language_status": status, "language_given": given} if needs_encoder else {}

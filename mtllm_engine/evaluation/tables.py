@@ -287,7 +287,7 @@ def _notes(table: Table) -> Iterator[str]:
         if table.given[language] not in ("", language):
             yield f"* {language} was given to the encoder as {table.given[language]}"
         if status == "unknown":
-            yield f"† {language} was not given to an encoder, which has no token for it"
+            yield f"† {language} {_unknown(language, table.given[language])}"
     for system, languages in table.translated.items():
         flawed = {
             name: each for name, each in languages.items() if each["cut"] + each["unfinished"]
@@ -296,6 +296,13 @@ def _notes(table: Table) -> Iterator[str]:
             yield f"{system} in {language}: {translation_counts(counts)}"
         if not flawed:
             yield f"{system}: every text was translated whole, to an end"
+
+
+def _unknown(language: str, given: str) -> str:
+    """Args: given: What encoders got for it."""
+    if language in given.split(" and "):
+        return "was read by an encoder that was not trained on it"
+    return "was not given to an encoder, which has no token for it"
 
 
 def translation_counts(counts: Mapping[str, int]) -> str:

@@ -12,8 +12,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
 
 from mtllm_engine import files
-from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
-from mtllm_engine.languages import check_code, codes_of
+from mtllm_engine.data.vocabulary import read_languages
+from mtllm_engine.languages import check_code
 from mtllm_engine.model.tensors import resolve
 from mtllm_engine.model.weights import ADAPTERS
 from mtllm_engine.training.origins import check_origins
@@ -129,8 +129,8 @@ def _check(trained: Trained, format: str, options: Options) -> None:
         if asked and format != "folder":
             raise ValueError(f"{option} is for --format folder; {format} has no place for it")
     if options.default_language:
-        tokens = language_tokens(load_tokenizer(resolve(trained.config.model.encoder)))
-        if check_code(options.default_language) not in codes_of(tokens):
+        languages = read_languages(resolve(trained.config.model.encoder))
+        if not languages.knows(check_code(options.default_language)):
             raise ValueError(f"--language: the encoder has no token for {options.default_language}")
     _check_tasks(trained, options.tasks)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mtllm_engine.data import parts
-from mtllm_engine.data.tokenizers import language_tokens, load_tokenizer
+from mtllm_engine.data.vocabulary import read_languages
 from mtllm_engine.export import Options, card, seal
 from mtllm_engine.export.models import (
     copy_tokenizer,
@@ -26,7 +26,7 @@ from mtllm_engine.export.models import (
 )
 from mtllm_engine.export.streaming import write_safetensors
 from mtllm_engine.inference import MTLLM
-from mtllm_engine.languages import ENGLISH, NAMES, SCRIPTS, readable
+from mtllm_engine.languages import ENGLISH, NAMES, SCRIPTS
 from mtllm_engine.model.tensors import resolve
 from mtllm_engine.model.weights import ADAPTERS, HEAD_FILE, PROJECTION_FILE, RUN_FILES
 from mtllm_engine.training.checkpoint import READS, chain_of, fingerprint_of
@@ -118,7 +118,6 @@ def _settings(trained: Trained, options: Options, *, is_merged: bool) -> dict[st
     """config.json, as modeling_mtllm.py's `MTLLMConfig` reads it."""
     config = trained.config
     model, data = config.model, config.data
-    tokens = language_tokens(load_tokenizer(resolve(model.encoder)))
     default = options.default_language or trained.record.get("default_language", "")
     own = {trained.task or "task": trained.head} if trained.head else {}
     heads = {task: (head, STUDENT) for task, head in own.items()}
@@ -137,7 +136,7 @@ def _settings(trained: Trained, options: Options, *, is_merged: bool) -> dict[st
         "truncation": data.truncation,
         "parts": data.parts,
         "dtype": options.dtype or model.dtype,
-        "languages": readable(tokens, {}),
+        "languages": read_languages(resolve(model.encoder)).readable({}),
         "fallback": dict(config.languages.fallback),
         "default_language": default,
         "teacher": "" if is_merged else TEACHER if model.teacher else LLM,

@@ -100,6 +100,7 @@ def build_tokenizer(config: Config, stack: Stack) -> PairTokenizer:
         max_length=config.data.max_length,
         truncation=config.data.truncation,
         parts=config.data.parts,
+        encoder_prefix=config.model.encoder_prefix,
         reader=None if config.objective.kind == "distil" else config.objective.reader,
     )
     sides = [("model.decoder", tokenizer.largest_teacher_id, stack.decoder.embedding)]

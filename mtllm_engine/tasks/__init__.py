@@ -182,7 +182,7 @@ def pack(examples: Iterable[Example], out: Path | str, *, language: str, licence
     key.
 
     Args:
-        language: What the encoder is given: `languages.resolve_language` says that of a benchmark's
+        language: What the encoder is given: `EncoderLanguages.resolve` says that of a benchmark's
             language.
 
     Raises:

@@ -33,7 +33,7 @@ from mtllm_engine.world import World
 FORMAT = {"format": "pt"}  # as transformers and PEFT mark their files
 OPTIMIZER = "optimizer.safetensors"
 NAMES = ("latest", "best")
-MODEL = ("causal", "dtype", "quantization", "projection_bias")
+MODEL = ("causal", "dtype", "quantization", "projection_bias", "encoder_prefix")
 PACKS = ("mixture", "teacher_states", "lanes", "pack_documents", "pack_tokens")
 TEXTS = ("max_length", "truncation", "parts", "pairs", "on_error")
 IDENTITY = (
@@ -42,11 +42,11 @@ IDENTITY = (
     *("lora.", "objective.", "run.seed", "task.name"),
 )
 """Beginnings of the keys that a run must keep to be continued."""
-READS = ("model.causal", "model.dtype", "model.projection_bias")
+READS = ("model.causal", "model.dtype", "model.projection_bias", "model.encoder_prefix")
 READS += ("data.max_length", "data.truncation", "data.parts", "languages.fallback")
 """Keys that say how a text is read, whatever is learned from it."""
 EARLIER = {"lora.rslora": False, "lora.train": "all", "data.parts": "whole", "data.pairs": 0.0}
-EARLIER |= {"model.adapters": ""}
+EARLIER |= {"model.adapters": "", "model.encoder_prefix": ""}
 """Keys that older checkpoints lack, and what they were then."""
 
 
@@ -227,7 +227,7 @@ def identity(config: Config) -> dict[str, Any]:
 def teacher_identity(config: Config) -> dict[str, Any]:
     """What the teacher's states depend on besides the text: model, adapters, and how texts become
     tokens."""
-    keys = ("model.causal", "model.dtype", "model.quantization")
+    keys = ("model.causal", "model.dtype", "model.quantization", "model.encoder_prefix")
     keys += ("data.max_length", "data.truncation", "data.parts")  # what both sides' limit leaves
     flat, model = flatten(config), config.model
     tokenizers = [*map(tokenizer_files, map(resolve, (model.encoder, model.decoder)))]

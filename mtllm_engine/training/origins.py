@@ -55,7 +55,10 @@ def check_origins(config: Config) -> None:
         # A projection is of one encoder; who reads the LLM's own tokens has none.
         if reads_stack and (Path(folder) / PROJECTION_FILE).is_file():
             current["model.encoder"] = fingerprint_of(model.encoder)
-        names = {f"model.{key}": getattr(model, key) for key in ("causal", "decoder", "encoder")}
+            current["model.encoder_prefix"] = model.encoder_prefix
+        keys = ("causal", "decoder", "encoder")
+        names = {f"model.{key}": getattr(model, key) for key in keys}
+        names["model.encoder_prefix"] = repr(model.encoder_prefix)
         names["model.adapters"] = list(model.adapters)
         check_origin(Path(folder), current, names)
 
@@ -78,9 +81,11 @@ def check_origin(folder: Path, current: Mapping[str, Any], names: Mapping[str, A
 
 
 def _models_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity in a record. Who names an LLM and no chain was trained before there were any."""
+    """The identity in a record. Who names an LLM and no chain was trained before there were any,
+    and who names an encoder and no prefix likewise."""
     said = record["identity"]
-    return {"model.adapters": EARLIER["model.adapters"]} | said if "model.decoder" in said else said
+    names = {"model.decoder": "model.adapters", "model.encoder": "model.encoder_prefix"}
+    return {key: EARLIER[key] for model, key in names.items() if model in said} | said
 
 
 def add_up(folders: Sequence[str], out: Path) -> LoraConfig:

@@ -19,7 +19,7 @@ from mtllm_engine.config import Config
 from mtllm_engine.data.annotations import NO_ANNOTATIONS
 from mtllm_engine.data.batch import IDLE, ONE_PART, Document, Pack, Totals, collate, join
 from mtllm_engine.data.tokenizers import PairTokenizer, Reading
-from mtllm_engine.languages import ENGLISH, codes_of, is_well_formed
+from mtllm_engine.languages import ENGLISH, is_well_formed
 from mtllm_engine.training.engine import PlainEngine, ZeroEngine
 from mtllm_engine.world import World
 
@@ -180,8 +180,8 @@ def _document(index: int, student: Reading, teacher: Reading) -> Document:
 
 
 def _present(folder: Path, split: str, tokenizer: PairTokenizer) -> list[str]:
-    """The languages that a folder has lines in and the encoder a token for."""
-    return sorted(codes_of(tokenizer.languages).intersection(_codes(folder, split)))
+    """The languages that a folder has lines in and the encoder knows."""
+    return sorted(filter(tokenizer.languages.knows, {*_codes(folder, split)}))
 
 
 def _codes(folder: Path, split: str) -> Iterator[str]:
