@@ -37,7 +37,9 @@ class Family:
     """How transformers has one kind of encoder."""
 
     model: str
-    """The class."""
+    """The class that opens a checkpoint as it is published."""
+    alone: str = ""
+    """The class that is the encoder and nothing else; "": that one."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What it is built with, beside its configuration."""
     part: str = ""
@@ -84,6 +86,7 @@ FAMILIES = {  # by model_type
     "xlm-roberta-xl": _roberta(model="XLMRobertaXLModel", norm="encoder.LayerNorm"),
     "mbart": Family(
         model="MBartModel",
+        alone="MBartEncoder",
         part="encoder",
         embedding="embed_tokens.weight",
         shared=("model.shared.weight", "shared.weight", "model.decoder.embed_tokens.weight")
@@ -176,6 +179,19 @@ class PaddedEncoder:
         """The parameters of the last norm: its weight and, if it has one, its bias."""
         prefix = self.family.norm.format(last=self.config.num_hidden_layers - 1)
         return [name for name, _ in self.named_parameters() if name.startswith(f"{prefix}.")]
+
+    @property
+    def architecture(self) -> str:
+        """The class that opens the encoder where it is stored alone, by the names of
+        `name_alone`."""
+        return self.family.alone or self.family.model
+
+    def name_alone(self, name: str) -> str:
+        """What that class calls a parameter."""
+        family = self.family
+        if not family.part or family.alone:
+            return name
+        return family.shared[0] if name == family.embedding else f"{family.part}.{name}"
 
     @property
     def linears(self) -> list[nn.Linear]:
