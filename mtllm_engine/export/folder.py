@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mtllm_engine.data import parts
+from mtllm_engine.data import parts, pieces
 from mtllm_engine.data.vocabulary import read_languages
 from mtllm_engine.export import Options, card, seal
 from mtllm_engine.export.models import (
@@ -45,7 +45,7 @@ from mtllm_engine.training.trained import (
 
 HERE = Path(__file__).parent
 CODE = [HERE / f"{name}_mtllm.py" for name in ("modeling", "texts", "sentences")]
-CODE += [Path(parts.__file__)]
+CODE += [Path(parts.__file__), Path(pieces.__file__)]
 HEAD = ("kind", "num_outputs", "labels")
 SENTENCES = 100
 """How many a merged model is looked at with."""
@@ -118,6 +118,7 @@ def _settings(trained: Trained, options: Options, *, is_merged: bool) -> dict[st
     """config.json, as modeling_mtllm.py's `MTLLMConfig` reads it."""
     config = trained.config
     model, data = config.model, config.data
+    known = read_languages(resolve(model.encoder))
     default = options.default_language or trained.record.get("default_language", "")
     own = {trained.task or "task": trained.head} if trained.head else {}
     heads = {task: (head, STUDENT) for task, head in own.items()}
@@ -136,8 +137,11 @@ def _settings(trained: Trained, options: Options, *, is_merged: bool) -> dict[st
         "truncation": data.truncation,
         "parts": data.parts,
         "dtype": options.dtype or model.dtype,
-        "languages": read_languages(resolve(model.encoder)).readable({}),
-        "fallback": dict(config.languages.fallback),
+        "encoder_prefix": model.encoder_prefix,
+        "languages": sorted(known.codes) if known.is_told or known.trained else [],
+        "language_tokens": dict(sorted(known.tokens.items())),
+        "language_last": known.is_last,
+        "fallback": dict(config.languages.fallback) if known.is_told else {},
         "default_language": default,
         "teacher": "" if is_merged else TEACHER if model.teacher else LLM,
         "merged": is_merged,

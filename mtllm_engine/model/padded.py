@@ -39,7 +39,7 @@ class Family:
     model: str
     """The class that opens a checkpoint as it is published."""
     alone: str = ""
-    """The class that is the encoder and nothing else; "": that one."""
+    """The class that is the encoder and nothing else, where that one is more."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What it is built with, beside its configuration."""
     part: str = ""
@@ -52,6 +52,17 @@ class Family:
     """What the last norm is called, by the last layer's number."""
     num_positions: Callable[[PreTrainedConfig], int] | None = None
     """Tokens of the longest text; None: there is no such limit."""
+
+    @property
+    def class_alone(self) -> str:
+        """What opens the encoder where it is stored alone."""
+        return self.alone or self.model
+
+    def name_alone(self, name: str) -> str:
+        """What that class calls a parameter of the encoder."""
+        if not self.part or self.alone:
+            return name
+        return self.shared[0] if name == self.embedding else f"{self.part}.{name}"
 
 
 def _positions(config: PreTrainedConfig) -> int:
@@ -179,19 +190,6 @@ class PaddedEncoder:
         """The parameters of the last norm: its weight and, if it has one, its bias."""
         prefix = self.family.norm.format(last=self.config.num_hidden_layers - 1)
         return [name for name, _ in self.named_parameters() if name.startswith(f"{prefix}.")]
-
-    @property
-    def architecture(self) -> str:
-        """The class that opens the encoder where it is stored alone, by the names of
-        `name_alone`."""
-        return self.family.alone or self.family.model
-
-    def name_alone(self, name: str) -> str:
-        """What that class calls a parameter."""
-        family = self.family
-        if not family.part or family.alone:
-            return name
-        return family.shared[0] if name == family.embedding else f"{family.part}.{name}"
 
     @property
     def linears(self) -> list[nn.Linear]:
