@@ -58,6 +58,7 @@ def _models(trained: Trained) -> dict[str, str]:
     kept = model.dtype if model.quantization == "none" else f"{model.dtype}, {model.quantization}"
     parts = {"whole": "whole", "lines": "line by line", "sentences": "sentence by sentence"}
     reads = f"up to {data.max_length} tokens, {data.truncation} truncation"
+    behind = f" behind {model.encoder_prefix!r}" if model.encoder_prefix else ""
     adapters = f"rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.target_modules)}"
     bias = "with a bias" if model.projection_bias else "without a bias"
     return {
@@ -65,7 +66,7 @@ def _models(trained: Trained) -> dict[str, str]:
         "LLM": f"{_licensed(trained, 'llm')}, {attention}, {kept}",
         "merged": _merged(trained),
         "languages": _languages(trained) if trained.reads_stack else "",
-        "texts": f"read {parts[data.parts]}, {reads}",
+        "texts": f"read {parts[data.parts]}{behind}, {reads}",
         "adapters": "merged into the LLM's weights" if trained.is_merged else adapters,
         "projection": bias if trained.reads_stack else "none: the LLM reads its own tokens",
     }

@@ -438,6 +438,7 @@ PATHS = {
     if PathText in (hint, *typing.get_args(hint))
 }
 NO_PATHS = {  # texts of other kinds
+    "model.encoder_prefix",
     "task.name",
     "lora.target_modules",
     "data.teacher_states",

@@ -8,13 +8,9 @@ from mtllm_engine.languages import (
     SCRIPTS,
     check_code,
     check_language,
-    codes_of,
     flores_code,
     is_well_formed,
     nllb_token,
-    readable,
-    resolve_language,
-    token_of,
 )
 
 
@@ -106,36 +102,6 @@ def test_codes_that_say_too_little_or_nothing():
     } & set(OTHER_CODES)
 
 
-def test_an_encoder_is_given_its_own_tokens_or_declared_ones_only():
-    fallback = {
-        "nij_Latn": "ind_Latn",
-        "ind_Latn": "jav_Latn",
-        "mad_Latn": "bbc_Latn",
-        "bbc_Latn": "sat_Olck",
-    }
-    resolve = {
-        code: resolve_language(code, FAIRSEQ_LANGUAGE_CODES, fallback)
-        for code in ("nij_Latn", "ind_Latn")
-    }
-    assert resolve["nij_Latn"] == ("ind_Latn", "fallback") and resolve["ind_Latn"] == (
-        "ind_Latn",
-        "known",
-    )
-    assert resolve_language("bbc_Latn", FAIRSEQ_LANGUAGE_CODES, fallback) == (
-        "sat_Olck",
-        "fallback",
-    )
-    for code in ("arb_Latn", "min_Arab", "bzd_Latn", "qaa_Latn", "sat_Beng_"):
-        assert resolve_language(code, FAIRSEQ_LANGUAGE_CODES, fallback) == (None, "unknown")
-    assert resolve_language("sat_Olck", FAIRSEQ_LANGUAGE_CODES, {}) == ("sat_Olck", "known")
-    assert resolve_language("qaa_Latn", {"qaa_Latn"}, {}) == ("qaa_Latn", "known")
-    with pytest.raises(
-        ValueError,
-        match=r"languages\.fallback\.mad_Latn=bbc_Latn: the encoder has no token for that either",
-    ):
-        resolve_language("mad_Latn", FAIRSEQ_LANGUAGE_CODES, fallback)
-
-
 @pytest.mark.parametrize("code", ["nij_Latn", "xaa_Latn", "qaa_Latn", "swh_Latn", "tlh_Piqd"])
 def test_texts_may_be_of_a_language_that_flores_lacks(code):
     assert check_code(code) == code
@@ -145,20 +111,3 @@ def test_texts_may_be_of_a_language_that_flores_lacks(code):
 def test_texts_may_not_be_of_a_language_that_flores_calls_otherwise(code):
     with pytest.raises(ValueError, match="unknown language .*; did you mean"):
         check_code(code)
-
-
-def test_an_encoders_own_languages_are_languages():
-    tokens = [*FAIRSEQ_LANGUAGE_CODES, "nij_Latn", "qaa_Latn", "<mask>"]
-    known = codes_of(tokens)
-    assert known == {*FLORES_200, "nij_Latn", "qaa_Latn"} - {"arb_Latn", "min_Arab"}
-    assert {token_of(code, tokens) for code in known} == set(tokens) - {"<mask>"}
-    assert resolve_language("nij_Latn", tokens, {}) == ("nij_Latn", "known")
-    assert resolve_language("mad_Latn", tokens, {"mad_Latn": "nij_Latn"}).given == "nij_Latn"
-    assert set(readable(tokens, {"mad_Latn": "nij_Latn"})) == {*known, "mad_Latn"}
-    for code, message in (
-        ("mad_Latn", "no token for the language mad_Latn; the nearest that it has: "),
-        ("min_Arab", "no token for the language min_Arab; the nearest that it has: min_Latn"),
-        ("sat_Beng", "unknown language 'sat_Beng'; did you mean sat_Olck"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            token_of(code, tokens)

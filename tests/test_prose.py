@@ -54,7 +54,7 @@ def test_models_are_ordinary_checkpoints(folder: Path):
     config = load(CONFIG, overrides(folder))
     stack, _ = build_stack(config)
     tokenizer = build_tokenizer(config, stack)
-    assert len(tokenizer.languages) == 202
+    assert len(tokenizer.languages.codes) == 202
     student_ids_S, teacher_ids_T = tokenizer("A sentence of words.", "eng_Latn")
     assert (
         tokenizer.encoder.decode(student_ids_S, skip_special_tokens=True) == "A sentence of words."

@@ -18,6 +18,7 @@ from mtllm_engine.data.annotations import Annotations
 from mtllm_engine.data.tokenizers import PairTokenizer, Side, load_tokenizer
 from mtllm_engine.languages import FLORES_200
 from mtllm_engine.model.build import load_config
+from tests.support.cuts import grapheme_ends, largest_cut, word_ends
 from tests.support.tiny import WORDS, build_decoder, build_encoder
 
 CHINESE = "自我蒸馏让学生模型读懂老师所读的文本无论文本用哪种语言写成。"
@@ -79,40 +80,6 @@ TEXT = (
     | st.lists(GRAPHEME, min_size=1, max_size=60).map("".join)
     | st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)
 )
-
-
-def largest_cut(text, tokenizers, max_length):
-    """By trying all: the largest end of a word at which both limits hold; 0: there is none.
-
-    Of a grapheme, if that is in the first half of what fits: of the text before the first token
-    that is too many.
-    """
-
-    def fits(cut):
-        return all(
-            len(tokenizer(text[:cut])["input_ids"]) <= max_length for tokenizer in tokenizers
-        )
-
-    if fits(len(text)):
-        return len(text)
-    best_word = max(filter(fits, word_ends(text)), default=0)
-    if 2 * best_word >= min(start_of_overflow(text, each, max_length) for each in tokenizers):
-        return best_word
-    return max(filter(fits, grapheme_ends(text)), default=0)
-
-
-def word_ends(text):
-    return [end for end in range(1, len(text)) if text[end].isspace() > text[end - 1].isspace()]
-
-
-def grapheme_ends(text):
-    return [match.end() for match in regex.finditer(r"\X", text)]
-
-
-def start_of_overflow(text, tokenizer, max_length):
-    bare = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    room = max_length - tokenizer.num_special_tokens_to_add()
-    return bare[room][0] if len(bare) > room else len(text)
 
 
 def check_aligned(text, pair, reference):
@@ -250,11 +217,12 @@ def test_teachers_special_tokens_are_found(folder, tmp_path, template, truncatio
 
 def test_every_code_of_nllb_and_no_other(build_pair):
     pair = build_pair(24)
-    assert len(pair.languages) == 202 and pair.languages == set(FAIRSEQ_LANGUAGE_CODES)
+    tokens = pair.languages.tokens.values()
+    assert len(tokens) == 202 and {*tokens} == set(FAIRSEQ_LANGUAGE_CODES)
     prefixes = {
         pair.student(code).prefix for code in FLORES_200 if code not in ("arb_Latn", "min_Arab")
     }
-    assert prefixes == {(pair.encoder.convert_tokens_to_ids(token),) for token in pair.languages}
+    assert prefixes == {(pair.encoder.convert_tokens_to_ids(token),) for token in tokens}
     assert pair.encoder.unk_token_id not in {prefix[0] for prefix in prefixes}
 
 
@@ -681,7 +649,7 @@ def test_a_control_token_spelled_in_a_text_is_its_characters(build_pair, text, l
         assert ids == [*before, *body, *after]
         control = {
             *tokenizer.all_special_ids,
-            *map(tokenizer.convert_tokens_to_ids, pair.languages),
+            *map(tokenizer.convert_tokens_to_ids, pair.languages.tokens.values()),
         }
         assert not set(body) & (control - {tokenizer.unk_token_id})
     # What the teacher reads is the text; the encoder may lack a character.

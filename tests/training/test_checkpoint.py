@@ -411,6 +411,7 @@ def test_missing_file_is_refused_and_the_advice_works(run, name):
         ("model", "decoder", "other_decoder", 'model.decoder was "'),
         ("model", "causal", True, "model.causal was false and is true"),
         ("model", "projection_bias", False, "model.projection_bias was true and is false"),
+        ("model", "encoder_prefix", "query: ", 'model.encoder_prefix was "" and is "query: "'),
         ("data", "train", ("other_train",), 'data.train was ["'),
         ("data", "train", ("train", "train"), 'data.train was ["'),
         ("data", "lanes", 7, "data.lanes was 8 and is 7"),

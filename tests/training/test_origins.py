@@ -123,6 +123,7 @@ CHANGES = {
     "causal": {"causal": True},
     "decoder": {"decoder": "other_decoder"},
     "encoder": {"encoder": "other_encoder"},
+    "encoder_prefix": {"encoder_prefix": "query: "},
 }
 
 
@@ -131,12 +132,12 @@ CHANGES = {
 def test_another_model_than_it_was_trained_with_is_refused(folder: Path, role: str, changed: str):
     """The LLM's own adapters know no encoder."""
     values = {
-        key: str(folder / value) if isinstance(value, str) else value
+        key: str(folder / value) if value in ("other_encoder", "other_decoder") else value
         for key, value in CHANGES[changed].items()
     }
     other = "teacher" if role == "init_from" else "init_from"
     config = stage2_config(folder, "sib200", model={other: "", **values})
-    if (role, changed) == ("teacher", "encoder"):
+    if (role, changed) in (("teacher", "encoder"), ("teacher", "encoder_prefix")):
         origins.check_origins(config)
         return
     origin = checkpoint_of(folder, *ORIGINS[role])
