@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mtllm_engine.config import Config
 from mtllm_engine.data import parts, pieces
 from mtllm_engine.data.vocabulary import read_languages
 from mtllm_engine.export import Options, card, seal
@@ -118,7 +119,6 @@ def _settings(trained: Trained, options: Options, *, is_merged: bool) -> dict[st
     """config.json, as modeling_mtllm.py's `MTLLMConfig` reads it."""
     config = trained.config
     model, data = config.model, config.data
-    known = read_languages(resolve(model.encoder))
     default = options.default_language or trained.record.get("default_language", "")
     own = {trained.task or "task": trained.head} if trained.head else {}
     heads = {task: (head, STUDENT) for task, head in own.items()}
@@ -137,15 +137,23 @@ def _settings(trained: Trained, options: Options, *, is_merged: bool) -> dict[st
         "truncation": data.truncation,
         "parts": data.parts,
         "dtype": options.dtype or model.dtype,
-        "encoder_prefix": model.encoder_prefix,
-        "languages": sorted(known.codes) if known.is_told or known.trained else [],
-        "language_tokens": dict(sorted(known.tokens.items())),
-        "language_last": known.is_last,
-        "fallback": dict(config.languages.fallback) if known.is_told else {},
+        **languages_of(config),
         "default_language": default,
         "teacher": "" if is_merged else TEACHER if model.teacher else LLM,
         "merged": is_merged,
         "tasks": {task: asdict(head) | {"folder": at} for task, (head, at) in heads.items()},
+    }
+
+
+def languages_of(config: Config) -> dict[str, Any]:
+    """What config.json says of how the encoder reads texts in a language."""
+    known = read_languages(resolve(config.model.encoder))
+    return {
+        "encoder_prefix": config.model.encoder_prefix,
+        "languages": sorted(known.codes) if known.is_told or known.trained else [],
+        "language_tokens": dict(sorted(known.tokens.items())),
+        "language_last": known.is_last,
+        "fallback": dict(config.languages.fallback) if known.is_told else {},
     }
 
 

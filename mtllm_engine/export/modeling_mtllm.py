@@ -26,19 +26,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import cached_file
 
-from .pieces import only_read
-from .texts_mtllm import SEPARATOR, padded, student_side, teacher_side
+from .texts_mtllm import SEPARATOR, open_tokenizer, padded, student_side, teacher_side
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
@@ -333,11 +325,7 @@ class MTLLMModel(PreTrainedModel):
             return cached_file(name, file, subfolder=folder, **hub)
 
         for folder in ("encoder", "llm"):
-            options = {"subfolder": folder, "split_special_tokens": True}  # a text is a text
-            tokenizer = AutoTokenizer.from_pretrained(name, **options, **hub)
-            if isinstance(tokenizer, PreTrainedTokenizerFast):  # M2M-100's is none
-                only_read(tokenizer)
-            self._tokenizers.append(tokenizer)
+            self._tokenizers.append(open_tokenizer(name, subfolder=folder, **hub))
         self.projection.load_state_dict(load_file(path("student", "projection.safetensors")))
         self.projection.to(self.encoder.device)
         config, sets = self.config, {"student", "teacher"}

@@ -3,14 +3,19 @@
 import difflib
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Encoding
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from .parts import Backend, Parted, PartsTokenizer, cuts
-from .pieces import Prefixed, Tokens, around_of, backend_of
+from .pieces import Prefixed, Tokens, around_of, backend_of, only_read
 
 NLLB = {"sat_Olck": "sat_Beng"}  # its vocabulary names Santali by the wrong script
 Encoded = Encoding | Tokens | Parted
@@ -80,6 +85,14 @@ class Side(NamedTuple):
             return encoding.offsets[self._room][0]
         starts = [start for start, end in encoding.offsets if start < length and end > 0]
         return starts[-surplus] if surplus <= len(starts) else 0
+
+
+def open_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """That takes a text for a text. Args: options: of `AutoTokenizer.from_pretrained`."""
+    tokenizer = AutoTokenizer.from_pretrained(name, split_special_tokens=True, **options)
+    if isinstance(tokenizer, PreTrainedTokenizerFast):  # M2M-100's is none
+        only_read(tokenizer)
+    return tokenizer
 
 
 def student_side(

@@ -1,19 +1,28 @@
-"""Exports of stacks over encoders of transformers' own classes: read where our package is not, by us,
-and by the cards' programs, which are the method padded.
+"""Exports of stacks over encoders of transformers' own classes: read where our package is not, by
+us, and by the cards' programs, which are the method padded.
 """
 
+import importlib
+import inspect
 import json
-import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers.models.mbart.modeling_mbart import MBartEncoder
+from huggingface_hub import metadata_load
+from safetensors.torch import load_file
+from transformers import AutoModel
 
-import transformers
-from mtllm_engine import MTLLM, files
-from mtllm_engine.export import export
+from mtllm_engine import MTLLM
+from mtllm_engine.export import export, models
+from mtllm_engine.model.build import read_encoder
+from mtllm_engine.model.padded import PaddedEncoder
+from mtllm_engine.model.tensors import TensorFiles
+from mtllm_engine.model.weights import padded_sources
 from mtllm_engine.train import train
 from mtllm_engine.training.trained import find_trained
 from tests.support.encoders import KINDS, LONGEST, build_padded_encoder, read_by_transformers
@@ -28,13 +37,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = [*AWKWARD, *texts(6, seed=3)]
 PLAIN = ["a", "return self", "if the seed is", *texts(5, seed=4, longest=2)]
 """Without control tokens, and short enough that nothing is cut."""
-LLMS = ("llama", "qwen3")
-ENCODERS = {  # and how texts are read
-    "e5-small": {"model": {"encoder_prefix": "passage: "}},
-    "mt5": {"data": {"parts": "sentences"}},
-    "mbart-50": {"data": {"truncation": "independent"}},
+CASES = {  # of an encoder and an LLM: how texts are read
+    "e5-small llama": {"model": {"encoder_prefix": "passage: "}},
+    "e5-small qwen3": {"model": {"encoder_prefix": "query: "}, "data": {"parts": "sentences"}},
+    "mt5 llama": {},
+    "mt5 qwen3": {"data": {"parts": "lines"}},
+    "mbart-50 llama": {"data": {"truncation": "independent"}},
+    "mbart-50 qwen3": {"model": {"causal": True}},
 }
-CASES = [f"{kind} {llm}" for kind in ENCODERS for llm in LLMS]
+WHOLE = [name for name, case in CASES.items() if "parts" not in case.get("data", {})]
 READ = """
 from transformers import AutoModel
 
@@ -66,10 +77,12 @@ def asked_of(name: str) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def land(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("land")
-    for kind in ENCODERS:
-        build_padded_encoder(folder / kind, kind)
-    for llm in LLMS:
-        build_llm(folder / llm, llm)
+    for name in CASES:
+        kind, llm = name.split()
+        if not (folder / kind).is_dir():
+            build_padded_encoder(folder / kind, kind)
+        if not (folder / llm).is_dir():
+            build_llm(folder / llm, llm)
     build_corpus(folder / "train", 24)
     return folder
 
@@ -78,9 +91,9 @@ def land(tmp_path_factory) -> Path:
 def runs(land) -> dict[str, Path]:
     """Three steps of each."""
     runs = {}
-    for name in CASES:
+    for name, case in CASES.items():
         kind, llm = name.split()
-        sections = {"run": {"dir": str(land / name)}} | ENCODERS[kind]
+        sections = {"run": {"dir": str(land / name)}} | case
         models = {"encoder": str(land / kind), "decoder": str(land / llm)}
         sections["model"] = models | sections.get("model", {})
         sections["data"] = {"max_length": LONGEST, "lanes": 4} | sections.get("data", {})
@@ -131,7 +144,7 @@ def test_we_read_the_folder_as_we_read_what_was_trained(name, runs, exported, ou
     assert after.languages == MTLLM.from_pretrained(runs[name]).languages
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "mt5" not in name])  # which has parts
+@pytest.mark.parametrize("name", WHOLE)
 def test_the_adapters_program_gives_our_vectors(name, land, runs, ours, monkeypatch):
     out = export(runs[name], land / f"{name}-adapters", format="adapters")
     monkeypatch.chdir(out)
@@ -142,18 +155,16 @@ def test_the_adapters_program_gives_our_vectors(name, land, runs, ours, monkeypa
     assert_same(ours[name]["plain"], theirs)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "mt5" not in name])
+@pytest.mark.parametrize("name", WHOLE)
 def test_the_clients_embeddings_give_our_vectors(name, land, runs, ours, monkeypatch):
     out = export(runs[name], land / f"{name}-llm", format="llm")
     monkeypatch.chdir(out)
     scope = run_program(program_of(out / "README.md"))
-    llm = transformers.AutoModel.from_pretrained(".")
-    rows = []
-    for text in PLAIN:
-        embedded = scope["embed"](text, *named(name.split()[0]))
-        with torch.no_grad():
-            rows.append(llm(inputs_embeds=embedded[None]).last_hidden_state[0].mean(0))
-    assert_same(ours[name]["plain"], torch.stack(rows).numpy())
+    llm = AutoModel.from_pretrained(".")
+    with torch.no_grad():
+        embedded = [scope["embed"](text, *named(name.split()[0])) for text in PLAIN]
+        states = [llm(inputs_embeds=each[None]).last_hidden_state[0] for each in embedded]
+    assert_same(ours[name]["plain"], torch.stack([each.mean(0) for each in states]).numpy())
 
 
 def named(kind: str) -> list[str]:
@@ -165,3 +176,68 @@ def run_program(program: str) -> dict:
     scope: dict = {}
     exec(program, scope)
     return scope
+
+
+def test_cards_say_which_encoder_it_is_and_how_it_reads(exported):
+    cards = {name: (folder / "README.md").read_text() for name, folder in exported.items()}
+    for name, encoder in (("e5-small", "BertModel"), ("mt5", "MT5EncoderModel")):
+        card = cards[f"{name} llama"]
+        assert card.index("\nAn encoder under an LLM") < card.index(f"transformers' {encoder}.")
+        assert "`language=` may be left out" in card and 'language="' not in card
+    card = cards["mbart-50 llama"]
+    assert "transformers' MBartEncoder." in card and 'language="swh_Latn"' in card
+    assert "A machine-translation encoder" in card and "It reads 52 languages" in card
+    assert 'Before each text it reads "passage: ".' in cards["e5-small llama"]
+    assert 'Before each sentence it reads "query: ".' in cards["e5-small qwen3"]
+    front = metadata_load(exported["e5-small llama"] / "README.md")
+    assert "swh" in front["language"] and len(front["language"]) > 90
+
+
+def test_a_default_language_is_one_that_the_encoder_can_be_given(land, runs):
+    out = export(runs["mt5 llama"], land / "default", default_language="nqo_Nkoo")
+    assert json.loads((out / "config.json").read_text())["default_language"] == "nqo_Nkoo"
+    with pytest.raises(ValueError, match="the encoder has no token for nqo_Nkoo"):
+        export(runs["mbart-50 llama"], land / "none", default_language="nqo_Nkoo")
+
+
+def test_the_authors_layout_is_refused_by_name(land, runs):
+    with pytest.raises(ValueError, match="model.encoder: .* is a mt5 model; this takes m2m_100"):
+        export(runs["mt5 llama"], land / "none", format="authors")
+    assert not (land / "none").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_folder_is_the_encoder_alone_and_to_the_bit(kind, land, exported, tmp_path):
+    """Whatever a checkpoint holds besides: a decoder, a head, a pooler."""
+    trained = find_trained(exported["mt5 llama"])
+    source = build_padded_encoder(tmp_path / "source", kind)
+    model = replace(trained.config.model, encoder=str(source))
+    trained = replace(trained, config=replace(trained.config, model=model))
+    models.write_encoder(trained, tmp_path / "alone", "")
+    opened, report = opener(tmp_path / "alone")(output_loading_info=True)
+    assert not any(report.values())
+    theirs = read_by_transformers(source, kind)
+    opened = opened.encoder if "t5" in kind or "madlad" in kind else opened
+    expected = {**theirs.state_dict(), **dict(theirs.named_buffers())}
+    found = {**opened.state_dict(), **dict(opened.named_buffers())}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], each) for name, each in expected.items())
+    written = load_file(tmp_path / "alone" / "model.safetensors")
+    assert sum(each.numel() for each in written.values()) == sum(
+        each.numel() for each in theirs.parameters()
+    )
+    # We read it, too.
+    encoder = PaddedEncoder(read_encoder(tmp_path / "alone"), torch.float32)
+    sources = padded_sources(TensorFiles(tmp_path / "alone"), encoder)
+    assert {name for each in sources.values() for name in each.names} == written.keys()
+
+
+def opener(folder: Path) -> Callable:
+    """Of the class that config.json names."""
+    config = json.loads((folder / "config.json").read_text())
+    (name,), family = config["architectures"], config["model_type"].replace("-", "_")
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    kind = getattr(module, name)
+    has_pooler = "add_pooling_layer" in inspect.signature(kind).parameters
+    options = {"add_pooling_layer": False} if has_pooler else {}
+    return partial(kind.from_pretrained, folder, **options)
