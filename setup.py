@@ -45,7 +45,7 @@ setup(
         "quantised": ["bitsandbytes>=0.46"],  # model.quantization = "nf4"
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"),
-            *("peft", "triton", "bitsandbytes>=0.46", "gguf"),
+            *("peft", "triton", "bitsandbytes>=0.46", "gguf", "sentencepiece"),
         ],
         "quickstart": ["sentencepiece"],
     },

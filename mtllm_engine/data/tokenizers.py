@@ -14,14 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mtllm_engine.data.annotations import Annotations, Range, Removed, token_range, token_spans
 from mtllm_engine.data.parts import Backend, Parted, PartsTokenizer, cuts
-from mtllm_engine.data.pieces import Prefixed, Tokens
-from mtllm_engine.data.vocabulary import (
-    around_of,
-    backend_of,
-    languages_of,
-    largest_id,
-    load_tokenizer,
-)
+from mtllm_engine.data.pieces import Prefixed, Tokens, around_of, backend_of
+from mtllm_engine.data.vocabulary import languages_of, largest_id, load_tokenizer
 from mtllm_engine.languages import ENGLISH
 
 Encoded = Encoding | Tokens | Parted

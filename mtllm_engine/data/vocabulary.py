@@ -2,13 +2,11 @@
 
 import itertools
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
 import transformers
-from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
@@ -17,7 +15,7 @@ from transformers import (
 )
 
 from mtllm_engine.data.encoder_languages import EncoderLanguages, find_languages
-from mtllm_engine.data.pieces import SentencePieces
+from mtllm_engine.data.pieces import SentencePieces, backend_of, has_pieces, only_read
 from mtllm_engine.files import check_pulled
 
 
@@ -43,9 +41,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if set(tokenizer.get_vocab()) <= added:
         raise ValueError(f"the tokenizer in {folder} has no words: is its tokenizer.json missing?")
     if isinstance(tokenizer, PreTrainedTokenizerFast):
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-        _spell_control_tokens(tokenizer)
+        only_read(tokenizer)
     elif type(tokenizer).__name__ != "M2M100Tokenizer":
         has = f"the tokenizer in {folder} ({type(tokenizer).__name__}) has no tokenizer.json"
         reason = "and so does not say which characters a token has, by which texts are cut"
@@ -70,26 +66,7 @@ def languages_of(tokenizer: PreTrainedTokenizerBase, encoder: str | Path) -> Enc
         config = {}
     added = {*tokenizer.get_added_vocab(), *getattr(tokenizer, "lang_token_to_id", ())}
     model_type = config.get("model_type", "")
-    return find_languages(added, model_type=model_type, has_pieces=_has_pieces(tokenizer))
-
-
-def backend_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | SentencePieces:
-    is_fast = isinstance(tokenizer, PreTrainedTokenizerFast)
-    return tokenizer.backend_tokenizer if is_fast else SentencePieces(tokenizer)
-
-
-def around_of(
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The special tokens that a tokenizer puts around a text by itself, found by looking."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    places = (i for i in range(len(full)) if full[i : i + len(bare)] == bare)
-    start = next(places, None)
-    if start is None:
-        where = f"the tokenizer in {tokenizer.name_or_path}"
-        raise ValueError(f"{where} makes other tokens of a text when it puts its own around it")
-    return tuple(full[:start]), tuple(full[start + len(bare) :])
+    return find_languages(added, model_type=model_type, has_pieces=has_pieces(tokenizer))
 
 
 def largest_id(tokenizer: PreTrainedTokenizerBase, around: Iterable[int]) -> int:
@@ -103,29 +80,6 @@ def largest_id(tokenizer: PreTrainedTokenizerBase, around: Iterable[int]) -> int
     added = backend.get_added_tokens_decoder()
     plain = (token_id for token_id, token in added.items() if not token.special)
     return max(itertools.chain(words, plain, around))
-
-
-def _has_pieces(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether its words are made of SentencePiece's unigrams."""
-    is_fast = isinstance(tokenizer, PreTrainedTokenizerFast)
-    return is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "Unigram"
-
-
-def _spell_control_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Takes control tokens that are spelled in a text apart behind their first character, where
-    they stand among the pieces that words are made of: SentencePiece itself finds none in a text.
-    """
-    if not _has_pieces(tokenizer):
-        return
-    backend = tokenizer.backend_tokenizer
-    words = backend.get_vocab(with_added_tokens=False)
-    added = (each.content for each in backend.get_added_tokens_decoder().values() if each.special)
-    spelled = [token for token in added if token in words and len(token) > 1]
-    if spelled:
-        starts = "|".join(f"{re.escape(each[0])}(?={re.escape(each[1:])})" for each in spelled)
-        apart = pre_tokenizers.Split(Regex(starts), "merged_with_previous")
-        steps = [backend.pre_tokenizer] if backend.pre_tokenizer else []
-        backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, apart])
 
 
 def _check_pulled(folder: Path) -> None:

@@ -130,7 +130,8 @@ def _check(trained: Trained, format: str, options: Options) -> None:
             raise ValueError(f"{option} is for --format folder; {format} has no place for it")
     if options.default_language:
         languages = read_languages(resolve(trained.config.model.encoder))
-        if not languages.knows(check_code(options.default_language)):
+        check_code(options.default_language)
+        if languages.is_told and not languages.knows(options.default_language):
             raise ValueError(f"--language: the encoder has no token for {options.default_language}")
     _check_tasks(trained, options.tasks)
 

@@ -34,13 +34,13 @@ WHOLE = """
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, $published
 
 ENCODER, LLM, ADAPTERS = "$encoder", "$llm", "."
 options = {"dtype": torch.float32}
 # A text stays a text, whatever control tokens it spells.
 tokenizer = AutoTokenizer.from_pretrained(ENCODER, split_special_tokens=True, padding_side="right")
-encoder = AutoModel.from_pretrained(ENCODER, **options).encoder.eval()
+encoder = $published.from_pretrained(ENCODER, $options**options)$part.eval()
 config = AutoConfig.from_pretrained(LLM)
 config.is_causal = $causal
 llm = AutoModel.from_pretrained(LLM, config=config, **options)
@@ -49,12 +49,9 @@ projection = load_file(f"{ADAPTERS}/projection.safetensors")
 
 
 @torch.no_grad()
-def encode(texts, language):
-    # A language is named by NLLB's code, such as swh_Latn (sat_Olck is sat_Beng there).
-    assert tokenizer.convert_tokens_to_ids(language) != tokenizer.unk_token_id, language
-    tokenizer.src_lang = language
-    limits = {"truncation": True, "max_length": $max_length}
-    batch = tokenizer(texts, padding=True, return_tensors="pt", **limits)
+def encode(texts$language):
+$tell    limits = {"truncation": True, "max_length": $max_length}
+    batch = tokenizer($texts, padding=True, return_tensors="pt", **limits)
     mask = batch["attention_mask"]
     states = encoder(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
     states = torch.nn.functional.linear(states, projection["weight"], projection.get("bias"))
@@ -62,12 +59,12 @@ def encode(texts, language):
     return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
-print(encode(["Habari ya dunia"], "swh_Latn"))
+print(encode(["Habari ya dunia"]$example))
 ```
 
 Texts of more than $max_length tokens were cut at the end of a word in training; here they are cut
 between two tokens.
-"""
+$spelled"""
 PARTS = """
 The encoder reads $parts one by one, and the LLM its own newlines between them. That takes more than
 a few lines: `mtllm export --format folder` writes a folder that does it.

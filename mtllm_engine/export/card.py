@@ -11,8 +11,10 @@ from huggingface_hub import ModelCardData
 from mtllm_engine import config as configs
 from mtllm_engine.config import Config
 from mtllm_engine.data.shards import Manifest
+from mtllm_engine.export.clients import class_of
 from mtllm_engine.languages import NAMES
 from mtllm_engine.model.licences import UNKNOWN, licences_of, public_name
+from mtllm_engine.model.tensors import resolve
 from mtllm_engine.training.checkpoint import record_of
 from mtllm_engine.training.origins import summed_in
 from mtllm_engine.training.trained import Trained, run_of
@@ -32,6 +34,7 @@ def about(trained: Trained) -> dict[str, Any]:
     model = trained.config.model
     return {
         "encoder": public_name(model.encoder),
+        "encoder_class": class_of(resolve(model.encoder)),
         "llm": public_name(model.decoder),
         "adapters": list(map(public_name, model.adapters)),
         "licences": licences_of(trained.config),
@@ -136,23 +139,33 @@ def _licences(about: Mapping[str, Any]) -> str:
 
 def _summary(about: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     known = [NAMES.get(code, code) for code in settings["languages"]]
-    reads = f"{len(settings['languages'])} languages"
+    reads = f"{len(known)} languages" if known else f"what {about['encoder']} reads"
     if settings["parts"] != "whole":
         reads += f", {settings['parts']} one by one"
     sight = "only what comes before" if settings["causal"] else "both sides"
     tasks = ", ".join(f"{task} ({head['kind']})" for task, head in settings["tasks"].items())
+    what = "A machine-translation encoder" if settings["language_tokens"] else "An encoder"
     text = [
-        "A machine-translation encoder under an LLM (MT-LLM, arXiv 2406.12739). The encoder reads",
-        "a text in any of its languages, a linear projection takes its states to the LLM, and the",
-        "LLM goes on with adapters: they were trained on English to give the states that the LLM",
-        "has when it reads a text itself.",
+        f"{what} under an LLM (MT-LLM, arXiv 2406.12739). The encoder reads a text in any of its",
+        "languages, a linear projection takes its states to the LLM, and the LLM goes on with",
+        "adapters: they were trained on English to give the states that the LLM has when it reads",
+        "a text itself.",
         *merged_first(about),
+        *_encoder(about, settings),
         f"It reads {reads}; a token of the LLM sees {sight}; a text's vector is the mean of all",
         f"states; texts longer than {settings['max_length']} tokens are cut.",
         *([f"It answers: {tasks}."] if tasks else []),
         *([f"Languages: {', '.join(dict.fromkeys(known))}."] if known else []),
     ]
     return "\n".join(text)
+
+
+def _encoder(about: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
+    if name := about.get("encoder_class"):
+        yield f"The encoder is transformers' {name}."
+    if prefix := settings["encoder_prefix"]:
+        each = {"whole": "text", "lines": "line", "sentences": "sentence"}[settings["parts"]]
+        yield f"Before each {each} it reads {json.dumps(prefix, ensure_ascii=False)}."
 
 
 def merged_first(about: Mapping[str, Any]) -> list[str]:
@@ -164,6 +177,10 @@ def merged_first(about: Mapping[str, Any]) -> list[str]:
 def _use(settings: Mapping[str, Any]) -> str:
     codes = settings["languages"]
     code = "swh_Latn" if "swh_Latn" in codes or not codes else codes[0]
+    language = f', language="{code}"' if settings["language_tokens"] else ""
+    how = "Languages are codes of FLORES-200."
+    if not language:
+        how = "The encoder is not told the language, and `language=` may be left out."
     text = {"swh_Latn": "Habari ya dunia", "eng_Latn": "Hello, world"}.get(code, "...")
     return f"""## Use
 
@@ -173,7 +190,7 @@ With mtllm-engine, which trained it:
 from mtllm_engine import MTLLM
 
 model = MTLLM.from_pretrained(DIR)
-vectors = model.encode(["{text}"], language="{code}")  # float32 (1, D)
+vectors = model.encode(["{text}"]{language})  # float32 (1, D)
 ```
 
 With transformers 5 alone:
@@ -182,19 +199,19 @@ With transformers 5 alone:
 from transformers import AutoModel
 
 model = AutoModel.from_pretrained(DIR, trust_remote_code=True)
-vectors = model.encode(["{text}"], language="{code}")
+vectors = model.encode(["{text}"]{language})
 ```
 
-With sentence-transformers 6, one language a call:
+With sentence-transformers 6{", one language a call" if language else ""}:
 
 ```python
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer(DIR, trust_remote_code=True)
-vectors = model.encode(["{text}"], language="{code}")
+vectors = model.encode(["{text}"]{language})
 ```
 
-`DIR` is this folder, or its name on the hub. Languages are codes of FLORES-200."""
+`DIR` is this folder, or its name on the hub. {how}"""
 
 
 def _recipe(about: Mapping[str, Any]) -> str:
@@ -231,10 +248,10 @@ def _run(run: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _limits(about: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    lines = [
-        "- A text must be in the language that is said; the encoder does not find it out.",
-        f"- What {about['encoder']} reads badly, this reads badly.",
-    ]
+    lines = ["- A text must be in the language that is said; the encoder does not find it out."]
+    if not settings["language_tokens"]:
+        lines = ["- A text in any other language is read too, and nobody says how well."]
+    lines.append(f"- What {about['encoder']} reads badly, this reads badly.")
     if settings["merged"]:
         lines.append('- Merged: `reader="teacher"`, the LLM without adapters, is no longer there.')
     for code, given in settings["fallback"].items():

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mtllm_engine.data import parts
+from mtllm_engine.config import Config
+from mtllm_engine.data import parts, pieces
 from mtllm_engine.data.vocabulary import read_languages
 from mtllm_engine.export import Options, card, seal
 from mtllm_engine.export.models import (
@@ -45,7 +46,7 @@ from mtllm_engine.training.trained import (
 
 HERE = Path(__file__).parent
 CODE = [HERE / f"{name}_mtllm.py" for name in ("modeling", "texts", "sentences")]
-CODE += [Path(parts.__file__)]
+CODE += [Path(parts.__file__), Path(pieces.__file__)]
 HEAD = ("kind", "num_outputs", "labels")
 SENTENCES = 100
 """How many a merged model is looked at with."""
@@ -136,12 +137,23 @@ def _settings(trained: Trained, options: Options, *, is_merged: bool) -> dict[st
         "truncation": data.truncation,
         "parts": data.parts,
         "dtype": options.dtype or model.dtype,
-        "languages": read_languages(resolve(model.encoder)).readable({}),
-        "fallback": dict(config.languages.fallback),
+        **languages_of(config),
         "default_language": default,
         "teacher": "" if is_merged else TEACHER if model.teacher else LLM,
         "merged": is_merged,
         "tasks": {task: asdict(head) | {"folder": at} for task, (head, at) in heads.items()},
+    }
+
+
+def languages_of(config: Config) -> dict[str, Any]:
+    """What config.json says of how the encoder reads texts in a language."""
+    known = read_languages(resolve(config.model.encoder))
+    return {
+        "encoder_prefix": config.model.encoder_prefix,
+        "languages": sorted(known.codes) if known.is_told or known.trained else [],
+        "language_tokens": dict(sorted(known.tokens.items())),
+        "language_last": known.is_last,
+        "fallback": dict(config.languages.fallback) if known.is_told else {},
     }
 
 

@@ -47,26 +47,25 @@ import base64, io, json, urllib.request
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
-from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
+from $module import $alone
 
 HERE = "encoder"
 tokenizer = AutoTokenizer.from_pretrained(HERE)
-encoder = M2M100Encoder.from_pretrained(HERE, dtype=torch.float32).eval()
+encoder = $alone.from_pretrained(HERE, ${options}dtype=torch.float32).eval()
 projection = load_file(f"{HERE}/projection.safetensors")
 
 
 @torch.no_grad()
-def embed(text, language):
-    assert tokenizer.convert_tokens_to_ids(language) != tokenizer.unk_token_id, language
-    tokenizer.src_lang = language  # NLLB's code, such as swh_Latn (sat_Olck is sat_Beng there)
-    ids = tokenizer(text, truncation=True, max_length=$max_length, return_tensors="pt").input_ids
+def embed(text$language):
+$tell    limits = {"truncation": True, "max_length": $max_length}
+    ids = tokenizer($text, return_tensors="pt", **limits).input_ids
     states = encoder(input_ids=ids).last_hidden_state[0]
     return torch.nn.functional.linear(states, projection["weight"], projection.get("bias"))
 
 
-def ask(text, language, url="http://localhost:8000/v1/embeddings"):
+def ask(text$language, url="http://localhost:8000/v1/embeddings"):
     file = io.BytesIO()
-    torch.save(embed(text, language).to(torch.bfloat16), file)
+    torch.save(embed(text$language).to(torch.bfloat16), file)
     part = {"type": "prompt_embeds", "data": base64.b64encode(file.getvalue()).decode()}
     body = {"messages": [{"role": "user", "content": [part]}], "use_activation": False}
     header = {"Content-Type": "application/json"}
@@ -83,7 +82,7 @@ adds nothing to the embeddings:
 Or in one process, with vLLM's own Python:
 
     llm = LLM(".", runner="pooling", enable_prompt_embeds=True)
-    llm.embed([{"prompt_embeds": embed(text, language)}],
+    llm.embed([{"prompt_embeds": embed(text$language)}],
               pooling_params=PoolingParams(use_activation=False))
 
 What was tried: `embed`, its embeddings read by transformers' `AutoModel`, against the engine's
@@ -94,7 +93,7 @@ those of chat completions is likely, and not known.
 
 Texts of more than $max_length tokens were cut at the end of a word in training; here they are cut
 between two tokens.
-"""
+$spelled"""
 PARTS = """
 The encoder reads $parts one by one, and the LLM its own newlines between them. That takes more than
 a short client: `mtllm export --format folder` writes a folder that does it.

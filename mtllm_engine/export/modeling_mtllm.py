@@ -1,11 +1,11 @@
-"""MT-LLM: a machine-translation encoder under an LLM, on transformers' own classes.
+"""MT-LLM: a multilingual encoder under an LLM, on transformers' own classes.
 
     model = AutoModel.from_pretrained(DIR, trust_remote_code=True)
     model.encode(["Habari ya dunia"], language="swh_Latn")        # float32 (1, D)
 
-A text is read by the encoder (M2M-100, as NLLB); a linear projection takes its states to the LLM,
-which goes on with adapters (LoRA) beside its linears; the mean of its states is the text's vector.
-texts_mtllm.py says which tokens a text is. Source: arXiv 2406.12739.
+A text is read by the encoder; a linear projection takes its states to the LLM, which goes on with
+adapters (LoRA) beside its linears; the mean of its states is the text's vector. texts_mtllm.py says
+which tokens a text is. Source: arXiv 2406.12739.
 
 Letters of shapes: N texts, B texts of a batch, L their padded length, U tokens that the encoder
 reads, Q parts, D and E the widths of LLM and encoder, R of adapters, F of a linear's output, Y
@@ -13,6 +13,8 @@ classes.
 """
 
 import contextlib
+import importlib
+import inspect
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -24,12 +26,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 from transformers.utils import cached_file
 
-from .texts_mtllm import SEPARATOR, padded, student_side, teacher_side
+from .texts_mtllm import SEPARATOR, open_tokenizer, padded, student_side, teacher_side
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
@@ -42,7 +43,11 @@ class MTLLMConfig(PreTrainedConfig):
         max_length: Tokens of the longest text.
         truncation: "aligned": a longer one ends with a word. "independent": it is its first tokens.
         parts: What the encoder reads one by one: the "whole" text, its "lines" or its "sentences".
-        languages: Codes of FLORES-200 that the encoder has a token for.
+        encoder_prefix: Put before each of these.
+        languages: Codes of FLORES-200's form that the encoder knows.
+        language_tokens: Code -> the encoder's token for it; {}: it is not told the language, and
+            None: as NLLB calls `languages`.
+        language_last: Whether that token stands behind the end of a text, not before the text.
         fallback: Codes that are read as another language.
         teacher: The folder of what the student learned to be like: "teacher", an LLM fine-tuned for
             a task, or "llm", the bare one; "" where it is no longer there.
@@ -60,7 +65,10 @@ class MTLLMConfig(PreTrainedConfig):
         max_length: int = 512,
         truncation: str = "aligned",
         parts: str = "whole",
+        encoder_prefix: str = "",
         languages: Sequence[str] = (),
+        language_tokens: dict[str, str] | None = None,
+        language_last: bool = False,
         fallback: dict[str, str] | None = None,
         default_language: str = "",
         teacher: str = "llm",
@@ -71,7 +79,9 @@ class MTLLMConfig(PreTrainedConfig):
         super().__init__(**options)
         self.causal, self.projection_bias = causal, projection_bias
         self.max_length, self.truncation, self.parts = max_length, truncation, parts
+        self.encoder_prefix = encoder_prefix
         self.languages, self.fallback = list(languages), fallback or {}
+        self.language_tokens, self.language_last = language_tokens, language_last
         self.default_language = default_language
         self.teacher, self.merged, self.tasks = teacher, merged, tasks or {}
 
@@ -112,11 +122,11 @@ class MTLLMModel(PreTrainedModel):
     main_input_name = "input_ids"
     _supports_sdpa = _supports_flash_attn = True
 
-    def __init__(self, config: MTLLMConfig, encoder: M2M100Encoder, llm: PreTrainedModel) -> None:
+    def __init__(self, config: MTLLMConfig, encoder: PreTrainedModel, llm: PreTrainedModel) -> None:
         super().__init__(config)
         self.encoder, self.llm = encoder, llm
         width, bias = llm.config.hidden_size, config.projection_bias
-        self.projection = nn.Linear(encoder.config.d_model, width, bias=bias)
+        self.projection = nn.Linear(encoder.config.hidden_size, width, bias=bias)
         self.heads = nn.ParameterDict()
         self._tokenizers: list[Any] = []
         self._active: dict[str, None] = {"student": None}  # sets of adapters, by their folders
@@ -131,7 +141,7 @@ class MTLLMModel(PreTrainedModel):
         options["dtype"] = options.get("dtype") or options.pop("torch_dtype", None) or config.dtype
         if config._attn_implementation:
             options.setdefault("attn_implementation", config._attn_implementation)
-        encoder = M2M100Encoder.from_pretrained(name, subfolder="encoder", **options, **hub)
+        encoder = _open_encoder(name, **options, **hub)
         llm = AutoModel.from_pretrained(name, subfolder="llm", **options, **hub)
         model = cls(config, encoder, llm)
         model._load(name, hub)
@@ -153,6 +163,7 @@ class MTLLMModel(PreTrainedModel):
 
         Args:
             language: Of all texts, or of each; by default the configuration's `default_language`.
+                An encoder that is not told it needs none.
             reader: "student", or "teacher": what it learned to be like, the LLM reading its own
                 tokens, which needs no language. Their vectors are of one space.
             normalize: To length 1.
@@ -230,10 +241,11 @@ class MTLLMModel(PreTrainedModel):
         first_Q = length_Q.cumsum(0) - length_Q
         place_U = torch.arange(len(part_U), device=ids_BL.device) - first_Q[part_U]
         shape = (len(length_Q), int(length_Q.max()))
-        ids_QL = ids_BL.new_full(shape, self.encoder.config.pad_token_id)
+        ids_QL = ids_BL.new_full(shape, self.encoder.config.pad_token_id or 0)
         ids_QL[part_U, place_U] = ids_BL[part_BL > 0]
         mask_QL = torch.arange(shape[1], device=ids_BL.device) < length_Q[:, None]
-        return self.encoder(ids_QL, mask_QL.long()).last_hidden_state[part_U, place_U]
+        states_QLE = self.encoder(ids_QL, attention_mask=mask_QL.long()).last_hidden_state
+        return states_QLE[part_U, place_U]
 
     def _run_llm(self, mask_BL: torch.Tensor, **inputs: torch.Tensor) -> BaseModelOutputWithPooling:
         position_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)
@@ -313,11 +325,7 @@ class MTLLMModel(PreTrainedModel):
             return cached_file(name, file, subfolder=folder, **hub)
 
         for folder in ("encoder", "llm"):
-            options = {"subfolder": folder, "split_special_tokens": True}  # a text is a text
-            tokenizer = AutoTokenizer.from_pretrained(name, **options, **hub)
-            tokenizer.backend_tokenizer.no_truncation()
-            tokenizer.backend_tokenizer.no_padding()
-            self._tokenizers.append(tokenizer)
+            self._tokenizers.append(open_tokenizer(name, subfolder=folder, **hub))
         self.projection.load_state_dict(load_file(path("student", "projection.safetensors")))
         self.projection.to(self.encoder.device)
         config, sets = self.config, {"student", "teacher"}
@@ -345,3 +353,15 @@ class MTLLMModel(PreTrainedModel):
                     tensors[each].to(self.llm.device) for each in (saved, f"{prefix}.lora_B.weight")
                 )
                 getattr(module, linear).add(name, *pair, lora["lora_alpha"] / rank)
+
+
+def _open_encoder(name: str, **options: Any) -> PreTrainedModel:
+    """By the class of transformers that its config.json names; it may be none of Auto's."""
+    places = {key: options[key] for key in HUB if key in options}
+    config = AutoConfig.from_pretrained(name, subfolder="encoder", **places)
+    family = config.model_type.replace("-", "_")
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    kind = getattr(module, config.architectures[0])
+    if "add_pooling_layer" in inspect.signature(kind).parameters:
+        options["add_pooling_layer"] = False
+    return kind.from_pretrained(name, subfolder="encoder", **options)

@@ -1,5 +1,5 @@
-"""What a stack is made of, as tensors to write: the encoder's half of NLLB, the LLM with the
-student's adapters in its weights, and the small files that a run trained.
+"""What a stack is made of, as tensors to write: the encoder alone, the LLM with the student's
+adapters in its weights, and the small files that a run trained.
 """
 
 import json
@@ -10,11 +10,15 @@ from string import Template
 from typing import Any
 
 import torch
+from transformers import M2M100Config
 
 from mtllm_engine.export import card
+from mtllm_engine.export.clients import Client, class_of
 from mtllm_engine.export.streaming import Planned, merged, planned, write_safetensors
 from mtllm_engine.model import families, peft
+from mtllm_engine.model.build import read_encoder
 from mtllm_engine.model.merge import open_decoder
+from mtllm_engine.model.padded import PaddedEncoder
 from mtllm_engine.model.tensors import TensorFiles, Tensors, resolve, tokenizer_files
 from mtllm_engine.model.weights import (
     ADAPTERS,
@@ -23,19 +27,35 @@ from mtllm_engine.model.weights import (
     RUN_FILES,
     checkpoint_tensors,
     file_of,
+    padded_sources,
 )
 from mtllm_engine.training.trained import Trained
 
 ENCODER_PREFIXES = ("model.encoder.", "encoder.", "")
 SHARED = ("model.shared", "shared")  # the encoder's embedding, where that stands beside it
 PLACES = ("_name_or_path", "name_or_path")
-FIRST = "layers.0.self_attn.q_proj.weight"  # of any encoder, and of any LLM:
+VOCABULARIES = ("vocab.json", "vocab.txt", "merges.txt")  # of what has no tokenizer.json
+FIRST = "layers.0.self_attn.q_proj.weight"  # of M2M-100's encoder, and of any LLM:
 LLM_FIRST = "layers.0.mlp.down_proj.weight"
 
 
 def encoder_tensors(trained: Trained, dtype: str) -> list[Planned]:
-    """By the names of transformers' M2M100Encoder."""
-    files = TensorFiles(resolve(trained.config.model.encoder))
+    """By the names of transformers' class of the encoder alone."""
+    folder = resolve(trained.config.model.encoder)
+    config, files = read_encoder(folder), TensorFiles(folder)
+    if isinstance(config, M2M100Config):
+        return _m2m100_tensors(files, dtype)
+    encoder = PaddedEncoder(config, torch.float32)
+    sources, tensors = padded_sources(files, encoder), []
+    for name, parameter in encoder.named_parameters():
+        source = sources[f"encoder.{name}"]
+        source.check(name, parameter.shape)
+        (stored,), to = source.names, encoder.family.name_alone(name)
+        tensors.append(planned(files, stored, dtype=dtype_of(dtype), to=to))
+    return tensors
+
+
+def _m2m100_tensors(files: TensorFiles, dtype: str) -> list[Planned]:
     prefix = _first_of(files, ENCODER_PREFIXES, FIRST)
     ours = {name: name.removeprefix(prefix) for name in files.names if name.startswith(prefix)}
     kept = {name: to for name, to in ours.items() if to.startswith(("layers.", "layer_norm."))}
@@ -78,10 +98,11 @@ def merged_llm(trained: Trained, dtype: str) -> Iterator[Planned]:
 
 
 def write_encoder(trained: Trained, folder: Path, dtype: str) -> None:
-    """An ordinary folder for `M2M100Encoder.from_pretrained`, with the tokenizer."""
+    """An ordinary folder of the encoder alone for the class that its config.json names, with the
+    tokenizer."""
     source = resolve(trained.config.model.encoder)
     write_safetensors(folder / "model.safetensors", encoder_tensors(trained, dtype))
-    write_config(source, folder, dtype, architectures=["M2M100Encoder"])
+    write_config(source, folder, dtype, architectures=[class_of(source)])
     copy_tokenizer(source, folder)
 
 
@@ -116,7 +137,10 @@ def _is_wrapped(source: Path) -> bool:
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """A tokenizer, told that the control tokens that a text spells are its characters."""
-    for path in tokenizer_files(source):
+    paths = tokenizer_files(source)
+    if not (source / "tokenizer.json").is_file():
+        paths += [source / name for name in VOCABULARIES if (source / name).is_file()]
+    for path in paths:
         shutil.copyfile(path, folder / path.name)
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}
@@ -157,7 +181,7 @@ def write_card(trained: Trained, folder: Path, template: str) -> None:
     """README.md: what a format says of itself, and what every card says of a stack.
 
     Args:
-        template: With `$encoder`, `$llm` and so on in it, as below.
+        template: With `$encoder`, `$llm` and so on in it, as below and in `Client.words`.
     """
     model, data, about = trained.config.model, trained.config.data, card.about(trained)
     given = {
@@ -173,6 +197,7 @@ def write_card(trained: Trained, folder: Path, template: str) -> None:
         "merged": _merging(trained),
         "pooling": """ --pooler-config '{"pooling_type": "MEAN"}'""" if model.causal else "",
     }
+    given |= Client.of(trained.config).words
     front = {"base_model": list(about["licences"]), "tags": ["mt-llm"]}
     lines = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     text = f"---\n{lines}\n---\n{Template(template).substitute(given)}"

@@ -3,22 +3,29 @@
 import difflib
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from tokenizers import Encoding, Tokenizer
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from tokenizers import Encoding
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-from .parts import Parted, PartsTokenizer, cuts
+from .parts import Backend, Parted, PartsTokenizer, cuts
+from .pieces import Prefixed, Tokens, around_of, backend_of, only_read
 
-TOKENS = {"sat_Olck": "sat_Beng"}  # NLLB's vocabulary names Santali by the wrong script
+NLLB = {"sat_Olck": "sat_Beng"}  # its vocabulary names Santali by the wrong script
+Encoded = Encoding | Tokens | Parted
 SEPARATOR = "\n"  # between the two texts of a pair
 
 
 class Side(NamedTuple):
     """A tokenizer with its special tokens and its limit: how encoder or LLM reads a text."""
 
-    backend: Tokenizer | PartsTokenizer  # the latter puts special tokens around each part itself
+    backend: Backend | PartsTokenizer  # the latter puts special tokens around each part itself
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     max_length: int
@@ -40,7 +47,7 @@ class Side(NamedTuple):
     def _room(self) -> int:
         return self.max_length - len(self.prefix) - len(self.suffix)
 
-    def _fitted(self, text: str, rest: str) -> Encoding | Parted:
+    def _fitted(self, text: str, rest: str) -> Encoded:
         # No more of a book is looked at than of a page.
         size = len(text) if rest else 8 * self.max_length
         while True:
@@ -59,17 +66,17 @@ class Side(NamedTuple):
         what = "the second text of a pair" if rest else "the first character of a text"
         raise ValueError(f"{what} needs more than {self.max_length} tokens")
 
-    def _encode(self, text: str) -> Encoding | Parted:
+    def _encode(self, text: str) -> Encoded:
         try:
             text.encode()
         except UnicodeEncodeError:
             raise ValueError("a text has surrogates, halves of characters; drop them") from None
         return self.backend.encode(text, add_special_tokens=False)
 
-    def _fits(self, encoding: Encoding | Parted) -> bool:
+    def _fits(self, encoding: Encoded) -> bool:
         return len(encoding.ids) <= self._room
 
-    def _reach(self, encoding: Encoding | Parted, length: int, has_rest: bool) -> int:
+    def _reach(self, encoding: Encoded, length: int, has_rest: bool) -> int:
         """How many of a text's `length` characters may stay, by the number of tokens."""
         surplus = len(encoding.ids) - self._room
         if surplus <= 0:
@@ -80,9 +87,17 @@ class Side(NamedTuple):
         return starts[-surplus] if surplus <= len(starts) else 0
 
 
+def open_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """That takes a text for a text. Args: options: of `AutoTokenizer.from_pretrained`."""
+    tokenizer = AutoTokenizer.from_pretrained(name, split_special_tokens=True, **options)
+    if isinstance(tokenizer, PreTrainedTokenizerFast):  # M2M-100's is none
+        only_read(tokenizer)
+    return tokenizer
+
+
 def student_side(
     config: PreTrainedConfig,
-    encoder: PreTrainedTokenizerFast,
+    encoder: PreTrainedTokenizerBase,
     llm: PreTrainedTokenizerFast,
     language: str | None,
 ) -> Side:
@@ -91,6 +106,24 @@ def student_side(
     Raises:
         ValueError: It is missing or unknown.
     """
+    prefix, suffix = _around(config, encoder, language)
+    backend = backend_of(encoder)
+    backend = Prefixed(backend, config.encoder_prefix) if config.encoder_prefix else backend
+    if config.parts == "whole":
+        is_aligned = config.truncation == "aligned"
+        return Side(backend, prefix, suffix, config.max_length, is_aligned)
+    tokenizers = {"encoder": backend, "llm": llm.backend_tokenizer}
+    parts = PartsTokenizer(**tokenizers, prefix=prefix, suffix=suffix, kind=config.parts)
+    return Side(parts, (), (), config.max_length, True)
+
+
+def _around(
+    config: PreTrainedConfig, encoder: PreTrainedTokenizerBase, language: str | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special tokens before and behind a text, or each part of it."""
+    tokens = config.language_tokens
+    if tokens == {}:  # it is not told the language, whichever it is
+        return around_of(encoder)
     code = language or config.default_language
     if not code:
         raise ValueError('say the language of the texts, such as language="swh_Latn"')
@@ -98,14 +131,9 @@ def student_side(
         near = sorted(config.languages, key=lambda known: _likeness(code, known), reverse=True)
         raise ValueError(f"unknown language {code!r}; did you mean {', '.join(near[:3])}?")
     code = code if code in config.languages else config.fallback[code]
-    prefix = (encoder.convert_tokens_to_ids(TOKENS.get(code, code)),)
-    suffix, backend = (encoder.eos_token_id,), encoder.backend_tokenizer
-    if config.parts == "whole":
-        is_aligned = config.truncation == "aligned"
-        return Side(backend, prefix, suffix, config.max_length, is_aligned)
-    tokenizers = {"encoder": backend, "llm": llm.backend_tokenizer}
-    parts = PartsTokenizer(**tokenizers, prefix=prefix, suffix=suffix, kind=config.parts)
-    return Side(parts, (), (), config.max_length, True)
+    token = NLLB.get(code, code) if tokens is None else tokens[code]
+    token_id, end = encoder.convert_tokens_to_ids(token), encoder.eos_token_id
+    return ((), (end, token_id)) if config.language_last else ((token_id,), (end,))
 
 
 def teacher_side(config: PreTrainedConfig, llm: PreTrainedTokenizerFast) -> Side:
@@ -117,12 +145,8 @@ def teacher_side(config: PreTrainedConfig, llm: PreTrainedTokenizerFast) -> Side
     if not config.teacher:
         lack = "the adapters are merged into the LLM, so the teacher is no longer there"
         raise ValueError(f'reader="teacher": {lack}; use a folder that is not merged')
-    # The special tokens that it puts around a text by itself, found by looking.
-    bare, full = (llm("a", add_special_tokens=each)["input_ids"] for each in (False, True))
-    start = next(at for at in range(len(full)) if full[at : at + len(bare)] == bare)
-    around = tuple(full[:start]), tuple(full[start + len(bare) :])
     is_aligned = config.truncation == "aligned"
-    return Side(llm.backend_tokenizer, *around, config.max_length, is_aligned)
+    return Side(llm.backend_tokenizer, *around_of(llm), config.max_length, is_aligned)
 
 
 def _likeness(typed: str, code: str) -> tuple[float, float]:

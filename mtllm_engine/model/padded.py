@@ -37,7 +37,9 @@ class Family:
     """How transformers has one kind of encoder."""
 
     model: str
-    """The class."""
+    """The class that opens a checkpoint as it is published."""
+    alone: str = ""
+    """The class that is the encoder and nothing else, where that one is more."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What it is built with, beside its configuration."""
     part: str = ""
@@ -50,6 +52,17 @@ class Family:
     """What the last norm is called, by the last layer's number."""
     num_positions: Callable[[PreTrainedConfig], int] | None = None
     """Tokens of the longest text; None: there is no such limit."""
+
+    @property
+    def class_alone(self) -> str:
+        """What opens the encoder where it is stored alone."""
+        return self.alone or self.model
+
+    def name_alone(self, name: str) -> str:
+        """What that class calls a parameter of the encoder."""
+        if not self.part or self.alone:
+            return name
+        return self.shared[0] if name == self.embedding else f"{self.part}.{name}"
 
 
 def _positions(config: PreTrainedConfig) -> int:
@@ -84,6 +97,7 @@ FAMILIES = {  # by model_type
     "xlm-roberta-xl": _roberta(model="XLMRobertaXLModel", norm="encoder.LayerNorm"),
     "mbart": Family(
         model="MBartModel",
+        alone="MBartEncoder",
         part="encoder",
         embedding="embed_tokens.weight",
         shared=("model.shared.weight", "shared.weight", "model.decoder.embed_tokens.weight")

@@ -104,7 +104,7 @@ class Weights:
             self.norms = [f"encoder.{name}" for name in stack.encoder.norms]
             named = stack.encoder.named_parameters()
             self.shapes |= {f"encoder.{name}": parameter.shape for name, parameter in named}
-            self.sources |= _padded_sources(encoder, stack.encoder)
+            self.sources |= padded_sources(encoder, stack.encoder)
         elif stack.reads_stack:
             self.sources |= _encoder_sources(encoder, len(stack.encoder.layers))
         if start:
@@ -281,8 +281,12 @@ def _encoder_sources(files: TensorFiles, num_layers: int) -> dict[str, Source]:
     return _sources(files, names)
 
 
-def _padded_sources(files: TensorFiles, encoder: PaddedEncoder) -> dict[str, Source]:
-    """Raises: ValueError: A tensor is missing, or a layer has one that the class does not know."""
+def padded_sources(files: TensorFiles, encoder: PaddedEncoder) -> dict[str, Source]:
+    """Of an encoder that transformers' class runs, by our names: `encoder.` before the class' own.
+
+    Raises:
+        ValueError: A tensor is missing, or a layer has one that the class does not know.
+    """
     ours = [name for name, _ in encoder.named_parameters()]
     prefix = _prefix(files, PADDED_PREFIXES, next(name for name in ours if LAYER.match(name)))
     names = {}

@@ -16,7 +16,7 @@ from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
 from mtllm_engine import MTLLM, files
 from mtllm_engine.cli import main
-from mtllm_engine.export import export, streaming
+from mtllm_engine.export import export, seal, streaming
 from mtllm_engine.languages import FLORES_200
 from mtllm_engine.model.tensors import TensorFiles
 from mtllm_engine.training.trained import find_trained
@@ -158,7 +158,23 @@ def ours(model: MTLLM, name: str) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def read_elsewhere(land, stacks, exported) -> dict[str, np.ndarray]:
+def older(land, exported) -> Path:
+    """As one was written when every encoder was NLLB's."""
+    folder = land / "older"
+    shutil.copytree(exported["taught"], folder)
+    settings = json.loads((folder / "config.json").read_text())
+    for key in ("encoder_prefix", "language_tokens", "language_last"):
+        del settings[key]
+    (folder / "config.json").write_text(json.dumps(settings))
+    record = json.loads((folder / "mtllm.json").read_text())
+    del record["reads"]["model.encoder_prefix"], record["about"]["encoder_class"]
+    kept = {key: value for key, value in record.items() if key not in ("sha256", "files")}
+    seal(folder, "mtllm.json", kept)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def read_elsewhere(land, stacks, exported, older) -> dict[str, np.ndarray]:
     """What transformers makes of every folder, in a process without our package."""
     cases = {
         name: {
@@ -180,6 +196,7 @@ def read_elsewhere(land, stacks, exported) -> dict[str, np.ndarray]:
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text(f"{1:040x}")
     cases["hub"] = cases["lines"] | {"folder": "own/stack"}
+    cases["older"] = cases["taught"] | {"folder": str(older)}
     return run_without_us(READ, land, cases=cases)
 
 
@@ -218,6 +235,16 @@ def test_we_read_the_folder_as_we_read_what_was_trained(name, stacks, exported):
 def test_transformers_users_get_a_clear_line(name, read_elsewhere):
     line = str(read_elsewhere[f"plain/{name}"])
     assert line.startswith(LINES[name]) and "\n" not in line
+
+
+def test_an_older_folder_is_read_as_it_was(land, older, exported, read_elsewhere):
+    before, after = (MTLLM.from_pretrained(each) for each in (exported["taught"], older))
+    for key, options in asked_of("taught").items():
+        assert np.array_equal(read_elsewhere[f"older/{key}"], read_elsewhere[f"taught/{key}"])
+        assert np.array_equal(before.encode(**options), after.encode(**options))
+    again = export(older, land / "older-again")
+    both = [(each / "config.json").read_text() for each in (again, exported["taught"])]
+    assert both[0] == both[1]
 
 
 def test_a_hub_id_is_opened_as_a_folder_is(read_elsewhere):
