@@ -185,6 +185,7 @@ def test_cards_say_which_encoder_it_is_and_how_it_reads(exported):
         card = cards[f"{name} llama"]
         assert card.index("\nAn encoder under an LLM") < card.index(f"transformers' {encoder}.")
         assert "`language=` may be left out" in card and 'language="' not in card
+        assert "\nIt knows " in card
     card = cards["mbart-50 llama"]
     assert "transformers' MBartEncoder." in card and 'language="swh_Latn"' in card
     assert "A machine-translation encoder" in card and "It reads 52 languages" in card
@@ -199,6 +200,12 @@ def test_a_default_language_is_one_that_the_encoder_can_be_given(land, runs):
     assert json.loads((out / "config.json").read_text())["default_language"] == "nqo_Nkoo"
     with pytest.raises(ValueError, match="the encoder has no token for nqo_Nkoo"):
         export(runs["mbart-50 llama"], land / "none", default_language="nqo_Nkoo")
+
+
+def test_merged_adapters_leave_the_vectors_where_they_were(land, runs, ours):
+    name = "e5-small qwen3"
+    after = MTLLM.from_pretrained(export(runs[name], land / "merged", merge=True))
+    assert_same(ours[name]["untold"], after.encode(TEXTS))
 
 
 def test_the_authors_layout_is_refused_by_name(land, runs):
