@@ -12,6 +12,7 @@ from mtllm_engine.config import Config
 from mtllm_engine.inference import MTLLM
 from mtllm_engine.show import show
 from mtllm_engine.train import train
+from mtllm_engine.training.checkpoint import teacher_identity
 from mtllm_engine.training.origins import check_origins
 from tests.support.encoders import build_padded_encoder
 from tests.support.stages import ALONE
@@ -71,6 +72,12 @@ def test_another_prefix_is_another_run(folder):
     check_origins(configured(folder, model={"init_from": [origin]}))
     with pytest.raises(ValueError, match="another model.encoder_prefix than 'query: '; set it to"):
         check_origins(configured(folder, "query: ", model={"init_from": [origin]}))
+
+
+def test_stored_teacher_states_are_of_the_same_prefix(folder):
+    """It leaves the teacher fewer of a text's characters."""
+    said = [teacher_identity(configured(folder, prefix)) for prefix in (PREFIX, "query: ")]
+    assert {key for key in said[0] if said[0][key] != said[1][key]} == {"model.encoder_prefix"}
 
 
 def test_a_checkpoint_from_before_prefixes_had_none(folder, tmp_path):

@@ -139,6 +139,7 @@ def _licences(about: Mapping[str, Any]) -> str:
 
 def _summary(about: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     known = [NAMES.get(code, code) for code in settings["languages"]]
+    verb = "reads" if settings["language_tokens"] or not known else "knows"
     reads = f"{len(known)} languages" if known else f"what {about['encoder']} reads"
     if settings["parts"] != "whole":
         reads += f", {settings['parts']} one by one"
@@ -152,7 +153,7 @@ def _summary(about: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         "a text itself.",
         *merged_first(about),
         *_encoder(about, settings),
-        f"It reads {reads}; a token of the LLM sees {sight}; a text's vector is the mean of all",
+        f"It {verb} {reads}; a token of the LLM sees {sight}; a text's vector is the mean of all",
         f"states; texts longer than {settings['max_length']} tokens are cut.",
         *([f"It answers: {tasks}."] if tasks else []),
         *([f"Languages: {', '.join(dict.fromkeys(known))}."] if known else []),

@@ -11,6 +11,8 @@ UNKNOWN = "unknown"
 KNOWN = {
     "facebook/nllb-": "CC-BY-NC-4.0",
     "facebook/m2m100": "MIT",
+    "cointegrated/sonar": "CC-BY-NC-4.0",
+    "intfloat/multilingual-e5": "MIT",
     "meta-llama/llama-2": "Llama 2 Community License",
     "meta-llama/meta-llama-3": "Llama 3 Community License",
     "meta-llama/meta-llama-3.1": "Llama 3.1 Community License",

@@ -360,6 +360,14 @@ def test_m2m_100s_pieces_are_transformers(slow, text):
     assert slow[2][0].unk_token_id in slow[2][1].encode("the", add_special_tokens=False).ids
 
 
+def test_a_character_of_several_pieces_is_each_ones(slow):
+    """As with other encoders' tokenizers."""
+    for theirs, ours in slow:
+        tokens = ours.encode("dust…", add_special_tokens=False)
+        assert theirs.convert_ids_to_tokens(tokens.ids[-3:]) == [".", ".", "."]
+        assert tokens.offsets[-3:] == [(4, 5)] * 3
+
+
 def test_m2m_100_without_sentencepiece_says_what_to_install(folders):
     code = "import sys; sys.modules['sentencepiece'] = None\n"
     code += "from mtllm_engine.data.vocabulary import load_tokenizer\n"

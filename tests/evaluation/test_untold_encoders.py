@@ -2,16 +2,19 @@
 on is marked.
 """
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from mtllm_engine.config import Config
+from mtllm_engine.config import Config, ObjectiveConfig
 from mtllm_engine.evaluation.bootstrap import KNOWN, summarise
-from mtllm_engine.evaluation.systems import find_tests
+from mtllm_engine.evaluation.systems import build_translator, find_tests, predict
 from mtllm_engine.evaluation.tables import markdown
 from tests.support import predictions
 from tests.support.encoders import build_padded_encoder
+from tests.support.stages import ALONE
 from tests.support.tiny import build_config, build_decoder, build_encoder
 
 CODES = ("eng_Latn", "swh_Latn", "ibo_Latn", "nqo_Nkoo")
@@ -47,6 +50,16 @@ def test_each_encoder_says_what_it_knows(folder):
     translated = {code: test.translated for code, test in tests.items()}
     assert translated.pop("nqo_Nkoo") == (None, "unknown")
     assert translated == {code: (code, "known") for code in CODES if code != "nqo_Nkoo"}
+
+
+def test_what_the_translator_lacks_is_not_asked_of_it(folder):
+    systems = {"systems": ["llm", "translate_test"], "translator": str(folder / "nllb")}
+    config = configured(folder, **systems)
+    task, tests = find_tests(config)
+    (test,) = (each for each in tests if each.language == "nqo_Nkoo")
+    reader = SimpleNamespace(config=replace(config, objective=ObjectiveConfig(reader="llm")))
+    said = predict(config, ALONE, task, reader, build_translator(config, ALONE), test)
+    assert (said.language_status, said.language_given, len(said.keys)) == ("unknown", None, 0)
 
 
 def test_it_is_no_translator(folder):

@@ -45,6 +45,7 @@ CASES = {  # of an encoder and an LLM: how texts are read
     "mbart-50 llama": {"data": {"truncation": "independent"}},
     "mbart-50 qwen3": {"model": {"causal": True}},
 }
+FILE = "model.safetensors"
 WHOLE = [name for name, case in CASES.items() if "parts" not in case.get("data", {})]
 READ = """
 from transformers import AutoModel
@@ -184,6 +185,7 @@ def test_cards_say_which_encoder_it_is_and_how_it_reads(exported):
         card = cards[f"{name} llama"]
         assert card.index("\nAn encoder under an LLM") < card.index(f"transformers' {encoder}.")
         assert "`language=` may be left out" in card and 'language="' not in card
+        assert "\nIt knows " in card
     card = cards["mbart-50 llama"]
     assert "transformers' MBartEncoder." in card and 'language="swh_Latn"' in card
     assert "A machine-translation encoder" in card and "It reads 52 languages" in card
@@ -200,6 +202,12 @@ def test_a_default_language_is_one_that_the_encoder_can_be_given(land, runs):
         export(runs["mbart-50 llama"], land / "none", default_language="nqo_Nkoo")
 
 
+def test_merged_adapters_leave_the_vectors_where_they_were(land, runs, ours):
+    name = "e5-small qwen3"
+    after = MTLLM.from_pretrained(export(runs[name], land / "merged", merge=True))
+    assert_same(ours[name]["untold"], after.encode(TEXTS))
+
+
 def test_the_authors_layout_is_refused_by_name(land, runs):
     with pytest.raises(ValueError, match="model.encoder: .* is a mt5 model; this takes m2m_100"):
         export(runs["mt5 llama"], land / "none", format="authors")
@@ -214,18 +222,19 @@ def test_the_folder_is_the_encoder_alone_and_to_the_bit(kind, land, exported, tm
     model = replace(trained.config.model, encoder=str(source))
     trained = replace(trained, config=replace(trained.config, model=model))
     models.write_encoder(trained, tmp_path / "alone", "")
-    opened, report = opener(tmp_path / "alone")(output_loading_info=True)
+    loaded, report = opener(tmp_path / "alone")(output_loading_info=True)
     assert not any(report.values())
     theirs = read_by_transformers(source, kind)
-    opened = opened.encoder if "t5" in kind or "madlad" in kind else opened
+    opened = loaded.encoder if "t5" in kind or "madlad" in kind else loaded
     expected = {**theirs.state_dict(), **dict(theirs.named_buffers())}
     found = {**opened.state_dict(), **dict(opened.named_buffers())}
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], each) for name, each in expected.items())
-    written = load_file(tmp_path / "alone" / "model.safetensors")
-    assert sum(each.numel() for each in written.values()) == sum(
-        each.numel() for each in theirs.parameters()
-    )
+    # As that class would have written it.
+    loaded.save_pretrained(tmp_path / "saved")
+    written, saved = (load_file(tmp_path / each / FILE) for each in ("alone", "saved"))
+    assert written.keys() == saved.keys()
+    assert all(torch.equal(written[name], each) for name, each in saved.items())
     # We read it, too.
     encoder = PaddedEncoder(read_encoder(tmp_path / "alone"), torch.float32)
     sources = padded_sources(TensorFiles(tmp_path / "alone"), encoder)
