@@ -164,12 +164,7 @@ def test_import_and_check_are_commands(land: Path, tmp_path: Path, capfd):
 @pytest.mark.parametrize(
     ("kind", "around", "languages", "longest"),
     [
-        (
-            "e5-small",
-            "<s> ... </s>",
-            "99 (it is not told which, and reads others too): afr",
-            "30 t",
-        ),
+        ("e5-small", "<s> ... </s>", "99 (it is not told which, and reads others too): ", "30 t"),
         ("mt5", "... </s>", "107 (it is not told which, ", "of any length"),
         ("mbart-50", "LANGUAGE ... </s>", "52: afr_Latn, ", "30 tokens"),
     ],
