@@ -464,8 +464,8 @@ def _languages(arguments: argparse.Namespace) -> int:
 def _checked(language: str) -> str:
     """A corpus' language, told where few encoders have it: it may be misspelled."""
     if check_code(language) not in NAMES:
-        lack = "is none of FLORES-200's languages: only an encoder with a token of that name reads"
-        print(f"mtllm: {language} {lack} it", file=sys.stderr)
+        who = "only an encoder with a token of that name, or one that takes none, reads it"
+        print(f"mtllm: {language} is none of FLORES-200's languages: {who}", file=sys.stderr)
     return language
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, M2M100Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from mtllm_engine import files
 from mtllm_engine.config import Config, from_dict
@@ -18,7 +18,7 @@ from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.data.vocabulary import load_tokenizer
 from mtllm_engine.export.streaming import Planned, write_safetensors
 from mtllm_engine.languages import ENGLISH
-from mtllm_engine.model.build import build_stack, build_tokenizer, load_config
+from mtllm_engine.model.build import build_stack, build_tokenizer, longest_text, read_encoder
 from mtllm_engine.model.families import DecoderSpec, decoder_spec, read_config
 from mtllm_engine.model.licences import licence_of
 from mtllm_engine.model.tensors import TensorFiles, resolve
@@ -150,13 +150,13 @@ def check(encoder: str, llm: str, adapters: Sequence[str] = ()) -> Findings:
     found = Findings()
     rows, ask = found.rows, found.ask
     folder, llm_folder = ask(lambda: resolve(encoder)), ask(lambda: resolve(llm))
-    read = folder and ask(lambda: load_config(folder, M2M100Config, "the encoder"))
+    read = folder and ask(lambda: read_encoder(folder))
     spec = llm_folder and ask(lambda: _spec(llm_folder))
     for side in filter(None, (folder, llm_folder)):
         ask(lambda side=side: load_tokenizer(side))
     tensors = [side and ask(lambda side=side: TensorFiles(side)) for side in (folder, llm_folder)]
     if read:
-        size = f"{read.encoder_layers} layers of {read.d_model}"
+        size = f"{read.num_hidden_layers} layers of {read.hidden_size}"
         rows["encoder"] = f"{encoder}: {read.model_type}, {size}, vocabulary {read.vocab_size:,}"
     if spec:
         heads = f"{spec.num_heads} heads over {spec.num_kv_heads}"
@@ -166,8 +166,9 @@ def check(encoder: str, llm: str, adapters: Sequence[str] = ()) -> Findings:
     rows["licences"] = ", ".join(f"{each}: {licence}" for each, licence in licences.items())
     if found.problems:
         return found
-    longest = min(read.max_position_embeddings, spec.max_length)
-    config = _config(encoder, llm, adapters, max_length=min(512, longest))
+    limit = longest_text(read)
+    longest = min(512, spec.max_length, limit or 512)
+    config = _config(encoder, llm, adapters, max_length=longest)
     built = ask(lambda: build_stack(config))
     if built is None:
         return found
@@ -176,8 +177,8 @@ def check(encoder: str, llm: str, adapters: Sequence[str] = ()) -> Findings:
     if tokenizer:
         rows["texts"] = tokenizer.around
         rows |= ask(lambda: _examples(tokenizer)) or {}
-    ends = f"{read.max_position_embeddings:,} tokens for the encoder"
-    rows["longest text"] = f"{ends}, {spec.max_length:,} for the LLM ({spec.limit})"
+    ends = f"{limit:,} tokens" if limit else "of any length"
+    rows["longest text"] = f"{ends} for the encoder, {spec.max_length:,} for the LLM ({spec.limit})"
     if adapters:
         rows["adapters"] = f"merged into the LLM first: {', then '.join(adapters)}"
     rows |= _read_bytes(weights, *tensors)
@@ -232,7 +233,7 @@ def _read_bytes(weights: Weights, encoder: TensorFiles, llm: TensorFiles) -> dic
     return rows
 
 
-def _memory(config: Config, encoder: M2M100Config, spec: DecoderSpec) -> str:
+def _memory(config: Config, encoder: PreTrainedConfig, spec: DecoderSpec) -> str:
     needed = plan.total(plan.memory(config, encoder, spec, 1)) / 1e9
     tokens = f"micro-batches of {config.memory.max_tokens:,} tokens"
     return f"{needed:.1f} GB to train on one GPU by the defaults ({config.model.dtype}, {tokens})"

@@ -17,6 +17,7 @@ from mtllm_engine.data.batch import Document, collate
 from mtllm_engine.data.tokenizers import load_tokenizer
 from mtllm_engine.models import check, import_gguf
 from tests.support.adapters import make_adapters
+from tests.support.encoders import build_padded_encoder
 from tests.support.packed import write_gguf
 from tests.support.padded import TOLERANCE, build
 from tests.support.tiny import build_config, build_decoder, build_encoder, build_world, texts
@@ -158,6 +159,24 @@ def test_import_and_check_are_commands(land: Path, tmp_path: Path, capfd):
     assert said["licences"] == f"{land / 'encoder'}: unknown, {out}: mit"
     assert said["longest text"].startswith("256 tokens for the encoder, 256 for the LLM")
     assert said["memory"].endswith("(bfloat16, micro-batches of 16,384 tokens)")
+
+
+@pytest.mark.parametrize(
+    ("kind", "around", "languages", "longest"),
+    [
+        ("e5-small", "<s> ... </s>", "99 (it is not told which, and reads others too): ", "30 t"),
+        ("mt5", "... </s>", "107 (it is not told which, ", "of any length"),
+        ("mbart-50", "LANGUAGE ... </s>", "52: afr_Latn, ", "30 tokens"),
+    ],
+)
+def test_encoders_of_every_family_are_looked_at(
+    land: Path, tmp_path: Path, kind: str, around: str, languages: str, longest: str
+):
+    encoder = build_padded_encoder(tmp_path / "encoder", kind)
+    found = check(str(encoder), str(land / "decoder"))
+    assert not found.problems and found.rows["texts"].startswith(f"encoder: {around}; LLM: ")
+    assert found.rows["languages"].startswith(languages)
+    assert found.rows["longest text"].startswith(longest)
 
 
 def test_what_is_read_is_counted(land: Path):

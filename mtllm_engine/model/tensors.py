@@ -18,6 +18,7 @@ from safetensors import safe_open
 from mtllm_engine.files import check_pulled, sha256_of
 from mtllm_engine.model import hub
 
+VOCABULARIES = ("vocab.json", "vocab.txt")  # of tokenizers without tokenizer.json
 TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.model")
 # Names of an embedding, and of what may stand for it where the two are one tensor.
 TIED = (("model.embed_tokens.weight", "embed_tokens.weight"), ("lm_head.weight",))
@@ -192,7 +193,9 @@ def fingerprint(folder: Path) -> str:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """What a checkpoint's tokenizer is read from."""
-    return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)})
+    is_whole = (folder / "tokenizer.json").is_file()
+    patterns = (*TOKENIZER_FILES, *(() if is_whole else VOCABULARIES))
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 
 def _is_tied(folder: Path) -> bool:

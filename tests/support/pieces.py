@@ -69,12 +69,12 @@ def build_tokenizers(folder: Path) -> dict[str, Path]:
     return folders
 
 
-def train_pieces(prefix: Path, samples: list[str], kind: str) -> Path:
+def train_pieces(prefix: Path, samples: list[str], kind: str, *, size: int = 1100) -> Path:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(samples),
         model_prefix=str(prefix),
         model_type=kind,
-        vocab_size=1100,
+        vocab_size=size,
         character_coverage=1.0,
         minloglevel=2,
         num_threads=1,

@@ -1,4 +1,6 @@
-"""A run whose encoder is told no language, and reads every text behind a prefix."""
+"""Runs on encoders of other families: one is told no language and reads every text behind a prefix,
+one has a tokenizer of SentencePiece's alone.
+"""
 
 import json
 import shutil
@@ -12,11 +14,12 @@ from mtllm_engine.config import Config
 from mtllm_engine.inference import MTLLM
 from mtllm_engine.show import show
 from mtllm_engine.train import train
-from mtllm_engine.training.checkpoint import teacher_identity
+from mtllm_engine.training.checkpoint import fingerprint_of, latest, teacher_identity
 from mtllm_engine.training.origins import check_origins
 from tests.support.encoders import build_padded_encoder
+from tests.support.pieces import build_m2m_100, train_pieces
 from tests.support.stages import ALONE
-from tests.support.tiny import build_config, build_corpus, build_decoder, texts
+from tests.support.tiny import build_config, build_corpus, build_decoder, build_encoder, texts
 
 PREFIX = "passage: "
 LINES = texts(5, seed=3, longest=12)
@@ -95,3 +98,42 @@ def test_show_says_what_it_reads(folder):
     shown = show(str(folder / "run"))
     assert "texts       read whole behind 'passage: ', up to 150 tokens" in shown
     assert "languages   99: afr_Latn, " in shown
+
+
+@pytest.fixture(scope="module")
+def m2m_100(folder, tmp_path_factory) -> Path:
+    """A run on such an encoder, with the other's LLM and corpus."""
+    here = tmp_path_factory.mktemp("m2m-100")
+    tokenizer = build_m2m_100(here, train_pieces(here / "bpe", texts(200), "bpe", size=400))
+    encoder = build_encoder(here / "encoder", vocab_size=len(tokenizer.encoder) + 108)
+    for path in encoder.glob("tokenizer*"):
+        path.unlink()
+    tokenizer.save_pretrained(encoder)
+    places = {"decoder": str(folder / "decoder")}
+    data = {"train": str(folder / "train"), "max_length": 80}
+    train(build_config(here, model=places, data=data, optim={"steps": 2}, zero={"stage": 0}), ALONE)
+    return here
+
+
+def test_a_tokenizer_of_pieces_alone_is_as_good_as_another(m2m_100):
+    model = MTLLM.from_pretrained(m2m_100 / "run", device="cpu")
+    assert len(model.languages) == 100
+    swahili_ND, french_ND = (model.encode(LINES, each) for each in ("swh_Latn", "fra_Latn"))
+    assert np.isfinite(swahili_ND).all() and not np.allclose(swahili_ND, french_ND, rtol=1e-3)
+    each_ND = np.concatenate([model.encode([line], "swh_Latn") for line in LINES])
+    assert np.allclose(swahili_ND, each_ND, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="the encoder has no token for zho_Hant; the nearest are"):
+        model.encode(LINES, "zho_Hant")
+
+
+def test_its_vocabulary_belongs_to_the_encoder(m2m_100, folder):
+    model = {"init_from": [str(latest(m2m_100 / "run" / "checkpoints"))]}
+    config = build_config(m2m_100, model=model | {"decoder": str(folder / "decoder")})
+    check_origins(config)
+    vocabulary = m2m_100 / "encoder" / "vocab.json"
+    ids = json.loads(vocabulary.read_text())
+    ids["\u2581a"], ids["\u2581the"] = ids["\u2581the"], ids["\u2581a"]
+    vocabulary.write_text(json.dumps(ids))
+    fingerprint_of.cache_clear()
+    with pytest.raises(ValueError, match="was trained with another model.encoder than"):
+        check_origins(config)
