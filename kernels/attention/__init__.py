@@ -133,6 +133,8 @@ def select(backend: str, device: str, softcap: float = 0.0) -> Kernel:
         raise ValueError(
             f"unknown model.attention: {backend!r}; choose one of {', '.join(_BACKENDS)}"
         )
+    if backend == "auto" and softcap:  # which torch's own kernels have not
+        backend = "flash_attn" if device == "cuda" and _is_there("flash-attn") else "reference"
     if backend == "reference":
         return dataclasses.replace(attention, implementations={})
     missing = []
@@ -150,6 +152,13 @@ def select(backend: str, device: str, softcap: float = 0.0) -> Kernel:
         f"model.attention = {backend!r}: {why}; pip install flash-attn on a CUDA machine, or set "
         "it to 'auto'"
     )
+
+
+def _is_there(label: str) -> bool:
+    try:
+        return bool(attention.implementations[label].function)
+    except ImportError:
+        return False
 
 
 def _check_softcap(label: str, device: str, softcap: float) -> None:

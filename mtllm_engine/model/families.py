@@ -272,6 +272,8 @@ def decoder_spec(config: PreTrainedConfig, name: str = "model.decoder") -> Decod
         reason = f", which does not go in: {why_not(config)}" if why_not(config) else ""
         takes = f"this takes {', '.join(FAMILIES)}"
         raise ValueError(f"{name} is a {text.model_type} model{reason}; {takes}")
+    if text.num_hidden_layers < 1:
+        raise ValueError(f"{name} has no layers, by its config.json")
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     max_length, limit = _limit(text)
     is_causal = getattr(text, "is_causal", True)
@@ -336,7 +338,7 @@ def _limit(config: PreTrainedConfig) -> tuple[int, str]:
     for rope in _rope_parameters(config).values():
         if rope.get("rope_type") == "longrope" or rope.get("llama_4_scaling_beta"):
             key = "original_max_position_embeddings"
-            limits[key] = rope[key]
+            limits[key] = rope.get(key) or config.max_position_embeddings
     limit = min(limits, key=lambda key: limits[key])
     return limits[limit], limit
 
@@ -371,7 +373,11 @@ def _rope(
             frequencies_k, scale = 1.0 / rope["rope_theta"] ** exponents_k, 1.0
         elif rope_type in ROPE_INIT_FUNCTIONS:
             compute = ROPE_INIT_FUNCTIONS[rope_type]
-            frequencies_k, scale = compute(config, torch.device("cpu"), layer_type=kind)
+            try:
+                frequencies_k, scale = compute(config, torch.device("cpu"), layer_type=kind)
+            except (RuntimeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"{name}: its rope_parameters do not hold: {reason}") from error
         else:
             known = ", ".join(("default", *ROPE_INIT_FUNCTIONS))
             raise ValueError(f"{name}: rope_type {rope_type!r} is not supported; use {known}")

@@ -95,14 +95,15 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         dtype, width = getattr(torch, config.model.dtype), decoder.width
-        self.attention = select(config.model.attention, device or device_type(), decoder.softcap)
+        asked, on = config.model.attention, device or device_type()
+        self.attention = select(asked, on, decoder.softcap)
         self.learns, self.reads_stack = learns, config.objective.reader == "stack"
         # What is below the LLM.
         self.encoder = self.projection = None
         if self.reads_stack:
             is_ours = isinstance(encoder, M2M100Config)
             if is_ours:
-                self.encoder = Encoder(encoder, dtype, self.attention)
+                self.encoder = Encoder(encoder, dtype, select(asked, on))
             else:  # no module, hence no part of what is sharded, trained or cast
                 self.encoder = PaddedEncoder(encoder, dtype)
             options = {"bias": config.model.projection_bias, "norms": is_ours}

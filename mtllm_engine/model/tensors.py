@@ -22,6 +22,10 @@ VOCABULARIES = ("vocab.json", "vocab.txt")  # of tokenizers without tokenizer.js
 TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.model")
 # Names of an embedding, and of what may stand for it where the two are one tensor.
 TIED = (("model.embed_tokens.weight", "embed_tokens.weight"), ("lm_head.weight",))
+TIED_WITH_IMAGES = (
+    ("model.language_model.embed_tokens.weight", "language_model.model.embed_tokens.weight"),
+    ("lm_head.weight", "language_model.lm_head.weight"),
+)
 TIED_PAIR = (
     ("model.shared.weight", "model.encoder.embed_tokens.weight", "shared.weight")
     + ("encoder.embed_tokens.weight", "embed_tokens.weight"),
@@ -114,9 +118,13 @@ class TensorFiles:
     def _tie(self, rename: Callable[[str], str]) -> None:
         """Gives an embedding its name that stands under another of those that share it."""
         is_pair = any("encoder.layers." in name for name in self._files)
-        names, stands_for = TIED_PAIR if is_pair else TIED
+        is_wrapped = any("language_model." in name for name in self._files)
+        names, stands_for = TIED_PAIR if is_pair else TIED_WITH_IMAGES if is_wrapped else TIED
         if any(rename(name) in self._files for name in names) or not _is_tied(self.folder):
             return
+        if is_wrapped:  # under one of two prefixes: that of the layers
+            begin = [f"{name.removesuffix('embed_tokens.weight')}layers." for name in names]
+            names = names if any(each.startswith(begin[0]) for each in self._files) else names[1:]
         for other in filter(self._files.__contains__, map(rename, stands_for)):
             self._files[rename(names[0])] = self._files.pop(other)
             return
@@ -203,7 +211,8 @@ def _is_tied(folder: Path) -> bool:
     path = folder / "config.json"
     config = json.loads(path.read_bytes()) if path.is_file() else {}
     # What is not said is as the family has it.
-    by_family = str(config.get("model_type")).startswith(("m2m_100", "gemma", "smollm3"))
+    kinds = ("m2m_100", "gemma", "smollm3", "mistral3")
+    by_family = str(config.get("model_type")).startswith(kinds)
     return bool(config.get("tie_word_embeddings", by_family))
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -34,11 +35,13 @@ from mtllm_engine.model import families
 from mtllm_engine.model.build import build_stack
 from mtllm_engine.model.families import decoder_spec
 from mtllm_engine.model.stack import Stack
+from mtllm_engine.model.weights import Weights
 from tests.support.families import (
     FAMILIES,
     LONGEST,
     MIXED,
     Doubled,
+    build_llm,
     linears_of,
     load_text_model,
     randomise_weights,
@@ -248,9 +251,43 @@ def test_states_and_gradients_are_those_of_transformers_and_peft(
 def test_a_soft_cap_is_refused_where_attention_has_none(encoder: Path, tmp_path: Path):
     config = small_config("gemma2", attn_logit_softcapping=50.0)
     write_llm(tmp_path / "decoder", config)
-    for attention in ("auto", "torch"):
-        with pytest.raises(ValueError, match="cap"):
-            build_stack(configure(tmp_path, encoder, model={"attention": attention}))
+    with pytest.raises(ValueError, match="cap"):
+        build_stack(configure(tmp_path, encoder, model={"attention": "torch"}))
+    stack, _ = build_stack(configure(tmp_path, encoder))
+    assert stack.attention.label("cpu") == "reference"
+    assert stack.encoder.layers[0].attention.label("cpu") == "torch SDPA"
+
+
+WRONG = {"rope_type": "longrope", "factor": 4.0, "rope_theta": 1e4}
+WRONG |= {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"rope_parameters": WRONG}, "rope_parameters do not hold"), ({"layers": 0}, "no layers")],
+)
+def test_what_a_configuration_cannot_mean_is_said(changes: dict, message: str):
+    config = small_config("llama", head_dim=8)
+    config.rope_parameters = changes.get("rope_parameters", config.rope_parameters)
+    config.num_hidden_layers = changes.get("layers", config.num_hidden_layers)
+    with pytest.raises(ValueError, match=message):
+        decoder_spec(config)
+
+
+def test_a_wrapper_with_its_table_under_the_heads_name(encoder: Path, tmp_path: Path):
+    build_llm(tmp_path / "decoder", "gemma3")
+    before = read_all(build_stack(configure(tmp_path, encoder))[1])
+    path = tmp_path / "decoder" / "model.safetensors"
+    tensors = load_file(path)
+    (table,) = [name for name in tensors if name.endswith("embed_tokens.weight")]
+    tensors["lm_head.weight"] = tensors.pop(table)
+    save_file(tensors, path, {"format": "pt"})
+    for name, value in read_all(build_stack(configure(tmp_path, encoder))[1]).items():
+        assert torch.equal(value, before[name]), name
+
+
+def read_all(weights: Weights) -> dict[str, torch.Tensor]:
+    return {name: weights.read(name, 0, shape.numel()) for name, shape in weights.shapes.items()}
 
 
 PUBLISHED = json.loads((Path(__file__).parent / "families.json").read_text())
