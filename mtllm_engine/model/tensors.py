@@ -119,7 +119,8 @@ class TensorFiles:
         """Gives an embedding its name that stands under another of those that share it."""
         is_pair = any("encoder.layers." in name for name in self._files)
         is_wrapped = any("language_model." in name for name in self._files)
-        names, stands_for = TIED_PAIR if is_pair else TIED_WITH_IMAGES if is_wrapped else TIED
+        # A tower for images has an encoder too.
+        names, stands_for = TIED_WITH_IMAGES if is_wrapped else TIED_PAIR if is_pair else TIED
         if any(rename(name) in self._files for name in names) or not _is_tied(self.folder):
             return
         if is_wrapped:  # under one of two prefixes: that of the layers
