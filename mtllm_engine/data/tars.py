@@ -157,7 +157,19 @@ def _cached_index(path: Path, shard: Shard, extension: str) -> np.ndarray:
                 content = io.BytesIO()
                 np.save(content, _counted_index(path, shard, extension))
                 write_sealed(cached, content.getvalue())
-    return np.load(cached, mmap_mode="r")
+    return map_array(cached)
+
+
+def map_array(path: Path) -> np.ndarray:
+    """An array's file, memory-mapped.
+
+    numpy reads its header as Python source, which CPython 3.11 now and then cannot while another
+    thread does so too: that says nothing of the file, and the next try succeeds.
+    """
+    for _ in range(9):
+        with contextlib.suppress(SystemError):
+            return np.load(path, mmap_mode="r")
+    return np.load(path, mmap_mode="r")
 
 
 def _counted_index(path: Path, shard: Shard, extension: str) -> np.ndarray:

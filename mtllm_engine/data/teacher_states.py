@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mtllm_engine.data.shards import BadDocumentError, Manifest
+from mtllm_engine.data.tars import map_array
 from mtllm_engine.files import (
     atomic_file,
     atomic_folder,
@@ -107,7 +108,7 @@ def _sound_states(path: Path, sha256: str | None) -> np.ndarray:
     what = [str(path.absolute()), sha256, state.st_size, state.st_mtime_ns]
     once_a_run(json.dumps(what), check)
     try:
-        return np.load(path, mmap_mode="r")
+        return map_array(path)
     except (ValueError, EOFError):
         raise ValueError(f"{path} is not a sound .npy file; {_again(path.parent)}") from None
 

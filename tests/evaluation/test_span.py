@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional
 
 from mtllm_engine.config import Config
@@ -61,7 +62,7 @@ def test_loss_is_padded_pytorchs(sizes: list[tuple[int, int, int]], seed: int, s
     torch.manual_seed(seed)
     documents = [document(generator, each, answered=bool(generator.integers(4))) for each in sizes]
     batch = collate(documents, step_seed=0, device=WORLD.device)
-    objective = SpanFinetuning(WIDTH, 1e-5, torch.float32, SpanHead(WIDTH), side=side)
+    objective = SpanFinetuning(nn.Parameter(torch.empty(WIDTH)), 1e-5, SpanHead(WIDTH), side=side)
     torch.nn.init.normal_(objective.head.weight), torch.nn.init.normal_(objective.norm)
     hidden_SD = torch.randn(sum(map(sum, sizes)), WIDTH, requires_grad=True)
     inputs = (hidden_SD, objective.head.weight)
@@ -98,7 +99,8 @@ def answers_of(objective: SpanFinetuning, batch, hidden_SD: torch.Tensor) -> np.
 
 
 def test_an_idle_micro_batch_adds_nothing():
-    objective = SpanFinetuning(WIDTH, 1e-5, torch.float32, SpanHead(WIDTH), side="student")
+    norm = nn.Parameter(torch.empty(WIDTH))
+    objective = SpanFinetuning(norm, 1e-5, SpanHead(WIDTH), side="student")
     for parameter in objective.parameters():
         torch.nn.init.ones_(parameter)
     idle = collate([], step_seed=0, device=WORLD.device)
