@@ -107,7 +107,7 @@ class MTLLM:
         quantization: Literal["none", "fp8", "nf4"] | None = None,
         encoder: str = "",
         decoder: str = "",
-        merged: Sequence[str] = (),
+        merged: str | Sequence[str] = (),
     ) -> "MTLLM":
         """A run, a checkpoint of one, a sum, a recipe's folder, an exported folder, or a hub id of
         one, ready to read.
@@ -125,6 +125,7 @@ class MTLLM:
         for value, known in ((dtype, DTYPES), (quantization, QUANTIZATIONS)):
             if value not in (None, *known):
                 raise ValueError(f"{value!r} is none of {', '.join(known)}")
+        merged = [merged] if merged and isinstance(merged, str) else merged
         trained = find_trained(name, encoder=encoder, decoder=decoder, merged=merged)
         if trained.is_exported and (encoder or decoder or merged):
             fix = "leave out encoder=, decoder= and merged="

@@ -5,7 +5,7 @@ while they are read, and what tells one chain of adapters from another.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from mtllm_engine.model.tensors import TensorFiles, Tensors, check_finite, resol
 from mtllm_engine.model.weights import DECODER_PREFIXES
 
 ROWS = 256  # of a block of B A
+LINEAR = r"layers\.\d+\.(?:self_attn|mlp)\.\w+"
 ADAPTER = re.compile(
     rf"{re.escape(peft.AROUND)}(?P<linear>(?:{'|'.join(map(re.escape, DECODER_PREFIXES))})"
-    r"(?P<within>layers\.\d+\.(?:self_attn|mlp)\.\w+))\.lora_[AB]\.weight"
+    rf"(?P<within>{LINEAR}))\.lora_[AB]\.weight"
 )
 APPLIED = (*peft.APPLIED, *peft.CHOSEN)
 
@@ -40,12 +41,20 @@ def find_adapters(name: str) -> Path:
     """The folder of one of `model.adapters`.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or it is another's than PEFT's.
     """
     try:
-        return resolve(name)
+        folder = resolve(name)
     except ValueError as error:
         raise ValueError(f"model.adapters: {error}") from error
+    if (folder / peft.FILE).is_file():
+        return folder
+    fix = "name a folder, or a hub id, of PEFT's adapters"
+    if (folder / "checkpoints").is_dir():
+        fix = f"it is a run: name one of its checkpoints, {folder / 'checkpoints' / 'latest'}"
+    elif (folder / "config.json").is_file():
+        fix = f"it is a model: name it as model.decoder, or {fix}"
+    raise ValueError(f"model.adapters: {name} has no {peft.FILE}; {fix}")
 
 
 def chain_fingerprint(adapters: Sequence[str]) -> str:
@@ -112,7 +121,7 @@ class Merged:
 
     Raises:
         ValueError: One has a tensor that is not added to a linear of the LLM's layers, or of
-            another shape, or its configuration asks for what is not implemented.
+            another shape, or lacks one, or its configuration asks for what is not implemented.
     """
 
     def __init__(self, files: TensorFiles, chain: Sequence[Path]) -> None:
@@ -120,8 +129,9 @@ class Merged:
         self._files = files
         self._updates: dict[str, list[Update]] = {}
         prefix = _prefix(files)
+        linears = _linears(files, prefix)
         for folder in chain:
-            for linear, update, rank in _updates(folder):
+            for linear, update, rank in _updates(folder, linears):
                 name = f"{prefix}{linear}.weight"
                 if name not in files.names:
                     where = f"{files.folder} has no {name} that it could be added to"
@@ -163,16 +173,21 @@ class Merged:
         return values
 
 
-def _updates(folder: Path) -> Iterator[tuple[str, Update, int]]:
+def _updates(folder: Path, linears: Sequence[str]) -> Iterator[tuple[str, Update, int]]:
     """What a folder adds: the linear by its name within the LLM, and the rank that is said of it.
+
+    Args:
+        linears: Of the LLM's layers, by their names within it.
 
     Raises:
         ValueError: A tensor is none of PEFT's on a linear of the LLM's layers, or is there under
-            two names, or its configuration is of others.
+            two names, or its configuration is of others; or there is none, or of some linears none.
     """
     saved, files = peft.read_saved(folder, APPLIED), peft.adapter_tensors(folder)
     found: dict[str, str] = {}  # the linear, by its name in the model that it was made on
     for name in files.names:
+        if peft.head_of(name):
+            continue
         match = ADAPTER.fullmatch(name)
         reason = "it is of no linear of the LLM's layers" if not match else ""
         if match and not saved.targets(match["linear"]):
@@ -186,13 +201,35 @@ def _updates(folder: Path) -> Iterator[tuple[str, Update, int]]:
             raise ValueError(
                 f"{files.path(name)} has {match['linear']} and {earlier}, which are one"
             )
+    if not found:
+        lack = "has no adapters of a linear of the LLM: it adds nothing"
+        raise ValueError(f"{saved.path.parent} {lack}; leave it out of model.adapters")
     for within, linear in found.items():
         rank, _ = saved.rank_and_alpha(linear)
         update = Update(files=files, linear=peft.AROUND + linear, scale=saved.scale(linear))
         yield within, update, rank
+    _check_whole(saved, linears, found)
+
+
+def _check_whole(saved: peft.Saved, linears: Sequence[str], found: Mapping[str, str]) -> None:
+    """Raises: ValueError: A linear that is to have adapters has none in the file."""
+    within, linear = next(iter(found.items()))
+    place = linear.removesuffix(within)  # of the LLM in the model that they were made on
+    for name in linears:
+        if name not in found and saved.targets(place + name):
+            reason = f"{saved.path.name} says that this linear of the LLM has some"
+            fix = "the file was cut, or they are another LLM's: copy them again, or name its own"
+            raise ValueError(f"{saved.path.parent} has no adapters of {name}; {reason}: {fix}")
 
 
 def _prefix(files: TensorFiles) -> str:
     """What stands before the names of an LLM's layers in its files."""
     starts = {name.partition("layers.")[0] for name in files.names if "layers." in name}
     return next((place for place in DECODER_PREFIXES if place in starts), "")
+
+
+def _linears(files: TensorFiles, prefix: str) -> list[str]:
+    """The linears of an LLM's layers, by their names behind the prefix."""
+    linear = re.compile(rf"{re.escape(prefix)}({LINEAR})\.weight")
+    matches = filter(None, map(linear.fullmatch, files.names))
+    return [match[1] for match in matches if len(files.shape(match[0])) == 2]  # and no norm

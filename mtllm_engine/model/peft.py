@@ -18,6 +18,9 @@ FILE = "adapter_config.json"
 TENSORS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT reads the first that is there
 AROUND = "base_model.model."
 """PEFT's own part of a tensor's name; behind it the model's that the adapters were made on."""
+HEADS = ("classifier", "score")
+"""Behind the LLM: PEFT saves them with adapters that were trained for a task."""
+HEAD_TENSOR = re.compile(rf"{re.escape(AROUND)}({'|'.join(HEADS)})\.(weight|bias)")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 APPLIED = ("r", "lora_alpha", "use_rslora", *PATTERNS, "target_modules")
 CHOSEN = ("exclude_modules", "layers_to_transform", "layers_pattern")
@@ -216,6 +219,17 @@ def adapter_tensors(folder: Path) -> TensorFiles:
     raise ValueError(f"{folder} has no {TENSORS[0]}: it is no folder of PEFT's adapters")
 
 
+def head_of(tensor: str) -> str:
+    """The head that a tensor is of, by PEFT's name of it; "" for those of the LLM."""
+    match = HEAD_TENSOR.fullmatch(tensor)
+    return match[1] if match else ""
+
+
+def read_heads(folder: Path) -> list[str]:
+    """The heads that lie beside adapters, which are left out. Raises: as `adapter_tensors`."""
+    return sorted(set(filter(None, map(head_of, adapter_tensors(folder).names))))
+
+
 def linears_of(tensors: TensorFiles) -> list[str]:
     """The linears that have adapters, by their names in the model that these were made on."""
     ends = (".lora_A.weight", ".lora_B.weight")
@@ -225,7 +239,7 @@ def linears_of(tensors: TensorFiles) -> list[str]:
 
 def read_base(folder: Path) -> str:
     """The LLM that adapters say they stand on; "" where they do not."""
-    return json.loads((folder / FILE).read_bytes()).get("base_model_name_or_path") or ""
+    return str(json.loads((folder / FILE).read_bytes()).get("base_model_name_or_path") or "")
 
 
 def read_chain(folder: Path) -> tuple[str, ...]:
@@ -290,6 +304,8 @@ def _listed(names: Any) -> Any:
 
 def _is_neutral(key: str, value: Any) -> bool:
     """Whether a key asks for nothing: 0 may be a layer's number."""
+    if key == "modules_to_save" and isinstance(value, list):  # a head moves no state of the LLM
+        value = [name for name in value if name not in HEADS]
     is_empty = value is None or value is False or value in ([], {}, "")
     return is_empty or value in NEUTRAL.get(key, ())
 

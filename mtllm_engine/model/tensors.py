@@ -58,7 +58,7 @@ class TensorFiles:
     Args:
         files: By default those of a Hugging Face model: `model.safetensors`, its sharded form, or
             `pytorch_model.bin`.
-        rename: Our name of a tensor, by the file's.
+        rename: Our name of a tensor, by the file's; "" leaves it out.
     """
 
     def __init__(
@@ -75,6 +75,8 @@ class TensorFiles:
         for path, opened in self._open.items():
             for theirs in opened.keys():  # noqa: SIM118 - of safetensors no mapping
                 name = rename(theirs)
+                if not name:
+                    continue
                 if files and name in self._files:
                     earlier = self._files[name][0]
                     raise ValueError(f"{path} has the tensor {name}, and so has {earlier}")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from mtllm_engine.model import peft
 from mtllm_engine.model.families import DecoderSpec
 from mtllm_engine.model.lora import initial_adapter
 from mtllm_engine.model.padded import PaddedEncoder
@@ -193,7 +194,9 @@ def checkpoint_tensors(folder: str | Path) -> TensorFiles:
 
 def _adapter_name(name: str) -> str:
     """PEFT's name on the LLM itself of a tensor that was saved on a model around it, such as
-    LlamaForCausalLM."""
+    LlamaForCausalLM; "" for that model's head."""
+    if peft.head_of(name):
+        return ""
     own = "base_model.model."
     for prefix in DECODER_PREFIXES:
         if name.startswith(f"{own}{prefix}layers."):

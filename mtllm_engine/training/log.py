@@ -24,11 +24,13 @@ from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.files import write_text
 from mtllm_engine.model.licences import licence_of, public_name
 from mtllm_engine.model.lora import quantised_weights
+from mtllm_engine.model.merge import find_adapters
 from mtllm_engine.model.padded import PaddedEncoder
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.weights import PROJECTION_FILE
 from mtllm_engine.training.checkpoint import Progress
 from mtllm_engine.training.closed_form import Fit
+from mtllm_engine.training.origins import described
 from mtllm_engine.training.step import StepResult
 from mtllm_engine.world import AgreedError, World
 
@@ -222,11 +224,13 @@ def write_header(
     continued = f" (continued after step {start})" if start else ""
     rows = {
         "run": f"{folder}{continued}",
-        "learns": learns(config),
+        "learns": learns(config) + described(Path(model.teacher), model.decoder),
         "starts from": _starts(config),
         "encoder": _encoder(config, stack),
         "decoder": f"{model.decoder} ({'causal' if model.causal else 'bidirectional'})",
-        "merged": " then ".join(model.adapters),
+        "merged": " then ".join(
+            name + described(find_adapters(name), model.decoder) for name in model.adapters
+        ),
         "texts": tokenizer.around,
         "projection": str(fit or ""),
         "parameters": _parameters(config, stack),
@@ -262,10 +266,11 @@ def _starts(config: Config) -> str:
     has_one = any((Path(origin) / PROJECTION_FILE).is_file() for origin in origins)
     is_new = origins and config.objective.reader == "stack" and not has_one
     projection = ", with a new projection" if is_new else ""
+    names = [each + described(Path(each), config.model.decoder) for each in origins]
     if len(origins) < 2:
-        return "".join(origins) + projection
+        return "".join(names) + projection
     learns = f", of which {origins[0]} learns" if lora.train == "first" else ""
-    return f"{' + '.join(origins)}: adapters of rank {lora.rank}{learns}{projection}"
+    return f"{' + '.join(names)}: adapters of rank {lora.rank}{learns}{projection}"
 
 
 def _licences(config: Config, stack: Stack) -> str:

@@ -14,6 +14,8 @@ import torch
 from mtllm_engine import files
 from mtllm_engine.config import Config, LoraConfig
 from mtllm_engine.model import peft
+from mtllm_engine.model.licences import public_name
+from mtllm_engine.model.merge import find_adapters
 from mtllm_engine.model.sums import AdapterSum, lora_of, sum_of
 from mtllm_engine.model.weights import (
     HEAD_FILE,
@@ -37,9 +39,10 @@ COPY = "copy it again, or name another checkpoint"
 
 
 def check_origins(config: Config) -> None:
-    """Looks at what a run stands on, `model.init_from` and `model.teacher`, before it is read: that
-    nothing of it is damaged, and that it was trained with the models and the attention that it
-    meets here. Folders of others, such as PEFT's, say nothing of either, and are taken as they are.
+    """Looks at what a run stands on, `model.adapters`, `model.init_from` and `model.teacher`,
+    before it is read: that nothing of it is damaged, and that it was trained with the models and
+    the attention that it meets here, of a chain each with the ones before it. Folders of others,
+    such as PEFT's, say nothing of either, and are taken as they are.
 
     Raises:
         ValueError: One is damaged, or was trained with others.
@@ -47,6 +50,7 @@ def check_origins(config: Config) -> None:
     starts = [(folder, config.objective.reader == "stack") for folder in config.model.init_from]
     teachers = [(folder, False) for folder in (config.model.teacher,) if folder]
     model = config.model
+    _check_chain(config)
     for folder, reads_stack in (*starts, *teachers):
         if not (Path(folder) / "state.json").exists():
             continue
@@ -61,6 +65,41 @@ def check_origins(config: Config) -> None:
         names["model.encoder_prefix"] = repr(model.encoder_prefix)
         names["model.adapters"] = list(model.adapters)
         check_origin(Path(folder), current, names)
+
+
+def _check_chain(config: Config) -> None:
+    """Raises: ValueError: One of `model.adapters` is a checkpoint that is damaged, or that was
+    trained with another LLM, attention, or chain than the one before it.
+    """
+    model = config.model
+    for number, name in enumerate(model.adapters):
+        folder, before = find_adapters(name), model.adapters[:number]
+        if not (folder / "state.json").exists():
+            continue
+        current = {"model.causal": model.causal, "model.decoder": fingerprint_of(model.decoder)}
+        current["model.adapters"] = chain_of(before)
+        names = {"model.causal": model.causal, "model.decoder": model.decoder}
+        names["model.adapters"] = f"the {list(before)} before it"
+        check_origin(folder, current, names)
+
+
+def described(folder: Path, decoder: str) -> str:
+    """What a header says behind the name of adapters: what of them is left out, and the LLM that
+    they were made on where that is called otherwise; "" for nothing.
+    """
+    if not (folder / peft.FILE).is_file():
+        return ""
+    base, parts = peft.read_base(folder), []
+    if base and _last_name(base) != _last_name(decoder):
+        parts.append(f"made on {base}")
+    if heads := peft.read_heads(folder):
+        parts.append(f"without the head {', '.join(heads)}, which is no part of the LLM")
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _last_name(model: str) -> str:
+    """What a hub id and a folder of it have in common."""
+    return public_name(model).rpartition("/")[2].lower()
 
 
 def check_origin(folder: Path, current: Mapping[str, Any], names: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LlamaForTokenClassification,
     Phi3Config,
     Phi3ForCausalLM,
 )
@@ -34,6 +35,10 @@ from tests.support.tiny import build_config, build_decoder
 pytestmark = pytest.mark.usefixtures("one_thread")
 FILE, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PLAIN = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
+AROUND = {
+    "SEQ_CLS": LlamaForSequenceClassification,
+    "TOKEN_CLS": LlamaForTokenClassification,
+}
 MADE_ON = ("LLM", "words", "labels")
 
 
@@ -238,7 +243,7 @@ def test_bin_files_are_adapters_too(decoder: Path, model: LlamaForCausalLM, adap
 
 KEYS = {
     "use_dora": True,
-    "modules_to_save": ["score"],
+    "modules_to_save": ["score", "norm"],
     "lora_bias": True,
     "bias": "all",
     "peft_type": "LOHA",
@@ -281,7 +286,7 @@ Q = "base_model.model.layers.0.self_attn.q_proj"
 STRAY = [
     "base_model.model.lm_head.lora_A.weight",
     "base_model.model.embed_tokens.lora_embedding_A",
-    "base_model.model.score.weight",
+    "base_model.model.score.lora_A.weight",
     "base_model.model.norm.weight",
     "base_model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight",
     f"{Q}.lora_magnitude_vector",
@@ -328,6 +333,44 @@ def test_what_the_llm_has_no_place_for_is_named(
         Merged(TensorFiles(decoder), [folder])
 
 
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS"])
+def test_a_head_behind_the_llm_is_left_out(
+    decoder: Path, model: LlamaForCausalLM, tmp_path: Path, task_type: str
+):
+    """PEFT saves one with whatever was trained for such a task."""
+    around = AROUND[task_type](model.config)
+    around.model = copy.deepcopy(model.model)
+    folder = make_adapters(around, tmp_path / "tuned", **PLAIN, task_type=task_type)
+    assert "base_model.model.score.weight" in load_file(folder / TENSORS)
+    assert_merged(decoder, model, [("labels", folder)])
+
+
+LAST = "base_model.model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("matrices", ["AB", "A"])
+def test_a_linear_that_lacks_its_adapters_is_named(
+    decoder: Path, model: LlamaForCausalLM, tmp_path: Path, matrices: str
+):
+    """One that its configuration says has some; of layers that it leaves out none are asked for."""
+    folder = make(model, tmp_path / "cut")
+    gone = {f"{LAST}.lora_{matrix}.weight" for matrix in matrices}
+    tensors = load_file(folder / TENSORS)
+    save_file({name: tensors[name] for name in tensors if name not in gone}, folder / TENSORS)
+    message = "no adapters of layers.1.self_attn.q_proj; .*another LLM's"
+    with pytest.raises(ValueError, match=message if len(gone) == 2 else "has no tensor"):
+        Merged(TensorFiles(decoder), [folder])
+    if len(gone) == 2:
+        edit(folder, exclude_modules=["layers.1.self_attn.q_proj"])
+        Merged(TensorFiles(decoder), [folder])
+
+
+def test_adapters_that_add_nothing_are_named(decoder: Path, adapters: Path):
+    save_file({}, adapters / TENSORS)
+    with pytest.raises(ValueError, match=f"^{adapters} has no adapters of a linear .* leave it"):
+        Merged(TensorFiles(decoder), [adapters])
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_value_that_is_no_number_is_named(decoder: Path, adapters: Path, value: float):
     b_FR = load_file(adapters / TENSORS)[f"{Q}.lora_B.weight"]
@@ -357,8 +400,17 @@ def test_adapters_that_are_not_there_are_named(decoder: Path, adapters: Path, tm
     config = build_config(tmp_path, model=model)
     with pytest.raises(ValueError, match="^model.adapters: .*/gone is neither a folder nor"):
         open_decoder(config.model)
-    with pytest.raises(ValueError, match="cannot be read"):  # no adapters' folder
-        Merged(TensorFiles(decoder), [find_adapters(str(decoder))])
+    run = tmp_path / "run"
+    (run / "checkpoints" / "latest").mkdir(parents=True)
+    for name, fix in (
+        (run, "it is a run: name one of its checkpoints, .*/run/checkpoints/latest"),
+        (decoder, "it is a model: name it as model.decoder, or name a folder"),
+        (tmp_path, "name a folder, or a hub id, of PEFT's adapters"),
+    ):
+        message = f"^model.adapters: {name} has no {FILE}; {fix}"
+        with pytest.raises(ValueError, match=message) as error:
+            find_adapters(str(name))
+        assert "\n" not in str(error.value)
     (adapters / TENSORS).unlink()
     with pytest.raises(ValueError, match=f"has no {TENSORS}"):
         Merged(TensorFiles(decoder), [adapters])

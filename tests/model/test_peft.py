@@ -18,12 +18,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM, LlamaModel
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 from mtllm_engine.config import LORA_TARGETS, Config, LoraConfig
 from mtllm_engine.data.batch import Document, collate
 from mtllm_engine.model.build import build_stack
-from mtllm_engine.model.peft import peft_config, read_chain, read_lora
+from mtllm_engine.model.peft import peft_config, read_chain, read_heads, read_lora
 from mtllm_engine.training.engine import shard
 from tests.support.adapters import make_adapters
 from tests.support.padded import assert_close, attention_mask, load_llm
@@ -112,7 +112,7 @@ KEYS = {  # of PEFT's LoraConfig: values that it or its file may have
     "fan_in_fan_out": [False, True],
     "bias": ["none", "all", "lora_only"],
     "use_rslora": [False, True],
-    "modules_to_save": [None, [], ["norm"], ["embed_tokens"], ["q_proj"]],
+    "modules_to_save": [None, [], ["score"], ["norm"], ["score", "embed_tokens"], ["q_proj"]],
     "init_lora_weights": INITS,
     "layers_to_transform": [None, [], 0, 1, [0], [0, 1]],
     "layers_pattern": [None, "layers"],
@@ -141,7 +141,8 @@ KEYS = {  # of PEFT's LoraConfig: values that it or its file may have
     "ensure_weight_tying": [False, True],
     "a_key_of_tomorrow": [None, False, 0, "", [], 1.5, "yes"],
 }
-HARMLESS = {"init_lora_weights": [True, "gaussian", "orthogonal", "eva", "mica"]}
+HARMLESS = {"modules_to_save": [["score"]]}
+HARMLESS |= {"init_lora_weights": [True, "gaussian", "orthogonal", "eva", "mica"]}
 FREE = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
 FREE |= {"inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "qalora_group_size"}
 FREE |= {"eva_config"}
@@ -327,6 +328,23 @@ def test_adapters_of_a_causal_lm_are_those_of_its_llm(
     )
     with pytest.raises(ValueError, match=f"has the tensor {re.escape(one)}, and so has"):
         our_states(models, tmp_path / "outer", role)
+
+
+@pytest.mark.parametrize("role", ["teacher", "init_from"])
+def test_a_head_behind_the_llm_is_left_out(
+    models: Config, llm: LlamaModel, tmp_path: Path, role: str
+):
+    labels = LlamaForSequenceClassification.from_pretrained(models.model.decoder)
+    make(labels, tmp_path / "adapters", **PLAIN, task_type="SEQ_CLS")
+    tensors = load_file(tmp_path / "adapters" / TENSORS)
+    saved = json.loads((tmp_path / "adapters" / FILE).read_text())
+    assert "base_model.model.score.weight" in tensors and "score" in saved["modules_to_save"]
+    assert read_heads(tmp_path / "adapters") == ["score"]
+    ours_TD = our_states(models, tmp_path / "adapters", role)
+    adapted = peft.PeftModel.from_pretrained(labels, tmp_path / "adapters").merge_and_unload()
+    bare = peft.LoraConfig(**PLAIN, init_lora_weights=True)  # which adds nothing
+    peft.get_peft_model(copy.deepcopy(llm), bare).save_pretrained(tmp_path / "nothing")
+    assert_same_states(models, adapted.model.eval(), tmp_path / "nothing", ours_TD)
 
 
 @pytest.mark.parametrize("role", ["teacher", "init_from"])

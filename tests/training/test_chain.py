@@ -3,13 +3,14 @@ which chain it stands on, and meets no other.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import peft
 import pytest
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from mtllm_engine import files
 from mtllm_engine.config import Config
@@ -91,6 +92,29 @@ def test_what_stands_on_a_chain_meets_no_other(folder: Path):
             train(stage1_config(folder, model={"adapters": other}, optim={"steps": 9}), ALONE)
 
 
+def test_a_checkpoint_in_a_chain_meets_what_it_was_trained_with(folder: Path, tmp_path: Path):
+    """The LLM, the attention and the adapters before it; of PEFT's folders nothing is known."""
+    last = str(checkpoint_of(folder, "stage1", "latest"))
+    chain, start = chained(folder)["adapters"], {"init_from": "", "teacher": ""}
+    origins.check_origins(stage2(folder, **start, adapters=[*chain, last, chain[0]]))
+    for key, change in (
+        ("model.decoder", {"decoder": str(folder / "merged")}),
+        ("model.causal", {"causal": True}),
+        ("model.adapters", {"adapters": [*chain[::-1], last]}),
+        ("model.adapters", {"adapters": [chain[0], last, chain[1]]}),
+        ("model.adapters", {"adapters": [last, *chain]}),
+    ):
+        config = stage2(folder, **start, **{"adapters": [*chain, last]} | change)
+        message = f"^{last} was trained with another {key} than .*; set it to that one"
+        with pytest.raises(ValueError, match=message) as error:
+            origins.check_origins(config)
+        assert "\n" not in str(error.value)
+    damaged = shutil.copytree(last, tmp_path / "damaged")
+    (damaged / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="adapter_config.json is damaged; copy it again"):
+        origins.check_origins(stage2(folder, **start, adapters=[*chain, str(damaged)]))
+
+
 def test_checkpoints_from_before_there_were_chains_have_none(folder: Path, tmp_path: Path):
     run = {"dir": str(tmp_path / "run")}
     train(stage1_config(folder, run=run), ALONE)
@@ -125,10 +149,22 @@ def test_stored_states_are_of_one_chain(folder: Path):
 
 def test_the_header_names_the_chain_and_its_licences(folder: Path, tmp_path: Path, capsys):
     run = {"dir": str(tmp_path / "run")}
-    train(stage1_config(folder, model=chained(folder), run=run, optim={"steps": 1}), ALONE)
+    labels = LlamaForSequenceClassification.from_pretrained(folder / "decoder")
+    keys = {"r": 2, "target_modules": ["v_proj"], "task_type": "SEQ_CLS"}
+    tuned = make_adapters(labels, tmp_path / "tuned", **keys)
+    about = json.loads((tuned / "adapter_config.json").read_text())
+    about["base_model_name_or_path"] = "someone/another-llm"
+    (tuned / "adapter_config.json").write_text(json.dumps(about))
+    model = {"adapters": [*chained(folder)["adapters"], str(tuned)], "init_from": str(tuned)}
+    lora = {"rank": 2, "alpha": 8.0, "target_modules": ["v_proj"]}
+    config = stage1_config(folder, model=model, lora=lora, run=run, optim={"steps": 1})
+    train(config, ALONE)
     lines = capsys.readouterr().out.splitlines()
-    rows = dict(line.split(maxsplit=1) for line in lines if line.startswith(("merged", "licen")))
-    assert rows["merged"] == " then ".join(chained(folder)["adapters"])
+    names = ("merged", "licen", "starts from")
+    rows = dict(re.split(r"  +", line, maxsplit=1) for line in lines if line.startswith(names))
+    note = " (made on someone/another-llm; without the head score, which is no part of the LLM)"
+    assert rows["merged"] == " then ".join(model["adapters"]) + note
+    assert rows["starts from"] == f"{tuned}{note}, with a new projection"
     assert "mntp: mit" in rows["licences"] and "simcse (unsup): unknown" in rows["licences"]
 
 
@@ -165,6 +201,9 @@ def test_a_finished_run_is_read_with_its_chain(folder: Path, tmp_path: Path):
     assert np.array_equal(again.encode(texts, language, progress=False), expected)
     with pytest.raises(ValueError, match="another model.adapters"):
         MTLLM.from_pretrained(moved / "stage1", merged=merged[::-1])
+    # One alone is no list of letters.
+    with pytest.raises(ValueError, match="another model.adapters than .*/mntp'"):
+        MTLLM.from_pretrained(moved / "stage1", merged=merged[0])
     # A checkpoint alone says its chain itself.
     alone = shutil.copytree(saved, tmp_path / "alone")
     models["decoder"] = str(folder / "decoder")
