@@ -54,7 +54,7 @@ def find_adapters(name: str) -> Path:
         fix = f"it is a run: name one of its checkpoints, {folder / 'checkpoints' / 'latest'}"
     elif (folder / "config.json").is_file():
         fix = f"it is a model: name it as model.decoder, or {fix}"
-    raise ValueError(f"model.adapters: {name} has no {peft.FILE}; {fix}")
+    raise ValueError(f"model.adapters: {name!r} has no {peft.FILE}; {fix}")
 
 
 def chain_fingerprint(adapters: Sequence[str]) -> str:

@@ -405,9 +405,9 @@ def test_adapters_that_are_not_there_are_named(decoder: Path, adapters: Path, tm
     for name, fix in (
         (run, "it is a run: name one of its checkpoints, .*/run/checkpoints/latest"),
         (decoder, "it is a model: name it as model.decoder, or name a folder"),
-        (tmp_path, "name a folder, or a hub id, of PEFT's adapters"),
+        ("", "name a folder, or a hub id, of PEFT's adapters"),
     ):
-        message = f"^model.adapters: {name} has no {FILE}; {fix}"
+        message = f"^model.adapters: '{name}' has no {FILE}; {fix}"
         with pytest.raises(ValueError, match=message) as error:
             find_adapters(str(name))
         assert "\n" not in str(error.value)
