@@ -62,7 +62,8 @@ class ModelConfig:
     """The two frozen models and the projection between them."""
 
     encoder: PathText
-    """The MT encoder (M2M-100, NLLB): a folder or a Hugging Face hub id."""
+    """The encoder (M2M-100 and NLLB, or XLM-R, E5, mBART, mT5, ...): a folder or a Hugging Face hub
+    id."""
     decoder: PathText
     """The LLM (Llama, Mistral, Qwen, Gemma, ...): a folder or a Hugging Face hub id."""
     encoder_prefix: str = ""

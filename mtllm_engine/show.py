@@ -97,11 +97,12 @@ def _languages(trained: Trained) -> str:
     """How many, and the first of them."""
     encoder, fallback = trained.config.model.encoder, trained.config.languages.fallback
     try:
-        codes = read_languages(_on_disk(encoder)).readable(fallback)
+        known = read_languages(_on_disk(encoder))
     except (ValueError, OSError) as error:
         return f"not known: {error}"
+    codes, given = known.readable(fallback), fallback if known.is_told else {}
     more = ", ..." if len(codes) > FIRST else ""
-    instead = "".join(f"; {code} as {given}" for code, given in sorted(fallback.items()))
+    instead = "".join(f"; {code} as {each}" for code, each in sorted(given.items()))
     return f"{len(codes)}: {', '.join(codes[:FIRST])}{more}{instead}"
 
 

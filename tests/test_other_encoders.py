@@ -12,6 +12,7 @@ import pytest
 from mtllm_engine import files
 from mtllm_engine.config import Config
 from mtllm_engine.inference import MTLLM
+from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.show import show
 from mtllm_engine.train import train
 from mtllm_engine.training.checkpoint import fingerprint_of, latest, teacher_identity
@@ -75,6 +76,18 @@ def test_another_prefix_is_another_run(folder):
     check_origins(configured(folder, model={"init_from": [origin]}))
     with pytest.raises(ValueError, match="another model.encoder_prefix than 'query: '; set it to"):
         check_origins(configured(folder, "query: ", model={"init_from": [origin]}))
+
+
+def test_a_prefix_leaves_room_for_a_text(folder):
+    config = configured(folder, "a b c " * 60)
+    with pytest.raises(ValueError, match="model.encoder_prefix takes .* no room for a text"):
+        build_tokenizer(config, build_stack(config)[0])
+
+
+def test_a_fallback_is_for_encoders_that_are_told(folder):
+    config = configured(folder, languages={"fallback": {"bbc_Latn": "ind_Latn"}})
+    known = build_tokenizer(config, build_stack(config)[0]).languages
+    assert "bbc_Latn" not in known.readable(config.languages.fallback)
 
 
 def test_stored_teacher_states_are_of_the_same_prefix(folder):

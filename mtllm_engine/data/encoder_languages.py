@@ -120,8 +120,9 @@ class EncoderLanguages:
         return Resolved(fallback[code], "fallback")
 
     def readable(self, fallback: Mapping[str, str]) -> tuple[str, ...]:
-        """The codes that texts may have. Args: fallback: As for `resolve`."""
-        return tuple(sorted({*self.codes, *fallback}))
+        """The codes that texts may have; of an encoder that is told nothing, which reads any, those
+        that it knows. Args: fallback: As for `resolve`."""
+        return tuple(sorted({*self.codes, *(fallback if self.is_told else ())}))
 
     def token_of(self, code: str) -> str | None:
         """What the encoder is told; None of one that is told nothing.

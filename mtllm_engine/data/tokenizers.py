@@ -19,6 +19,7 @@ from mtllm_engine.data.vocabulary import languages_of, largest_id, load_tokenize
 from mtllm_engine.languages import ENGLISH
 
 Encoded = Encoding | Tokens | Parted
+SPECIAL = 2  # around a text that an encoder reads, at most
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,10 @@ class PairTokenizer:
             raise ValueError(f"the tokenizer in {encoder} has no eos_token; {fix}")
         self.teacher = Side("LLM", self.decoder.backend_tokenizer, *around_of(self.decoder))
         self._students: dict[str, Side] = {}
+        taken = backend_of(self.encoder).encode(encoder_prefix, add_special_tokens=False)
+        if encoder_prefix and reader != "llm" and len(taken.ids) + SPECIAL >= max_length:
+            rest = f"{len(taken.ids)} of data.max_length={max_length} tokens"
+            raise ValueError(f"model.encoder_prefix takes {rest}, which leaves no room for a text")
 
     @property
     def around(self) -> str:

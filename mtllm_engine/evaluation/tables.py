@@ -89,7 +89,7 @@ def markdown(
     interval = f"[95 % bootstrap interval, {resamples} resamples]"
     note = f"Values in percent, {interval}, ± standard deviation over seeds."
     marks = "A language marked * is given to an encoder by a fallback code; "
-    marks += "† has an encoder without it."
+    marks += "† has an encoder that has no token for it, or was not trained on it."
     sections = [*map(_table_section, tables), *map(_comparison_section, comparisons)]
     return "\n\n".join(["# Results", note, marks, *notes, *sections]) + "\n"
 
@@ -117,7 +117,7 @@ def plot(table: Table, path: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False)
     title = f"{table.dataset}: {table.measure.replace('_', ' ')} in percent, 95 % intervals"
     if set(table.languages.values()) & set(MARKS):
-        title += "\n* fallback code, † encoder without the language"
+        title += "\n* fallback code, † language that the encoder does not know"
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=110)
 

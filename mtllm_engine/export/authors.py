@@ -13,7 +13,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch.nn import functional
-from transformers import LlamaConfig, M2M100Config
+from transformers import LlamaConfig
 
 from mtllm_engine import files
 from mtllm_engine.config import LORA_TARGETS, LoraConfig
@@ -25,6 +25,7 @@ from mtllm_engine.export.models import (
     llm_dtype,
     merged_llm,
     read_config,
+    read_json,
     write_card,
     write_json,
 )
@@ -61,9 +62,10 @@ def write(trained: Trained, draft: Path, options: Options) -> None:
     model, data = trained.config.model, trained.config.data
     projection = checkpoint_tensors(trained.student)
     encoder, llm = resolve(model.encoder), resolve(model.decoder)
-    load_config(encoder, M2M100Config, "model.encoder")
-    load_config(llm, LlamaConfig, "model.decoder")
+    kinds = [read_json(each / "config.json").get("model_type") for each in (encoder, llm)]
     for name, lacks in (
+        (f"a {kinds[0]} encoder", kinds[0] != "m2m_100"),
+        (f"a {kinds[1]} LLM", kinds[1] != "llama"),
         ("model.projection_bias=true", "bias" in projection.names),
         ("model.causal=true", model.causal),
         (f"data.parts={data.parts}", data.parts != "whole"),

@@ -34,7 +34,6 @@ from mtllm_engine.training.trained import Trained
 ENCODER_PREFIXES = ("model.encoder.", "encoder.", "")
 SHARED = ("model.shared", "shared")  # the encoder's embedding, where that stands beside it
 PLACES = ("_name_or_path", "name_or_path")
-VOCABULARIES = ("vocab.json", "vocab.txt", "merges.txt")  # of what has no tokenizer.json
 FIRST = "layers.0.self_attn.q_proj.weight"  # of M2M-100's encoder, and of any LLM:
 LLM_FIRST = "layers.0.mlp.down_proj.weight"
 
@@ -137,10 +136,7 @@ def _is_wrapped(source: Path) -> bool:
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """A tokenizer, told that the control tokens that a text spells are its characters."""
-    paths = tokenizer_files(source)
-    if not (source / "tokenizer.json").is_file():
-        paths += [source / name for name in VOCABULARIES if (source / name).is_file()]
-    for path in paths:
+    for path in tokenizer_files(source):
         shutil.copyfile(path, folder / path.name)
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}

@@ -25,7 +25,7 @@ EXPORTED = "mtllm.json"
 SAFETENSORS = ("*model.safetensors", "*model-*-of-*.safetensors")
 SAFETENSORS += ("*projection.safetensors", "*head.safetensors")
 TORCH = ("*model.bin", "*model-*-of-*.bin")
-FILES = ("*.json", "*.model", *SAFETENSORS, *TORCH)
+FILES = ("*.json", "*.model", "vocab.txt", "merges.txt", *SAFETENSORS, *TORCH)
 """What is read of a repository: others' copies, such as `consolidated.safetensors`, are not."""
 T = TypeVar("T")
 HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from mtllm_engine.files import check_pulled, sha256_of
 from mtllm_engine.model import hub
 
-VOCABULARIES = ("vocab.json", "vocab.txt")  # of tokenizers without tokenizer.json
+VOCABULARIES = ("vocab.json", "vocab.txt", "merges.txt")  # of tokenizers without tokenizer.json
 TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.model")
 # Names of an embedding, and of what may stand for it where the two are one tensor.
 TIED = (("model.embed_tokens.weight", "embed_tokens.weight"), ("lm_head.weight",))
