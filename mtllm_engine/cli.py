@@ -376,6 +376,9 @@ def _add_models(commands: argparse._SubParsersAction) -> None:
         help="of GGUF's weights in DIR (default: float32, which rounds none)",
     )
     import_.add_argument(
+        "--layers", default=0, type=int, metavar="N", help="of GGUF's the first N (default: all)"
+    )
+    import_.add_argument(
         "--base",
         default="",
         type=expand,
@@ -406,9 +409,9 @@ def _import_model(arguments: argparse.Namespace) -> int:
     if arguments.source.endswith(".gguf"):
         from mtllm_engine.models import import_gguf
 
-        source, dtype = Path(arguments.source), arguments.dtype
-        count = import_gguf(source, arguments.out, dtype=dtype)
-        print(f"{arguments.out}: {count:,} weights in {dtype}")
+        options = {"dtype": arguments.dtype, "layers": arguments.layers}
+        count = import_gguf(Path(arguments.source), arguments.out, **options)
+        print(f"{arguments.out}: {count:,} weights in {arguments.dtype}")
         return 0
     from mtllm_engine.export.authors import adapters_from
 

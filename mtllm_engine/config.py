@@ -31,6 +31,7 @@ PathText = Annotated[str, expand]
 TAKEN = (
     "llm",
     "translate_test",
+    "encoder",
     "sum",
     "dataset",
     "measure",
@@ -261,15 +262,16 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """`mtllm evaluate`: the LLM of model.teacher, alone or after translation, the stack of
-    model.init_from, and the sum of stage 1's adapters and model.teacher's."""
+    """`mtllm evaluate`: the LLM of model.teacher, alone or after translation, the encoder alone,
+    the stack of model.init_from, and the sum of stage 1's adapters and model.teacher's."""
 
-    systems: tuple[Literal["llm", "translate_test", "sum", "stack"], ...] = (
+    systems: tuple[Literal["llm", "translate_test", "encoder", "sum", "stack"], ...] = (
         "llm",
         "translate_test",
         "stack",
     )
-    """What is evaluated."""
+    """What is evaluated; "encoder" is a linear head on its mean-pooled states, which learns the
+    English examples of `task.train` (`task.validation` says how strongly it is drawn to zero)."""
     stage1: tuple[PathText, ...] = ()
     """Stage 1's checkpoint, for the sum."""
     stack_name: str = "stack"

@@ -4,20 +4,25 @@
 
 The LLM of `model.teacher` reads the foreign text ("llm"), or its English translation
 ("translate_test"); the stack of `model.init_from` reads the foreign text through the MT encoder
-("stack"), as does, without stage 2, the sum of stage 1's adapters and the LLM's ("sum"). Nobody has
-seen a label but English ones.
+("stack"), as does, without stage 2, the sum of stage 1's adapters and the LLM's ("sum"). A linear
+head on the encoder's own states ("encoder") needs no LLM. Nobody has seen a label but English ones.
 """
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mtllm_engine.config import Config
-from mtllm_engine.evaluation.predictions import Predictions, save
-from mtllm_engine.evaluation.provenance import makers
+from mtllm_engine.evaluation.encoder import EncoderReader
+from mtllm_engine.evaluation.predictions import Predictions, load, path_of, save
+from mtllm_engine.evaluation.provenance import is_same, makers
 from mtllm_engine.evaluation.systems import (
+    Kind,
     Reader,
+    Test,
     build_translator,
     cost,
     find_systems,
@@ -26,12 +31,16 @@ from mtllm_engine.evaluation.systems import (
     results_folder,
 )
 from mtllm_engine.evaluation.tables import translation_counts, write
+from mtllm_engine.tasks import Task
 from mtllm_engine.training.launch import run_command
 from mtllm_engine.world import World
 
 
 def evaluate(config: Config, world: World) -> None:
-    """Writes predictions and tables below `evaluate.results`; what is there of this seed is made
+    """Writes predictions and tables below `evaluate.results`.
+
+    What is there of this seed and was made by the very same (checkpoint, settings, examples,
+    commit) stays, so that an evaluation that was killed goes on; all else of this seed is made
     again, and what another checkpoint or setting made, or other test files, is in no table.
 
     Raises:
@@ -43,7 +52,7 @@ def evaluate(config: Config, world: World) -> None:
     made = world.on_main(partial(makers, config, read_by))
     for kind, checkpoints in dict.fromkeys(read_by.values()):
         gpu_hours, flops = world.on_main(partial(cost, checkpoints))
-        reader = Reader(config, world, task, kind, checkpoints)
+        read = None
         for system in (each for each in read_by if read_by[each] == (kind, checkpoints)):
             translator = build_translator(config, world) if system == "translate_test" else None
             name = config.evaluate.stack_name if system == "stack" else system
@@ -51,11 +60,35 @@ def evaluate(config: Config, world: World) -> None:
             settings = dict(made[system]["settings"])
             settings |= {"translator": translator.settings} if translator else {}
             for test in tests:
-                answers = predict(config, world, task, reader, translator, test)
                 maker = made[system] | {"settings": settings, "test": test.digest}
+                if world.on_main(partial(_keep, folder, name, test, config.run.seed, maker)):
+                    continue
+                read = read or _build_reader(config, world, task, kind, checkpoints)
+                answers = predict(config, world, task, read, translator, test)
                 answers = replace(answers, **about, maker=maker)
                 world.on_main(partial(_save, folder, answers))
     world.on_main(lambda: print(write(folder, baseline=_baseline(folder)).read_text()))
+
+
+def _build_reader(
+    config: Config, world: World, task: Task, kind: Kind, checkpoints: Sequence[str]
+) -> Reader | EncoderReader:
+    if kind == "encoder":
+        return EncoderReader(config, world, task)
+    return Reader(config, world, task, kind, checkpoints)
+
+
+def _keep(folder: Path, system: str, test: Test, seed: int, maker: Mapping[str, Any]) -> bool:
+    """Whether predictions of the same maker are there already, which then count as made now."""
+    try:
+        (answers,) = load(path_of(folder, system, test.dataset.name, test.language, seed))
+    except ValueError:  # none, or damaged
+        return False
+    if not is_same(answers.maker, maker):
+        return False
+    print(f"{system} of {test.dataset.name} in {test.language}: there already", flush=True)
+    save(folder, replace(answers, maker=maker))
+    return True
 
 
 def _save(folder: Path, answers: Predictions) -> None:

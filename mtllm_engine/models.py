@@ -34,21 +34,22 @@ license: {licence}
 
 Made by `mtllm models import` of `{file}` (sha256 {sha256}).
 Its weights are {types}; here they are {dtype}.
-"""
+{cut}"""
 
 
-def import_gguf(file: Path, out: Path, *, dtype: str = "float32") -> int:
+def import_gguf(file: Path, out: Path, *, dtype: str = "float32", layers: int = 0) -> int:
     """Writes a model's folder from a GGUF file, every weight as a plain number.
 
     Args:
         dtype: Of the weights: float32 holds what the file says, bfloat16 rounds it.
+        layers: The first so many, under the last norm; 0: all.
 
     Returns:
         The number of weights.
 
     Raises:
-        ValueError: There is something at `out`, the package gguf is missing, or the file cannot be
-            read or is of another family than those that go in.
+        ValueError: There is something at `out`, the package gguf is missing, the file cannot be
+            read or is of another family than those that go in, or it has fewer layers.
     """
     if out.exists():
         raise ValueError(f"{out} is there already; name a new folder")
@@ -58,14 +59,18 @@ def import_gguf(file: Path, out: Path, *, dtype: str = "float32") -> int:
         raise ValueError("GGUF is read by the package gguf: pip install 'mtllm-engine[gguf]'")
     place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     config = _read(file, lambda: AutoConfig.from_pretrained(**place, trust_remote_code=False))
-    decoder_spec(config, str(file))  # before any weight is read
+    num_layers = decoder_spec(config, str(file)).num_layers  # before any weight is read
+    if not 0 <= layers <= num_layers:
+        raise ValueError(f"--layers {layers}: {file} has {num_layers}; 0 stands for all")
     tokenizer = _read(file, lambda: AutoTokenizer.from_pretrained(**place, trust_remote_code=False))
-    card = _read(file, lambda: _card(file, dtype))
+    card = _read(file, lambda: _card(file, dtype, (layers, num_layers) if layers else ()))
     model = _read(file, lambda: _load(place))
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = getattr(torch, dtype)
+    if layers:
+        _keep_first(model, layers)
     with files.atomic_folder(out) as draft:
         write_safetensors(draft / "model.safetensors", _planned(model, config.dtype))
         config.architectures = [type(model).__name__]
@@ -94,6 +99,15 @@ def _load(place: dict[str, str]) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(**place, **options)
 
 
+def _keep_first(model: torch.nn.Module, layers: int) -> None:
+    """Drops the layers after the first so many, whatever kinds they are of."""
+    config, decoder = model.config, model.get_decoder()
+    decoder.layers = decoder.layers[:layers]
+    config.num_hidden_layers = layers
+    if kinds := getattr(config, "layer_types", None):
+        config.layer_types = kinds[:layers]
+
+
 def _planned(model: torch.nn.Module, dtype: torch.dtype) -> list[Planned]:
     """Every parameter once: of tied ones the first, which is the embedding's."""
     return [
@@ -102,7 +116,8 @@ def _planned(model: torch.nn.Module, dtype: torch.dtype) -> list[Planned]:
     ]
 
 
-def _card(file: Path, dtype: str) -> str:
+def _card(file: Path, dtype: str, kept: Sequence[int]) -> str:
+    """Args: kept: So many layers, of so many; empty: all."""
     from gguf import GGUFReader  # an extra
 
     reader = GGUFReader(file)
@@ -119,6 +134,7 @@ def _card(file: Path, dtype: str) -> str:
         sha256=files.sha256_of(file),
         types=", ".join(f"{kind} ({count} tensors)" for kind, count in types.most_common()),
         dtype=dtype,
+        cut="Of its {1} layers the first {0} are here.\n".format(*kept) if kept else "",
     )
 
 

@@ -285,11 +285,13 @@ def _trees(
         # Both, and the LLM after translation, read every test set as stage 2 reads its texts.
         evaluated = {"systems": [*SYSTEMS, "sum"] if start else SYSTEMS, "stage1": start}
         evaluated |= shared.get("evaluate", {})
+        # The encoder alone learns the English examples there.
+        learned = english if "encoder" in evaluated["systems"] else {}
         own_data = steps["stage2"].get("data", {})
         as_read = {key: value for key, value in own_data.items() if key not in CORPORA}
         read = {"data": as_read, "evaluate": evaluated}
         fixed = {"model": {"init_from": best["stage2"], "teacher": best["finetune"]}}
-        fixed |= {"task": tested, "evaluate": {"results": str(folder / "results")}}
+        fixed |= {"task": learned | tested, "evaluate": {"results": str(folder / "results")}}
         yield names["evaluate"], "evaluate", _merged(untasked, read, fixed, own["evaluate"])
 
 

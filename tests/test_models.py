@@ -218,3 +218,24 @@ def test_every_problem_is_a_line(land: Path, tmp_path: Path, capfd):
         assert sum(told in line for line in problems) == 1
     assert cli.main(["models", "check", str(land / "encoder"), str(tmp_path / "none")]) == 1
     assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_the_first_layers_alone_give_the_states_below_the_others(land: Path, tmp_path: Path):
+    import_gguf(land / "tiny-Q8_0.gguf", tmp_path / "whole")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    count = whole.config.num_hidden_layers
+    ids_BL = torch.tensor([[5, 9, 2, 7]])
+    with torch.no_grad():
+        states = whole(ids_BL, output_hidden_states=True).hidden_states
+    for layers in range(1, count):
+        import_gguf(land / "tiny-Q8_0.gguf", tmp_path / str(layers), layers=layers)
+        first = AutoModelForCausalLM.from_pretrained(tmp_path / str(layers)).eval()
+        assert first.config.num_hidden_layers == layers
+        with torch.no_grad():
+            last = first.model(ids_BL).last_hidden_state
+            torch.testing.assert_close(last, first.model.norm(states[layers]))
+        card = (tmp_path / str(layers) / "README.md").read_text()
+        assert f"Of its {count} layers the first {layers} are here." in card
+    for wrong in (-1, count + 1):
+        with pytest.raises(ValueError, match=f"--layers {wrong}: .*gguf has {count}; 0 stands for"):
+            import_gguf(land / "tiny-Q8_0.gguf", tmp_path / "wrong", layers=wrong)

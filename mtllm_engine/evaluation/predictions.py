@@ -73,8 +73,7 @@ class Predictions:
 
 def save(folder: Path | str, predictions: Predictions) -> Path:
     """Writes DATASET/SYSTEM/predictions-LANGUAGE-SEED.jsonl: a header line, then a line a row."""
-    path = Path(folder) / predictions.dataset / predictions.system
-    path /= f"predictions-{predictions.language}-{predictions.seed}.jsonl"
+    path = path_of(folder, *predictions.identity)
     names = [each.name for each in fields(Predictions)]
     header = {"format": FORMAT, "rows": len(predictions.keys)}
     header |= {name: getattr(predictions, name) for name in names if name not in COLUMNS}
@@ -89,8 +88,13 @@ def save(folder: Path | str, predictions: Predictions) -> Path:
     return path
 
 
+def path_of(folder: Path | str, system: str, dataset: str, language: str, seed: int) -> Path:
+    """Where `save` puts predictions."""
+    return Path(folder) / dataset / system / f"predictions-{language}-{seed}.jsonl"
+
+
 def load(folder: Path | str) -> list[Predictions]:
-    """All predictions below a folder.
+    """All predictions below a folder, or those of one file.
 
     Raises:
         ValueError: There are none, a file is damaged, or two hold the same system, dataset,
@@ -98,7 +102,9 @@ def load(folder: Path | str) -> list[Predictions]:
     """
     paths: dict[tuple, Path] = {}
     loaded = []
-    for path in sorted(Path(folder).rglob("predictions-*.jsonl")):
+    folder = Path(folder)
+    found = [folder] if folder.is_file() else sorted(folder.rglob("predictions-*.jsonl"))
+    for path in found:
         loaded.append(_read(path))
         identity = loaded[-1].identity
         if identity in paths:

@@ -17,14 +17,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mtllm_engine.config import Config, flatten
 from mtllm_engine.evaluation.predictions import Predictions
+from mtllm_engine.evaluation.systems import Kind
 from mtllm_engine.files import sha256_of
+from mtllm_engine.languages import ENGLISH
 from mtllm_engine.model.merge import chain_fingerprint
 from mtllm_engine.model.tensors import fingerprint, resolve
 from mtllm_engine.model.weights import RUN_FILES
+from mtllm_engine.tasks import digest_now, load_task
 from mtllm_engine.training.log import commit
 
 SETTINGS = ("model.causal", "model.dtype", "model.quantization")
@@ -53,7 +56,7 @@ class LeftOut:
 
 
 def makers(
-    config: Config, readers: Mapping[str, tuple[Literal["llm", "stack"], Sequence[str]]]
+    config: Config, readers: Mapping[str, tuple[Kind, Sequence[str]]]
 ) -> dict[str, dict[str, Any]]:
     """The maker of what each system says, but for the test set; reads every byte of the models.
 
@@ -69,15 +72,17 @@ def makers(
     made: dict[str, dict[str, Any]] = {}
     chain = chain_fingerprint(model.adapters)
     for system, (kind, checkpoints) in readers.items():
-        reads_stack = kind == "stack"
-        names = {"model.decoder": model.decoder}
-        names |= {"model.encoder": model.encoder} if reads_stack else {}
+        names = {} if kind == "encoder" else {"model.decoder": model.decoder}
+        names |= {"model.encoder": model.encoder} if kind != "llm" else {}
         models = {key: digest_of_model(name) for key, name in names.items()}
-        models["model.adapters"] = chain
-        keys = (*SETTINGS, *(OF_STACK if reads_stack else ()))
+        models |= {} if kind == "encoder" else {"model.adapters": chain}
+        keys = (*SETTINGS, *(OF_STACK if kind != "llm" else ()))
         files = (*RUN_FILES, "adapter_config.json")
+        trained = [_digest_of(Path(each), files) for each in checkpoints]
+        if kind == "encoder":  # its head follows from them
+            trained = [_digest_of_english(config)]
         made[system] = about | {
-            "checkpoint": " + ".join(_digest_of(Path(each), files) for each in checkpoints),
+            "checkpoint": " + ".join(trained),
             "settings": {key: flat[key] for key in keys} | models,
         }
     return made
@@ -111,6 +116,13 @@ def sort_out(predictions: Sequence[Predictions]) -> tuple[list[Predictions], lis
     return [item for item in predictions if item.identity in kept], parts
 
 
+def is_same(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> bool:
+    """Whether what made predictions would make the same again: our code, as committed, too."""
+    is_known = now["commit"] != "unknown" and not now["commit"].endswith("+")
+    when = {"evaluated": now["evaluated"]}
+    return is_known and before is not None and {**before, **when} == now
+
+
 def commits(predictions: Sequence[Predictions]) -> dict[str, list[str]]:
     """The commits of our code that made predictions, and the systems and seeds of each."""
     makers: dict[str, set[str]] = defaultdict(set)
@@ -134,6 +146,14 @@ def _marks(item: Predictions) -> Iterator[tuple[tuple, Any]]:
     yield ("languages.fallback", *system, *place), item.language_given
     if item.maker:
         yield ("text of the test files", *place), maker["test"]
+
+
+def _digest_of_english(config: Config) -> str:
+    """Of the English examples of a task."""
+    task, given = load_task(config.task.name), (config.task.train, config.task.validation)
+    splits = [(split, source) for split, source in zip(("train", "validation"), given) if source]
+    digests = [digest_now(task, source, split, ENGLISH) for split, source in splits]
+    return " + ".join(map(str, digests))
 
 
 def _digest_of(folder: Path, patterns: Sequence[str]) -> str:

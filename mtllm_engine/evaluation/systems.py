@@ -1,22 +1,23 @@
-"""Who answers which test sets: the LLM, alone or after translation, the stack after stage 2 or as a
-sum of adapters; and their cost."""
+"""Who answers which test sets: the LLM, alone or after translation, the encoder alone, the stack
+after stage 2 or as a sum of adapters; and their cost."""
 
 import json
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from mtllm_engine import config as configs
 from mtllm_engine.config import Config
-from mtllm_engine.data.batch import Document
+from mtllm_engine.data.batch import Batch, Document, Totals
 from mtllm_engine.data.encoder_languages import EncoderLanguages, Resolved
 from mtllm_engine.data.stream import build_stream, each_step
 from mtllm_engine.data.teacher_states import cost_of, folder_of
+from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.data.vocabulary import read_languages
 from mtllm_engine.evaluation.predictions import Predictions
 from mtllm_engine.evaluation.translate import Translator, find_model, translate_examples
@@ -31,6 +32,12 @@ from mtllm_engine.tasks import Dataset, Example, Task, digest_of, find_dataset, 
 from mtllm_engine.training.engine import build_engine, shard
 from mtllm_engine.training.origins import check_origins, summed_in
 from mtllm_engine.world import AgreedError, World
+
+if TYPE_CHECKING:
+    from mtllm_engine.evaluation.encoder import EncoderReader
+
+Kind = Literal["llm", "stack", "encoder"]
+"""Who reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +75,7 @@ class Reader:
     """The LLM, or the stack, with a task's head, loaded once for all test sets.
 
     Args:
-        kind: `objective.reader`.
+        kind: Who reads: `objective.reader`.
         checkpoints: A run's, with a head; or several, whose adapters are added up.
     """
 
@@ -77,9 +84,10 @@ class Reader:
         config: Config,
         world: World,
         task: Task,
-        kind: Literal["llm", "stack"],
+        kind: Kind,
         checkpoints: Sequence[str],
     ) -> None:
+        self.kind = kind
         lora = world.together(lambda: sum_of([read_lora(Path(each)) for each in checkpoints]))
         model = replace(config.model, init_from=tuple(checkpoints), teacher="")
         objective = replace(config.objective, kind="finetune", reader=kind)
@@ -98,28 +106,18 @@ class Reader:
         answer.
 
         Raises:
-            ValueError: A document cannot be read, or not each was read once.
+            ValueError: As `read_corpus`.
         """
-        config, world = self.config, self.world
-        data = replace(config.data, teacher_states="", on_error="raise")
-        options = {"seed": config.run.seed, "corpus": corpus}
-        stream = world.together(lambda: build_stream(data, self.tokenizer, world, **options))
-        rows = []
         with self.engine.evaluating():
-            for global_batch in each_step(stream, world, config.memory.max_tokens):
-                for documents, batch in global_batch.batches(world.device):
-                    outputs = self.engine(batch, global_batch.totals).outputs
-                    answers = zip(documents, self._answers(documents, outputs))
-                    rows += [(doc.row, doc.key, doc.label, answer) for doc, answer in answers]
-        # All ranks' rows in the corpus' order: each document once, or the scores mean nothing.
-        rows = sorted((row for part in world.gather(rows) for row in part), key=lambda row: row[0])
-        shards = enumerate(stream.mixture.corpora[0].manifest.shards)
-        expected = [(0, number, index) for number, each in shards for index in range(each.samples)]
-        if [row[0] for row in rows] != expected:
-            counts = f"{len(rows)} documents were scored of {len(expected)}"
-            raise AgreedError(ValueError(f"{corpus}: {counts}"))
-        _, keys, labels, answers = zip(*rows)
-        return list(keys), np.array(labels), np.stack(answers)
+            keys, labels, answers = read_corpus(
+                self.config, self.world, self.tokenizer, corpus, self._read
+            )
+        return keys, labels, np.stack(answers)
+
+    def _read(
+        self, documents: Sequence[Document], batch: Batch, totals: Totals
+    ) -> Sequence[np.ndarray]:
+        return self._answers(documents, self.engine(batch, totals).outputs)
 
     def _answers(self, documents: Sequence[Document], outputs: Outputs) -> Sequence[np.ndarray]:
         """Of each document: scores (Y,), or the characters [start, end) that answer."""
@@ -129,6 +127,38 @@ class Reader:
         side = "student_offsets_S2" if reads_stack else "teacher_offsets_T2"
         answers = zip(documents, outputs.answers_N2.cpu().numpy())
         return [getattr(doc, side)[start:end].ravel()[[0, -1]] for doc, (start, end) in answers]
+
+
+def read_corpus(
+    config: Config,
+    world: World,
+    tokenizer: PairTokenizer,
+    corpus: Path,
+    read: Callable[[Sequence[Document], Batch, Totals], Sequence[np.ndarray]],
+) -> tuple[list[str], np.ndarray, list[np.ndarray]]:
+    """Keys, labels (N,) and what `read` says of each document of a corpus, in its order, on every
+    rank.
+
+    Raises:
+        ValueError: A document cannot be read, or not each was read once.
+    """
+    data = replace(config.data, teacher_states="", on_error="raise")
+    options = {"seed": config.run.seed, "corpus": corpus}
+    stream = world.together(lambda: build_stream(data, tokenizer, world, **options))
+    rows = []
+    for global_batch in each_step(stream, world, config.memory.max_tokens):
+        for documents, batch in global_batch.batches(world.device):
+            answers = zip(documents, read(documents, batch, global_batch.totals))
+            rows += [(doc.row, doc.key, doc.label, answer) for doc, answer in answers]
+    # All ranks' rows in the corpus' order: each document once, or the scores mean nothing.
+    rows = sorted((row for part in world.gather(rows) for row in part), key=lambda row: row[0])
+    shards = enumerate(stream.mixture.corpora[0].manifest.shards)
+    expected = [(0, number, index) for number, each in shards for index in range(each.samples)]
+    if [row[0] for row in rows] != expected:
+        counts = f"{len(rows)} documents were scored of {len(expected)}"
+        raise AgreedError(ValueError(f"{corpus}: {counts}"))
+    _, keys, labels, answers = zip(*rows)
+    return list(keys), np.array(labels), list(answers)
 
 
 def results_folder(config: Config) -> Path:
@@ -144,9 +174,10 @@ def find_systems(config: Config) -> tuple[Task, list[Test]]:
     if "sum" in config.evaluate.systems and not config.evaluate.stage1:
         lack = "needs evaluate.stage1, a checkpoint of stage 1; it is empty"
         raise ValueError(f"evaluate.systems has 'sum', which {lack}")
-    for system, (_, checkpoints) in readers(config).items():
+    for system, (kind, checkpoints) in readers(config).items():
         is_given = checkpoints and all(checkpoints)
-        if not (is_given and any(has_head(checkpoint_tensors(each)) for each in checkpoints)):
+        has_one = is_given and any(has_head(checkpoint_tensors(each)) for each in checkpoints)
+        if kind != "encoder" and not has_one:
             key = "init_from" if system == "stack" else "teacher"
             lack = f"{' and '.join(checkpoints)} has none" if is_given else "it is empty"
             needs = f"needs model.{key}, a checkpoint with a head"
@@ -154,13 +185,13 @@ def find_systems(config: Config) -> tuple[Task, list[Test]]:
     return find_tests(config)
 
 
-def readers(config: Config) -> dict[str, tuple[Literal["llm", "stack"], tuple[str, ...]]]:
-    """Of each system who reads, by `objective.reader`, and the checkpoints that made it."""
+def readers(config: Config) -> dict[str, tuple[Kind, tuple[str, ...]]]:
+    """Of each system who reads, and the checkpoints that made it; the encoder alone has none."""
     model = config.model
-    llm: tuple[Literal["llm"], tuple[str]] = ("llm", (model.teacher,))
-    every: dict[str, tuple[Literal["llm", "stack"], tuple[str, ...]]] = {
-        "llm": llm,
-        "translate_test": llm,
+    every: dict[str, tuple[Kind, tuple[str, ...]]] = {
+        "llm": ("llm", (model.teacher,)),
+        "translate_test": ("llm", (model.teacher,)),
+        "encoder": ("encoder", ()),
         "sum": ("stack", (*config.evaluate.stage1, model.teacher)),
         "stack": ("stack", model.init_from),
     }
@@ -182,8 +213,24 @@ def find_tests(config: Config) -> tuple[Task, list[Test]]:
         reason = "is answered with a piece of the text, and a translation has other pieces"
         system = f"evaluate.systems has 'translate_test', but task {task.name}"
         raise ValueError(f"{system} {reason}; leave it out")
+    if "encoder" in config.evaluate.systems:
+        _check_english(config, task)
     translator = _translator_languages(_translator_name(config)) if translates else None
     return task, _tests(config, task, read_languages(resolve(config.model.encoder)), translator)
+
+
+def _check_english(config: Config, task: Task) -> None:
+    """Raises: ValueError: The encoder alone cannot learn the task."""
+    system = f"evaluate.systems has 'encoder', but task {task.name}"
+    if task.head == "span":
+        reason = "is answered with a piece of the text, which no mean of states tells"
+        raise ValueError(f"{system} {reason}; leave it out")
+    if not config.task.train:
+        raise ValueError(f"{system} has no English examples for its head; set task.train")
+    for split in ("train", "validation"):
+        if source := getattr(config.task, split):
+            dataset, folder = find_dataset(task, source)
+            dataset.read(folder, split, ENGLISH)
 
 
 def _translator_languages(name: str) -> EncoderLanguages:
@@ -255,8 +302,8 @@ def _tests(
 
 def _needed(test: Test, systems: Collection[str]) -> list[Resolved]:
     """What those systems that are not the LLM alone are given."""
-    reads_stack = {"stack", "sum"} & {*systems}
-    each = (test.resolved if reads_stack else None, test.translated)
+    needs_encoder = {"stack", "sum", "encoder"} & {*systems}
+    each = (test.resolved if needs_encoder else None, test.translated)
     return [resolved for resolved in each if resolved]
 
 
@@ -287,15 +334,15 @@ def predict(
     config: Config,
     world: World,
     task: Task,
-    reader: Reader,
+    reader: "Reader | EncoderReader",
     translator: Translator | None,
     test: Test,
 ) -> Predictions:
     """What one reader says of a test set: nothing where its language has no token and the encoder
     is needed."""
     # Who is asked what, and whether there is anything to say.
-    reads_stack = reader.config.objective.reader == "stack"
-    needs_encoder = translator is not None or reads_stack
+    reads_foreign = reader.kind != "llm"
+    needs_encoder = translator is not None or reads_foreign
     given, status = (translator and test.translated) or test.resolved
     about = {"system": "stack", "dataset": test.dataset.name, "language": test.language}
     about |= {"seed": config.run.seed, "metric": task.metric}
@@ -311,10 +358,10 @@ def predict(
         about |= {"cut": translated.cut, "unfinished": translated.unfinished}
     start_s = time.perf_counter()
     corpus = results_folder(config) / "corpus"
-    corpus /= "translated" if translator else reader.config.objective.reader
+    corpus /= "translated" if translator else reader.kind
     corpus = corpus / test.dataset.name / test.language
     # The LLM alone has no use for the encoder's token: any will do for the side that nobody reads.
-    language = given if reads_stack else ENGLISH
+    language = given if reads_foreign else ENGLISH
     options = {"language": language, "licence": test.dataset.licence}
     world.on_main(lambda: _pack_anew(examples, corpus, results_folder(config), **options))
     # What is said, and how long that took. English, as it is, does not show what translating takes.
@@ -356,12 +403,14 @@ def _texts(test: Test, keys: Sequence[str], answers_N2: np.ndarray) -> dict[str,
 
 def cost(checkpoints: Sequence[str]) -> tuple[float | None, float | None]:
     """GPU-hours and FLOPs that checkpoints took, with the runs and stored states that they stand
-    on, each once; None: not known."""
+    on, each once; None: not known, or nothing was trained."""
     costs: dict[Path, tuple[float, float]] = {}
     try:
         for checkpoint in checkpoints:
             _add_costs(Path(checkpoint), costs)
     except (OSError, ValueError, KeyError):
+        return None, None
+    if not costs:
         return None, None
     hours, flops = zip(*costs.values())
     return sum(hours), sum(flops)

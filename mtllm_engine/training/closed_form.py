@@ -6,8 +6,7 @@ second recipe of arXiv 2406.12739). It runs before the stack is sharded: each ra
 whole for as long as this takes.
 """
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,13 +15,11 @@ import torch
 from torch.nn import functional
 
 from mtllm_engine.config import Config
-from mtllm_engine.data.batch import Tokens
 from mtllm_engine.data.stream import Stream, agree, build_stream
 from mtllm_engine.data.tokenizers import PairTokenizer
-from mtllm_engine.model.padded import PaddedEncoder
-from mtllm_engine.model.stack import LAYER_NORM_EPS, Stack
+from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.weights import EMBEDDING, Weights
-from mtllm_engine.training.engine import fill, fill_padded
+from mtllm_engine.training.engine import encoder_alone
 from mtllm_engine.world import World
 
 NUM_DOCUMENTS = 1024
@@ -88,7 +85,7 @@ def read_pairs(
     """This rank's pairs, a micro-batch at a time, in whole steps until all ranks have read
     `NUM_DOCUMENTS`, or as many as there are.
     """
-    encode = world.together(lambda: _build_encoder(stack, weights, world))
+    encode = world.together(lambda: encoder_alone(stack, weights, world))
     wanted = min(NUM_DOCUMENTS, sum(corpus.manifest.samples for corpus in stream.mixture.corpora))
     while wanted > 0:
         global_batch = agree(stream, world, config.memory.max_tokens)
@@ -133,28 +130,6 @@ def solve(sums: torch.Tensor, *, bias: bool) -> Fit:
         bias_D=bias_D.float() if bias else None,
         num_pairs=num_pairs,
         num_singular=int((~is_kept_E).sum()),
-    )
-
-
-def _build_encoder(
-    stack: Stack, weights: Weights, world: World
-) -> Callable[[Tokens], torch.Tensor]:
-    """Tokens to what the projection's linear reads (S, E), by the encoder, whole, on this rank's
-    device.
-    """
-    if isinstance(stack.encoder, PaddedEncoder):
-        fill_padded(stack.encoder, weights, world)
-        return stack.encoder
-    encoder = copy.deepcopy(stack.encoder).to_empty(device=world.device)
-    for name, parameter in encoder.named_parameters():
-        fill(parameter, f"encoder.{name}", weights, world)
-    width = stack.projection.weight.shape[1]
-    norm = [
-        weights.read(f"projection.norm_{part}", 0, width).float() for part in ("weight", "bias")
-    ]
-    norm = [each.to(world.device) for each in norm]
-    return lambda tokens: functional.layer_norm(
-        encoder(tokens).float(), (width,), *norm, LAYER_NORM_EPS
     )
 
 

@@ -6,27 +6,29 @@ has one form.
 """
 
 import contextlib
+import copy
 import difflib
 import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from mtllm_engine.config import Config, OptimConfig
-from mtllm_engine.data.batch import Batch, Totals
+from mtllm_engine.data.batch import Batch, Tokens, Totals
 from mtllm_engine.kernels.lora_linear import check_available
 from mtllm_engine.model.decoder import DecoderLayer
 from mtllm_engine.model.encoder import EncoderLayer
 from mtllm_engine.model.lora import LoraLinear
 from mtllm_engine.model.objective import Share
 from mtllm_engine.model.padded import PaddedEncoder
-from mtllm_engine.model.stack import Stack
+from mtllm_engine.model.stack import LAYER_NORM_EPS, Stack
 from mtllm_engine.model.weights import Weights
 from mtllm_engine.world import AgreedError, World
 
@@ -434,6 +436,26 @@ def fill_padded(encoder: PaddedEncoder, weights: Weights, world: World) -> None:
     for name, parameter in encoder.named_parameters():
         fill(parameter, f"encoder.{name}", weights, world)
     encoder.is_filled = True
+
+
+def encoder_alone(stack: Stack, weights: Weights, world: World) -> Callable[[Tokens], torch.Tensor]:
+    """Tokens to what the projection's linear reads (S, E), by the encoder, whole, on this rank's
+    device; the stack stays on the meta device.
+    """
+    if isinstance(stack.encoder, PaddedEncoder):
+        fill_padded(stack.encoder, weights, world)
+        return stack.encoder
+    encoder = copy.deepcopy(stack.encoder).to_empty(device=world.device)
+    for name, parameter in encoder.named_parameters():
+        fill(parameter, f"encoder.{name}", weights, world)
+    width = stack.projection.weight.shape[1]
+    norm = [
+        weights.read(f"projection.norm_{part}", 0, width).float() for part in ("weight", "bias")
+    ]
+    norm = [each.to(world.device) for each in norm]
+    return lambda tokens: functional.layer_norm(
+        encoder(tokens).float(), (width,), *norm, LAYER_NORM_EPS
+    )
 
 
 @torch.no_grad()

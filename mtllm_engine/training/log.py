@@ -349,7 +349,11 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with a + when files differ from it; None outside a checkout."""
+    """The commit that `pip install git+...` noted, or the checkout's, with a + when files differ
+    from it; None where neither is known."""
+    with contextlib.suppress(metadata.PackageNotFoundError, ValueError, KeyError):
+        origin = metadata.distribution("mtllm-engine").read_text("direct_url.json") or "{}"
+        return json.loads(origin)["vcs_info"]["commit_id"][:12]
     command = ["git", "-C", str(Path(__file__).parent)]
     command += ["describe", "--always", "--abbrev=12", "--dirty=+"]
     try:
