@@ -16,6 +16,7 @@ FORMAT = "mtllm-predictions/1"
 STATUSES = ("known", "fallback", "unknown")
 """Whether a system's encoder has the language, from best to worst."""
 COSTS = ("latency_s", "gpu_hours", "flops")
+TRANSLATION_COUNTS = ("cut", "unfinished", "segments", "cut_segments", "unfinished_segments")
 COLUMNS = ("keys", "labels", "predictions")
 FIELDS = ("key", "label", "prediction")
 """Of a file's line, in the order of COLUMNS."""
@@ -58,6 +59,11 @@ class Predictions:
     not translated; None where none was translated."""
     unfinished: int | None = None
     """Examples with a translation that was stopped before its end, like a loop."""
+    segments: int | None = None
+    """Sentences or lines that were translated one by one, repeated ones each time; None as `cut`,
+    or where nobody counted."""
+    cut_segments: int | None = None
+    unfinished_segments: int | None = None
     maker: Mapping[str, Any] | None = None
     """What made them (`provenance`); None: not known."""
 
@@ -69,6 +75,14 @@ class Predictions:
     @property
     def identity(self) -> tuple[str, str, str, int]:
         return self.system, self.dataset, self.language, self.seed
+
+    @property
+    def translation_counts(self) -> dict[str, int]:
+        """How many examples and segments were translated, and what became of them; empty where
+        none was."""
+        counts = {name: getattr(self, name) for name in TRANSLATION_COUNTS}
+        known = {name: count for name, count in counts.items() if count is not None}
+        return {"examples": len(self.keys)} | known if known else {}
 
 
 def save(folder: Path | str, predictions: Predictions) -> Path:
