@@ -17,6 +17,7 @@ STATUSES = ("known", "fallback", "unknown")
 """Whether a system's encoder has the language, from best to worst."""
 COSTS = ("latency_s", "gpu_hours", "flops")
 TRANSLATION_COUNTS = ("cut", "unfinished", "segments", "cut_segments", "unfinished_segments")
+"""Of examples, of which older predictions have no more, and of segments."""
 COLUMNS = ("keys", "labels", "predictions")
 FIELDS = ("key", "label", "prediction")
 """Of a file's line, in the order of COLUMNS."""
@@ -78,11 +79,15 @@ class Predictions:
 
     @property
     def translation_counts(self) -> dict[str, int]:
-        """How many examples and segments were translated, and what became of them; empty where
-        none was."""
-        counts = {name: getattr(self, name) for name in TRANSLATION_COUNTS}
-        known = {name: count for name, count in counts.items() if count is not None}
-        return {"examples": len(self.keys)} | known if known else {}
+        """How many examples and segments were translated, and what became of them; without those
+        of which not all is known."""
+        counts: dict[str, int] = {}
+        for names in (TRANSLATION_COUNTS[:2], TRANSLATION_COUNTS[2:]):
+            new = {name: getattr(self, name) for name in names}
+            if None in new.values():
+                break
+            counts |= new
+        return {"examples": len(self.keys)} | counts if counts else {}
 
 
 def save(folder: Path | str, predictions: Predictions) -> Path:

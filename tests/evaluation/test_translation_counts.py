@@ -98,6 +98,18 @@ def test_predictions_of_before_segments_were_counted_have_their_examples(tmp_pat
     assert csv_text(tables).splitlines()[1].endswith(",2,0,,,")
 
 
+@pytest.mark.parametrize(
+    ("unknown", "known"),
+    [("cut", ()), ("unfinished", ()), ("cut_segments", TRANSLATION_COUNTS[:2])],
+)
+def test_counts_that_are_not_all_known_are_not_told(unknown: str, known: tuple[str, ...]):
+    item = build("translate_test", n=4, **FLAWED | {unknown: None})
+    expected = {"examples": 4} | {name: FLAWED[name] for name in known} if known else {}
+    assert item.translation_counts == expected
+    told = "of 4 examples 2 cut" in markdown(summarise([item], resamples=2), [], 2)
+    assert told == bool(known)
+
+
 @pytest.fixture(scope="module")
 def translator(tmp_path_factory) -> Translator:
     folder = build_encoder(tmp_path_factory.mktemp("translator"))
