@@ -282,6 +282,8 @@ class EvaluateConfig:
     """An NLLB model, folder or hub id; empty: model.encoder."""
     num_beams: int = 1
     """Of the translator's search."""
+    translate_by: Literal["sentences", "lines"] = "sentences"
+    """What the translator reads at a time; of a long line it leaves out what comes later."""
     results: PathText = ""
     """A folder, which several seeds may share; empty: `results` in run.dir."""
     translations: PathText = ""

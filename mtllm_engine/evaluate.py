@@ -94,10 +94,8 @@ def _keep(folder: Path, system: str, test: Test, seed: int, maker: Mapping[str, 
 def _save(folder: Path, answers: Predictions) -> None:
     """Into the results' folder; what went wrong in translating is said at once."""
     if answers.cut or answers.unfinished:
-        counts = {"examples": len(answers.keys), "cut": answers.cut}
-        counts |= {"unfinished": answers.unfinished}
         where = f"{answers.system} of {answers.dataset} in {answers.language}"
-        print(f"{where}: {translation_counts(counts)}", flush=True)
+        print(f"{where}: {translation_counts(answers.translation_counts)}", flush=True)
     save(folder, answers)
 
 

@@ -62,8 +62,10 @@ class Table:
     chance: float | None
     """Accuracy of guessing."""
     translated: Mapping[str, Mapping[str, Mapping[str, int]]]
-    """System -> language -> examples that were translated, how many of them were `cut` at the
-    translator's positions, and of how many the translation is `unfinished`."""
+    """System -> language -> `examples` that were translated, how many of them were `cut` at the
+    translator's positions, and of how many the translation is `unfinished`; so for `segments`."""
+    translated_by: Mapping[str, str]
+    """System -> what was translated at a time: "sentences" or "lines"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +242,7 @@ def _table(
         costs=costs,
         chance=1 / num_classes if measure == "accuracy" else None,
         translated=_translated(runs),
+        translated_by=_translated_by(runs),
     )
 
 
@@ -247,11 +250,17 @@ def _translated(runs: Sequence[Predictions]) -> dict[str, dict[str, dict[str, in
     """Of seeds, which translate the same texts, the most."""
     translated: dict[str, dict[str, dict[str, int]]] = {}
     for run in runs:
-        if run.cut is not None and run.unfinished is not None:
+        if new := run.translation_counts:
             counts = translated.setdefault(run.system, {}).setdefault(run.language, {})
-            new = {"examples": len(run.keys), "cut": run.cut, "unfinished": run.unfinished}
             counts |= {name: max(count, counts.get(name, 0)) for name, count in new.items()}
     return translated
+
+
+def _translated_by(runs: Sequence[Predictions]) -> dict[str, str]:
+    """Of systems whose predictions say so; in a table all that one system has say the same."""
+    settings = {run.system: run.maker["settings"] for run in runs if run.maker}
+    key = "evaluate.translate_by"
+    return {system: each[key] for system, each in settings.items() if key in each}
 
 
 def _differences(

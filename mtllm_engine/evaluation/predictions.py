@@ -16,6 +16,8 @@ FORMAT = "mtllm-predictions/1"
 STATUSES = ("known", "fallback", "unknown")
 """Whether a system's encoder has the language, from best to worst."""
 COSTS = ("latency_s", "gpu_hours", "flops")
+TRANSLATION_COUNTS = ("cut", "unfinished", "segments", "cut_segments", "unfinished_segments")
+"""Of examples, of which older predictions have no more, and of segments."""
 COLUMNS = ("keys", "labels", "predictions")
 FIELDS = ("key", "label", "prediction")
 """Of a file's line, in the order of COLUMNS."""
@@ -58,6 +60,11 @@ class Predictions:
     not translated; None where none was translated."""
     unfinished: int | None = None
     """Examples with a translation that was stopped before its end, like a loop."""
+    segments: int | None = None
+    """Sentences or lines that were translated one by one, repeated ones each time; None as `cut`,
+    or where nobody counted."""
+    cut_segments: int | None = None
+    unfinished_segments: int | None = None
     maker: Mapping[str, Any] | None = None
     """What made them (`provenance`); None: not known."""
 
@@ -69,6 +76,18 @@ class Predictions:
     @property
     def identity(self) -> tuple[str, str, str, int]:
         return self.system, self.dataset, self.language, self.seed
+
+    @property
+    def translation_counts(self) -> dict[str, int]:
+        """How many examples and segments were translated, and what became of them; without those
+        of which not all is known."""
+        counts: dict[str, int] = {}
+        for names in (TRANSLATION_COUNTS[:2], TRANSLATION_COUNTS[2:]):
+            new = {name: getattr(self, name) for name in names}
+            if None in new.values():
+                break
+            counts |= new
+        return {"examples": len(self.keys)} | counts if counts else {}
 
 
 def save(folder: Path | str, predictions: Predictions) -> Path:

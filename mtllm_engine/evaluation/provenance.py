@@ -36,6 +36,8 @@ EARLIER = {"model.adapters": ""}
 """What settings are of predictions that do not say."""
 OF_STACK = {"data.parts": "whole", "model.encoder_prefix": ""}
 """Settings of the stack alone, and what they are of predictions that do not say."""
+OF_TRANSLATION = {"evaluate.translate_by": "lines"}
+"""The same for translate-test."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,7 @@ def makers(
         models = {key: digest_of_model(name) for key, name in names.items()}
         models |= {} if kind == "encoder" else {"model.adapters": chain}
         keys = (*SETTINGS, *(OF_STACK if kind != "llm" else ()))
+        keys += (*OF_TRANSLATION,) if system == "translate_test" else ()
         files = (*RUN_FILES, "adapter_config.json")
         trained = [_digest_of(Path(each), files) for each in checkpoints]
         if kind == "encoder":  # its head follows from them
@@ -140,6 +143,7 @@ def _marks(item: Predictions) -> Iterator[tuple[tuple, Any]]:
     settings = maker.get("settings", {})
     settings = EARLIER | settings if item.maker else settings
     settings = OF_STACK | settings if "model.encoder" in settings else settings
+    settings = OF_TRANSLATION | settings if "translator" in settings else settings
     for key, value in sorted(settings.items()):
         yield (key, *system), value
     yield ("set of settings", *system), sorted(settings)

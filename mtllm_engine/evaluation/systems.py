@@ -353,9 +353,10 @@ def predict(
     examples, translation_s = test.examples, 0.0
     is_translated = translator is not None and test.language != ENGLISH
     if is_translated:
-        translated = translate_examples(list(examples), translator, source=given)
+        by = config.evaluate.translate_by
+        translated = translate_examples(list(examples), translator, source=given, by=by)
         examples, translation_s = translated.examples, translated.wall_s
-        about |= {"cut": translated.cut, "unfinished": translated.unfinished}
+        about |= translated.counts
     start_s = time.perf_counter()
     corpus = results_folder(config) / "corpus"
     corpus /= "translated" if translator else reader.kind

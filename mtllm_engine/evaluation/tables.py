@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtllm_engine.evaluation.bootstrap import Comparison, Score, Table, compare, summarise
-from mtllm_engine.evaluation.predictions import COSTS, load
+from mtllm_engine.evaluation.predictions import COSTS, TRANSLATION_COUNTS, load
 from mtllm_engine.evaluation.provenance import commits, sort_out
 from mtllm_engine.files import write_text
 
@@ -19,6 +19,10 @@ COST_TITLES = {
     "latency_s": "s for 1,000 examples",
     "gpu_hours": "GPU-hours to make",
     "flops": "FLOPs to make",
+}
+TRANSLATED_BY = {
+    "sentences": "translated sentence by sentence",
+    "lines": "translated line by line, where a translator leaves out what comes late in a long one",
 }
 ROW_INCHES, PANEL_ROWS, PANEL_INCHES = 0.26, 45, 5.2
 MARKERS = "osD^vPX*<>"
@@ -63,16 +67,16 @@ def csv_text(tables: Sequence[Table]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [system + kind for system in systems for kind in kinds]
-    flawed = [system for system in systems if any(system in table.translated for table in tables)]
-    names += [f"{system} {name}" for system in flawed for name in ("cut", "unfinished")]
+    counted = [system for system in systems if any(system in table.translated for table in tables)]
+    names += [f"{system} {name}" for system in counted for name in TRANSLATION_COUNTS]
     writer.writerow(["dataset", "measure", "language", "status", "given", "languages", *names])
     for table in tables:
         for row in [*table.languages, *table.averaged]:
             scores = [table.scores.get(system, {}).get(row) for system in systems]
             values = [getattr(score, name, None) for score in scores for name in kinds.values()]
             cells = ["" if value is None else f"{value:.6f}" for value in values]
-            counts = [table.translated.get(system, {}).get(row, {}) for system in flawed]
-            cells += [str(each.get(name, "")) for each in counts for name in ("cut", "unfinished")]
+            counts = [table.translated.get(system, {}).get(row, {}) for system in counted]
+            cells += [str(each.get(name, "")) for each in counts for name in TRANSLATION_COUNTS]
             count = len(table.averaged.get(row, [row]))
             encoded = (table.languages.get(row) or "", table.given.get(row, ""))
             writer.writerow([table.dataset, table.measure, row, *encoded, count, *cells])
@@ -282,13 +286,15 @@ def _table_section(table: Table) -> str:
 
 
 def _notes(table: Table) -> Iterator[str]:
-    """What encoders got for languages that they lack."""
+    """What encoders got for languages that they lack, and how translating went."""
     for language, status in table.languages.items():
         if table.given[language] not in ("", language):
             yield f"* {language} was given to the encoder as {table.given[language]}"
         if status == "unknown":
             yield f"† {language} {_unknown(language, table.given[language])}"
     for system, languages in table.translated.items():
+        if system in table.translated_by:
+            yield f"{system}: {TRANSLATED_BY[table.translated_by[system]]}"
         flawed = {
             name: each for name, each in languages.items() if each["cut"] + each["unfinished"]
         }
@@ -306,10 +312,16 @@ def _unknown(language: str, given: str) -> str:
 
 
 def translation_counts(counts: Mapping[str, int]) -> str:
-    """In words. Args: counts: As `Table.translated` has them."""
-    cut, unfinished = counts["cut"], counts["unfinished"]
+    """In words. Args: counts: As `Predictions.translation_counts`."""
+    whole = "segments" if "segments" in counts else "examples"  # as older predictions have it
+    ends = {"segments": "_segments", "examples": ""}
+    cut, unfinished = (counts[name + ends[whole]] for name in ("cut", "unfinished"))
     positions = f"{cut} cut at the translator's positions"
-    return f"of {counts['examples']} examples {positions}, {unfinished} translated without an end"
+    text = f"of {counts[whole]} {whole} {positions}, {unfinished} translated without an end"
+    if whole == "segments":
+        text += f"; they are in {counts['cut']} and {counts['unfinished']} "
+        text += f"of {counts['examples']} examples"
+    return text
 
 
 def _comparison_section(comparison: Comparison) -> str:

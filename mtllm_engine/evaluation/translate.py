@@ -1,12 +1,14 @@
 """Translation with an NLLB checkpoint, the first half of translate-test; kept in files.
 
-A text is one segment, without a line break: SentencePiece reads a line break as a space, so a pair
-of sentences or a numbered list would come back as one line. Split such a text at its line breaks,
-translate the pieces, join them again.
+What is translated at a time is one segment, at best a sentence: NLLB learned sentences, and of a
+passage that is given whole it leaves out what comes later. A segment has no line break, which
+SentencePiece reads as a space: a pair of sentences or a numbered list would come back as one line.
+`translate_examples` splits texts and joins what comes back.
 """
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -14,7 +16,7 @@ import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -22,6 +24,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, M2M100Config, M2M100ForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
+from mtllm_engine.data.parts import Range, find_parts
 from mtllm_engine.data.tokenizers import load_tokenizer
 from mtllm_engine.files import sync
 from mtllm_engine.languages import ENGLISH, check_code, nllb_token
@@ -35,6 +38,8 @@ GROWTH, SLACK = 2, 32
 """At most 2 tokens for each of the source's and 32 more: a decoder caught in a loop ends there."""
 ROUND = 4
 """Batches that each rank translates between two writes."""
+UNSPACED = ("Hans", "Hant", "Jpan")
+"""Scripts without white space between sentences."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +64,21 @@ class TranslatedExamples(NamedTuple):
 
     examples: list[Example]
     wall_s: float  # that translating took, now or before
-    cut: int  # examples with a text that was cut at the translator's positions
-    unfinished: int  # examples with a translation that was stopped before its end
+    counts: dict[str, int]
+    """By the names that `Predictions` has for them."""
+
+
+class _Piece(NamedTuple):
+    """What stands between two ends of an example's ranges."""
+
+    text: str
+    parts: list[Range]  # lines or sentences, without the white space around them
+
+    @property
+    def segments(self) -> Iterator[str]:
+        """The parts that are translated; what has no letter stays as it is."""
+        parts = (self.text[start:end] for start, end in self.parts)
+        return (part for part in parts if any(map(str.isalpha, part)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,51 +341,64 @@ class _CacheFile:
 
 
 def translate_examples(
-    examples: Sequence[Example], translator: Translator, *, source: str, target: str = ENGLISH
+    examples: Sequence[Example],
+    translator: Translator,
+    *,
+    source: str,
+    target: str = ENGLISH,
+    by: Literal["sentences", "lines"] = "sentences",
 ) -> TranslatedExamples:
     """Examples in another language.
 
-    A text is translated in the pieces between its line breaks and its ranges' ends, so that a pair
-    stays a pair and a choice a choice, and its ranges move with it; pieces without a letter stay
-    as they are, and so do those whose translation would be blank.
+    A text is translated in the pieces between its ranges' ends, so that a choice stays a choice,
+    and its ranges move with it; of a piece each line or sentence is a segment of its own, so that a
+    pair stays a pair. Segments without a letter stay as they are, and so do those whose translation
+    would be blank.
+
+    Args:
+        by: What is translated at a time, as in `find_parts`.
     """
-    pieces = [_pieces(example) for example in examples]
-    wanted = [piece.strip() for parts in pieces for piece in parts.values() if _has_letters(piece)]
+    pieces = [_pieces(example, by) for example in examples]
+    segments = [
+        [segment for piece in parts.values() for segment in piece.segments] for parts in pieces
+    ]
+    wanted = list(itertools.chain(*segments))
     translations = translator(wanted, source=source, target=target)
-    by_piece = dict(zip(wanted, translations.texts))
-    translated = [_translated(example, parts, by_piece) for example, parts in zip(examples, pieces)]
-    flawed = (translations.cut_texts, translations.unfinished_texts)
-    cut, unfinished = (
-        sum(any(piece.strip() in texts for piece in parts.values()) for parts in pieces)
-        for texts in flawed
-    )
-    return TranslatedExamples(translated, translations.wall_s, cut, unfinished)
+    by_segment = {segment: text.strip() for segment, text in zip(wanted, translations.texts)}
+    blank = "" if target.endswith(UNSPACED) else " "
+    translated = [
+        _translated(example, parts, by_segment, blank) for example, parts in zip(examples, pieces)
+    ]
+    return TranslatedExamples(translated, translations.wall_s, _counts(segments, translations))
 
 
-def _pieces(example: Example) -> dict[int, str]:
+def _counts(segments: Sequence[Sequence[str]], translations: Translations) -> dict[str, int]:
+    """Args: segments: Of each example."""
+    counts = {"segments": sum(map(len, segments))}
+    flawed = {"cut": translations.cut_texts, "unfinished": translations.unfinished_texts}
+    for name, texts in flawed.items():
+        per_example = [sum(segment in texts for segment in each) for each in segments]
+        counts |= {name: sum(map(bool, per_example)), f"{name}_segments": sum(per_example)}
+    return counts
+
+
+def _pieces(example: Example, by: str) -> dict[int, _Piece]:
     """A text's pieces by where they start."""
     text = example.text
     ranges = [*example.spans, *example.answers, *([example.cut] if example.cut else [])]
-    edges = {0, len(text), *(edge for each in ranges for edge in each)}
-    for index, character in enumerate(text):
-        if character in "\r\n":
-            edges |= {index, index + 1}
-    ordered = sorted(edges)
-    return {start: text[start:end] for start, end in zip(ordered, ordered[1:])}
+    edges = sorted({0, len(text), *itertools.chain(*ranges)})
+    texts = {start: text[start:end] for start, end in itertools.pairwise(edges)}
+    return {start: _Piece(piece, find_parts(piece, by)) for start, piece in texts.items()}
 
 
 def _translated(
-    example: Example, pieces: Mapping[int, str], translations: Mapping[str, str]
+    example: Example, pieces: Mapping[int, _Piece], translations: Mapping[str, str], blank: str
 ) -> Example:
-    """Args: translations: of the pieces that have letters, by what they are without white space
-    around them."""
     text = ""
     starts: dict[int, int] = {}  # where a piece started -> where it does now
     for start, piece in pieces.items():
         starts[start] = len(text)
-        core = piece.strip()
-        translation = translations[core].strip() if core in translations else ""
-        text += piece.replace(core, translation) if translation else piece
+        text += _joined(piece, translations, blank)
     starts[len(example.text)] = len(text)
     spans, answers = (
         tuple((starts[start], starts[end]) for start, end in ranges)
@@ -377,8 +408,22 @@ def _translated(
     return replace(example, text=text, cut=cut, spans=spans, answers=answers)
 
 
-def _has_letters(piece: str) -> bool:
-    return any(character.isalpha() for character in piece)
+def _joined(piece: _Piece, translations: Mapping[str, str], blank: str) -> str:
+    """A piece with its segments translated, in the white space that it had.
+
+    Args:
+        translations: Of segments; blank ones are as if they were not there.
+        blank: Between two parts that touched, once one of them is translated.
+    """
+    text, last, was_translated = "", 0, False
+    for start, end in piece.parts:
+        part, gap = piece.text[start:end], piece.text[last:start]
+        translation = translations.get(part, "")
+        if last and not gap and (translation or was_translated):
+            gap = blank
+        text += gap + (translation or part)
+        last, was_translated = end, bool(translation)
+    return text + piece.text[last:]
 
 
 def find_model(model: str | Path) -> Path:

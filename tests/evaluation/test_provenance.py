@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mtllm_engine.config import Config
+from mtllm_engine.data.parts import find_parts
 from mtllm_engine.evaluate import evaluate
-from mtllm_engine.evaluation.predictions import Predictions, load, save
+from mtllm_engine.evaluation.predictions import TRANSLATION_COUNTS, Predictions, load, save
 from mtllm_engine.evaluation.provenance import sort_out
 from mtllm_engine.evaluation.tables import write
 from mtllm_engine.evaluation.translate import Translator
@@ -110,6 +111,16 @@ def test_predictions_that_do_not_say_what_the_encoder_reads_at_once_are_of_whole
         newer = build("stack", "deu_Latn", maker=maker(1, **reads, **{"data.parts": parts}))
         _, left = sort_out([older, newer])
         assert [each.differs for each in left] == other
+
+
+def test_translations_of_sentences_and_of_lines_do_not_mix():
+    """What does not say was translated line by line."""
+    key = "evaluate.translate_by"
+    older = build("translate_test", "swh_Latn", maker=maker(0, translator="t"))
+    for by, differs in (("lines", []), ("sentences", [key])):
+        made = maker(1, translator="t", **{key: by})
+        _, left = sort_out([older, build("translate_test", "deu_Latn", maker=made)])
+        assert [each.differs for each in left] == differs
 
 
 def test_other_commits_are_told_and_mix(tmp_path: Path):
@@ -303,19 +314,27 @@ def test_what_a_translator_cut_or_never_ended_is_told_everywhere(
         item, lines = items[language], SIB200.read(tmp_path / "topics", "test", language)
         texts = [example.text for example in lines]
         made = Translator(translator, cache=tmp_path / "cache", world=ALONE)
-        alone = [made([text], source=language) for text in texts]
-        counts = {
-            name: sum(getattr(each, name) for each in alone) for name in ("cut", "unfinished")
-        }
-        assert counts == {"cut": item.cut, "unfinished": item.unfinished} and item.cut > 0
+        counts = dict.fromkeys(TRANSLATION_COUNTS, 0)
+        for text in texts:
+            segments = [text[slice(*part)] for part in find_parts(text, "sentences")]
+            alone = [made([segment], source=language) for segment in segments]
+            counts["segments"] += len(segments)
+            for name in ("cut", "unfinished"):
+                flawed = sum(getattr(each, name) for each in alone)
+                counts[f"{name}_segments"] += flawed
+                counts[name] += flawed > 0
+        assert counts | {"examples": 5} == item.translation_counts and item.cut > 0
+        assert item.maker["settings"]["evaluate.translate_by"] == "sentences"
         assert table["translated"]["translate_test"][language] == {"examples": 5} | counts
         written = {name: int(rows[language][f"translate_test {name}"]) for name in counts}
         assert written == counts
-        told = f"translate_test in {language}: of 5 examples {item.cut} cut at the translator's "
-        told += f"positions, {item.unfinished} translated without an end\n"
+        told = f"translate_test in {language}: of {item.segments} segments {item.cut_segments} cut "
+        told += f"at the translator's positions, {item.unfinished_segments} translated without an "
+        told += f"end; they are in {item.cut} and {item.unfinished} of 5 examples\n"
         assert told in (results / "results.md").read_text() and told in log
         assert told.replace(" in ", " of sib200 in ", 1) in log
     assert rows["eng_Latn"]["translate_test cut"] == ""
+    assert "translate_test: translated sentence by sentence\n" in log
 
 
 def test_nothing_behind_a_link_and_nothing_of_others_is_removed(config: Config, tmp_path: Path):

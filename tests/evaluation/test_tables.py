@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtllm_engine.evaluation.bootstrap import AVERAGE, KNOWN, summarise
-from mtllm_engine.evaluation.predictions import load, save
+from mtllm_engine.evaluation.predictions import TRANSLATION_COUNTS, load, save
 from mtllm_engine.evaluation.tables import PANEL_ROWS, _panels, write
 from tests.support.predictions import build
 
@@ -57,3 +57,22 @@ def test_the_table_is_written_as_csv_json_markdown_and_picture(tmp_path: Path):
     assert "\n\n* nij_Latn was given to the encoder as ind_Latn\n" in text
     assert (tmp_path / "results-xnli-accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("by", "told"),
+    [("sentences", "sentence by sentence\n"), ("lines", "line by line, where a"), (None, None)],
+)
+def test_a_table_says_what_was_translated_at_a_time(tmp_path: Path, by: str | None, told: str):
+    about = {"checkpoint": "c", "test": "t", "commit": "c", "evaluated": "1"}
+    settings = {"evaluate.translate_by": by} if by else {}
+    counts = dict.fromkeys(TRANSLATION_COUNTS, 0)
+    maker = about | {"settings": settings}
+    for language, fields in (("deu_Latn", counts), ("eng_Latn", {})):
+        save(tmp_path, build("translate_test", language, n=4, maker=maker, **fields))
+    save(tmp_path, build("llm", "deu_Latn", n=4, maker=about | {"settings": {}}))
+    text = write(tmp_path, resamples=5).read_text()
+    assert text.count("translate_test: translated ") == (by is not None)
+    assert by is None or f"translate_test: translated {told}" in text
+    (table,) = json.loads((tmp_path / "results.json").read_text())["tables"]
+    assert table["translated_by"] == ({"translate_test": by} if by else {})

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import multiprocessing
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, M2M100ForConditionalGeneration
 
+from mtllm_engine.data.parts import find_parts
 from mtllm_engine.evaluation import translate as translation
 from mtllm_engine.evaluation.translate import (
     ROUND,
@@ -32,9 +34,11 @@ from mtllm_engine.evaluation.translate import (
 from mtllm_engine.tasks import Example, join
 from mtllm_engine.tasks.belebele import compose
 from tests.support.machine import HANG_S
+from tests.support.scripts import SENTENCES
 from tests.support.tiny import build_decoder, build_encoder, build_world
 
 SOURCE = "swh_Latn"
+KINDS = ("lines", "sentences")
 POSITIONS = 12
 LEARNED = {
     "two words": "words two",
@@ -412,7 +416,8 @@ def lines_said(text: str) -> str:
 
 
 def translated(*examples: Example) -> list[Example]:
-    examples, wall_s, *_ = translate_examples(examples, Shouting(), source="swh_Latn")
+    options = {"source": "swh_Latn", "by": "lines"}
+    examples, wall_s, _ = translate_examples(examples, Shouting(), **options)
     assert wall_s == 3.0
     return examples
 
@@ -483,7 +488,103 @@ def test_only_what_has_letters_is_translated():
     given = [
         Example(key=str(number), text=text, cut=cut) for number, (text, cut) in enumerate(pairs)
     ]
-    examples, *_ = translate_examples(given, shouting, source="swh_Latn")
+    examples, *_ = translate_examples(given, shouting, source="swh_Latn", by="lines")
     assert sorted(shouting.asked) == ["a b", "a b", "c", "d"]
     texts = ["<A B>!\n12.5", "  \n\n<C>!\r\n<D>!", "?!\n<A B>!"]
     assert [example.text for example in examples] == texts
+
+
+class Marking:
+    """Stands for the translator: what it was asked, in brackets, and nothing for some texts."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __call__(self, texts: Sequence[str], *, source: str, target: str) -> Translations:
+        self.asked += texts
+        marked = tuple("" if text.startswith("x") else f"⟦{text}⟧" for text in texts)
+        counts = {"translated": len(texts), "cached": 0, "cut": 0, "unfinished": 0, "tokens": 0}
+        return Translations(texts=marked, wall_s=3.0, **counts)
+
+
+WORDS = [*itertools.chain(*SENTENCES.values()), "1999!", "x y.", "12.5", "Dr. ", " ", "\n", "\r\n"]
+
+
+@st.composite
+def annotated(draw) -> Example:
+    """Several scripts' sentences, with ranges that begin and end anywhere."""
+    text = draw(st.lists(st.sampled_from([*WORDS, "  \n"]), max_size=9).map("".join))
+    edge = st.integers(0, len(text))
+    ranges = st.lists(st.tuples(edge, edge).map(sorted).map(tuple), max_size=3)
+    options = {name: tuple(draw(ranges)) for name in ("spans", "answers")}
+    cut = draw(st.none() | st.tuples(edge, edge).map(sorted).map(tuple))
+    return Example(key="a", text=text, cut=cut, **options)
+
+
+@given(annotated(), st.sampled_from(["eng_Latn", "jpn_Jpan"]), st.sampled_from(KINDS))
+def test_split_and_joined_no_character_is_lost_and_ranges_hold_theirs(
+    example: Example, target: str, by: str
+):
+    marking = Marking()
+    options = {"source": "swh_Latn", "target": target, "by": by}
+    ((other,), *_) = translate_examples([example], marking, **options)
+
+    def bare(text: str) -> str:
+        """All but brackets, and but the blanks that came between sentences."""
+        text = text.replace("⟦", "").replace("⟧", "")
+        return text if target == "jpn_Jpan" or by == "lines" else "".join(text.split(" "))
+
+    ranges = [("spans", *pair) for pair in zip(example.spans, other.spans, strict=True)]
+    ranges += [("answers", *pair) for pair in zip(example.answers, other.answers, strict=True)]
+    ranges += [("cut", example.cut, other.cut)] if example.cut else []
+    for name, before, after in [*ranges, ("text", (0, None), (0, None))]:
+        assert bare(other.text[slice(*after)]) == bare(example.text[slice(*before)]), name
+    # Each segment is a line or a sentence, whole, of what is between the ranges' ends.
+    edges = sorted({0, len(example.text), *itertools.chain(*(each[1] for each in ranges))})
+    pieces = [example.text[start:end] for start, end in itertools.pairwise(edges)]
+    parts = [piece[slice(*part)] for piece in pieces for part in find_parts(piece, by)]
+    assert marking.asked == [part for part in parts if any(map(str.isalpha, part))]
+    assert re.findall("⟦([^⟧]*)⟧", other.text) == [
+        part for part in marking.asked if not part.startswith("x")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("target", "text", "expected"),
+    [
+        ("eng_Latn", "他来了。她走了！1999。", "⟦他来了。⟧ ⟦她走了！⟧ 1999。"),
+        ("zho_Hans", "他来了。她走了！", "⟦他来了。⟧⟦她走了！⟧"),
+        ("eng_Latn", "Ba ba!  Dr. Lee a.\n\tBa?", "⟦Ba ba!⟧  ⟦Dr. Lee a.⟧\n\t⟦Ba?⟧"),
+        ("eng_Latn", "བོད་ཡོད།མི་ཡོད།", "⟦བོད་ཡོད།⟧ ⟦མི་ཡོད།⟧"),
+        ("eng_Latn", "1999。2000。", "1999。2000。"),
+    ],
+)
+def test_sentences_are_joined_as_the_target_language_has_it(target, text, expected):
+    example = Example(key="a", text=text)
+    ((other,), *_) = translate_examples([example], Marking(), source="zho_Hans", target=target)
+    assert other.text == expected
+
+
+def test_a_long_passage_is_translated_sentence_by_sentence(checkpoint, tmp_path):
+    """Not cut at the positions, as it is in one; in the same cache, by segments."""
+    passage = " ".join(["Two words. A text!"] * 30)
+    translator = Translator(checkpoint, cache=tmp_path, world=build_world())
+    examples = [Example(key="a", text=passage), Example(key="b", text="A text!")]
+    whole = translate_examples(examples, translator, source=SOURCE, by="lines")
+    assert (whole.counts["segments"], whole.counts["cut"], whole.counts["cut_segments"]) == (
+        2,
+        1,
+        1,
+    )
+    split = translate_examples(examples, translator, source=SOURCE)
+    assert (split.counts["segments"], split.counts["cut"], split.counts["cut_segments"]) == (
+        61,
+        0,
+        0,
+    )
+    # Seconds: of each segment once, whoever translated it.
+    segments = translator(["Two words.", "A text!"], source=SOURCE)
+    assert (segments.cached, segments.wall_s) == (2, split.wall_s)
+    expected = " ".join([" ".join(segments.texts)] * 30)
+    assert [each.text for each in split.examples] == [expected, segments.texts[1]]
+    assert len(list(tmp_path.iterdir())) == 1

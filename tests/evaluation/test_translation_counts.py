@@ -1,5 +1,8 @@
-"""What a translator cut or never ended is counted by example; a text's control tokens are text."""
+"""What a translator cut or never ended is counted by example and by segment; a text's control
+tokens are text."""
 
+import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,13 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtllm_engine.evaluation.bootstrap import summarise
+from mtllm_engine.evaluation.predictions import TRANSLATION_COUNTS, load, save
 from mtllm_engine.evaluation.tables import csv_text, markdown
 from mtllm_engine.evaluation.translate import Translations, Translator, translate_examples
 from mtllm_engine.tasks import Example
 from tests.support.predictions import build
 from tests.support.tiny import build_encoder, build_world
 
-LINES = st.text("ab12 ", max_size=4)
+# `1999!` has no letter, and so is no segment.
+SENTENCES = ("Zzaz zz.", "Zzbz zz!", "Zaaabb?", "Zzzz zz.", "1999!")
+LINES = st.lists(st.sampled_from(SENTENCES), max_size=3)
+CLEAN = dict.fromkeys(TRANSLATION_COUNTS, 0) | {"segments": 9}
+FLAWED = dict(zip(TRANSLATION_COUNTS, (2, 1, 9, 4, 1)))
 
 
 class Echo:
@@ -29,39 +37,77 @@ class Echo:
         return Translations(texts=tuple(texts), wall_s=1.0, **counts, **flawed)
 
 
-@given(st.lists(st.lists(LINES, min_size=1, max_size=3).map("\n".join), max_size=6))
-def test_examples_are_counted_whatever_number_of_their_pieces(texts: list[str]):
+@given(st.lists(st.lists(LINES, min_size=1, max_size=3), max_size=5), st.booleans())
+def test_examples_are_counted_once_and_segments_each_time(
+    passages: list[list[list[str]]], by_line: bool
+):
+    texts = ["\n".join(map(" ".join, lines)) for lines in passages]
     examples = [Example(key=str(number), text=text) for number, text in enumerate(texts)]
-    translated = translate_examples(examples, Echo(), source="swh_Latn")
+    options = {"source": "swh_Latn", "by": "lines" if by_line else "sentences"}
+    translated = translate_examples(examples, Echo(), **options)
     assert translated.examples == examples and translated.wall_s == 1.0
-    assert translated.cut == sum("a" in text for text in texts)
-    assert translated.unfinished == sum("b" in text for text in texts)
+    lines = [line for passage in passages for line in passage]
+    segments = [" ".join(line) for line in lines] if by_line else itertools.chain(*lines)
+    segments = [segment for segment in segments if "z" in segment.lower()]
+    assert translated.counts == {
+        "segments": len(segments),
+        "cut": sum("a" in text for text in texts),
+        "cut_segments": sum("a" in segment for segment in segments),
+        "unfinished": sum("b" in text for text in texts),
+        "unfinished_segments": sum("b" in segment for segment in segments),
+    }
 
 
 def test_a_table_has_the_counts_of_every_language_that_was_translated():
     items = [
-        build("translate_test", "swh_Latn", 1, n=4, cut=2, unfinished=1),
-        build("translate_test", "swh_Latn", 2, n=4, cut=2, unfinished=1),
-        build("translate_test", "deu_Latn", 1, n=4, cut=0, unfinished=0),
+        build("translate_test", "swh_Latn", 1, n=4, **FLAWED),
+        build("translate_test", "swh_Latn", 2, n=4, **FLAWED),
+        build("translate_test", "deu_Latn", 1, n=4, **CLEAN),
         build("translate_test", "eng_Latn", 1, n=4),
         build("llm", "swh_Latn", 1, n=4),
     ]
     tables = summarise(items, resamples=2)
-    assert tables[0].translated == {
-        "translate_test": {
-            "swh_Latn": {"examples": 4, "cut": 2, "unfinished": 1},
-            "deu_Latn": {"examples": 4, "cut": 0, "unfinished": 0},
-        }
-    }
-    told = "translate_test in swh_Latn: of 4 examples 2 cut at the translator's positions, 1 "
+    counts = {"swh_Latn": {"examples": 4} | FLAWED, "deu_Latn": {"examples": 4} | CLEAN}
+    assert tables[0].translated == {"translate_test": counts}
+    told = "translate_test in swh_Latn: of 9 segments 4 cut at the translator's positions, 1 "
+    told += "translated without an end; they are in 2 and 1 of 4 examples\n"
     text = markdown(tables, [], 2)
     assert told in text and "in deu_Latn: of" not in text and "to an end" not in text
     header, *rows = (line.split(",") for line in csv_text(tables).splitlines())
-    assert header[-2:] == ["translate_test cut", "translate_test unfinished"]
-    ends = {row[2]: row[-2:] for row in rows[:3]}
-    assert ends == {"swh_Latn": ["2", "1"], "deu_Latn": ["0", "0"], "eng_Latn": ["", ""]}
+    assert header[-5:] == [f"translate_test {name}" for name in TRANSLATION_COUNTS]
+    ends = {row[2]: row[-5:] for row in rows[:3]}
+    assert ends == {
+        "swh_Latn": ["2", "1", "9", "4", "1"],
+        "deu_Latn": ["0", "0", "9", "0", "0"],
+        "eng_Latn": [""] * 5,
+    }
     whole = markdown(summarise(items[2:], resamples=2), [], 2)
     assert "translate_test: every text was translated whole, to an end" in whole
+
+
+def test_predictions_of_before_segments_were_counted_have_their_examples(tmp_path: Path):
+    path = save(tmp_path, build("translate_test", "swh_Latn", n=4, cut=2, unfinished=0))
+    first, rest = path.read_text().split("\n", 1)
+    header = {name: value for name, value in json.loads(first).items() if "segments" not in name}
+    path.write_text(json.dumps(header | {"sha256": None}) + "\n" + rest)
+    tables = summarise(load(tmp_path), resamples=2)
+    counts = {"examples": 4, "cut": 2, "unfinished": 0}
+    assert tables[0].translated == {"translate_test": {"swh_Latn": counts}}
+    told = "in swh_Latn: of 4 examples 2 cut at the translator's positions, 0 translated without"
+    assert told in markdown(tables, [], 2)
+    assert csv_text(tables).splitlines()[1].endswith(",2,0,,,")
+
+
+@pytest.mark.parametrize(
+    ("unknown", "known"),
+    [("cut", ()), ("unfinished", ()), ("cut_segments", TRANSLATION_COUNTS[:2])],
+)
+def test_counts_that_are_not_all_known_are_not_told(unknown: str, known: tuple[str, ...]):
+    item = build("translate_test", n=4, **FLAWED | {unknown: None})
+    expected = {"examples": 4} | {name: FLAWED[name] for name in known} if known else {}
+    assert item.translation_counts == expected
+    told = "of 4 examples 2 cut" in markdown(summarise([item], resamples=2), [], 2)
+    assert told == bool(known)
 
 
 @pytest.fixture(scope="module")
