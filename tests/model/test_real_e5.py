@@ -13,10 +13,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks.e5 import unpack_e5
 from mtllm_engine.data.batch import Document, collate
 from mtllm_engine.model.build import build_stack
 from mtllm_engine.training.engine import shard
-from tests.support.real_e5 import Package, unpack_e5
+from tests.support.real_e5 import Package
 from tests.support.stages import ALONE
 from tests.support.tiny import build_config, build_decoder
 
