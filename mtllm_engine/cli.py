@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -339,6 +340,12 @@ def _add_shards(commands: argparse._SubParsersAction) -> None:
     pack.add_argument(
         "--on-error", default="raise", choices=["raise", "skip"], help="for documents without text"
     )
+    pack.add_argument(
+        "--held-out",
+        type=float,
+        metavar="SHARE",
+        help="such as 0.01: two corpora, DIR/train and DIR/validation, with no text in both",
+    )
     pack.set_defaults(run=_pack)
 
     import_ = actions.add_parser("import", help="write the manifest of a folder of WebDataset tars")
@@ -481,6 +488,7 @@ def _pack(arguments: argparse.Namespace) -> int:
         shards=arguments.shards,
         licence=arguments.licence,
         on_error=arguments.on_error,
+        held_out=arguments.held_out,
     )
     _tell(report)
     return 0
@@ -537,10 +545,13 @@ def _tell(report: shards.CorpusReport, skipped: str = "skipped") -> None:
     Args:
         skipped: What documents without usable text are called.
     """
-    manifest = report.manifest
-    num_bytes = sum(shard.bytes for shard in manifest.shards)
-    documents = f"{manifest.samples} {manifest.language} documents"
-    print(f"{report.path}: {documents} in {len(manifest.shards)} shards, {num_bytes} bytes")
+    corpora = {report.path: report.manifest}
+    if report.validation:
+        corpora[report.path.with_name(sources.VALIDATION)] = report.validation
+    for path, manifest in corpora.items():
+        num_bytes = sum(shard.bytes for shard in manifest.shards)
+        documents = f"{manifest.samples} {manifest.language} documents"
+        print(f"{path}: {documents} in {len(manifest.shards)} shards, {num_bytes} bytes")
     for name, counts in (
         (skipped, report.skipped),
         ("repeated", report.repeated),
@@ -548,6 +559,10 @@ def _tell(report: shards.CorpusReport, skipped: str = "skipped") -> None:
     ):
         for reason, count in sorted(counts.items()):
             print(f"  {name} {count}: {reason}")
+    if report.validation:
+        train, validation = corpora
+        words = shlex.join([f"data.train={train}", f"validation.corpus={validation}"])
+        print(f"train with both: mtllm train CONFIG {words}")
 
 
 if __name__ == "__main__":

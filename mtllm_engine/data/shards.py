@@ -35,6 +35,7 @@ from mtllm_engine.data.tars import (
 from mtllm_engine.files import check_name, write_text
 
 FORMAT = "mtllm-shards/1"
+TRAIN, VALIDATION = "train", "validation"  # the folders of a corpus that was divided
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 _OPEN_SHARDS = 128  # per corpus, a descriptor and a mapped index each: more than a rank has lanes
 
@@ -87,6 +88,9 @@ class Manifest:
         try:
             content = json.loads(path.read_text("utf-8"))
         except (FileNotFoundError, NotADirectoryError):
+            sides = [str(path.parent / side) for side in (TRAIN, VALIDATION)]
+            if all((Path(side) / path.name).is_file() for side in sides):
+                raise ValueError(f"{folder} holds two corpora; name {' or '.join(sides)}") from None
             pack, import_ = "`mtllm shards pack` (from text)", "`mtllm shards import` (from tars)"
             raise ValueError(
                 f"no manifest.json in {folder}; make one with {pack} or {import_}"
@@ -131,6 +135,7 @@ class CorpusReport:
     left_out: dict[str, int]  # number of files that were not read, by reason
     skipped: dict[str, int]  # number of documents without usable text, by reason
     repeated: dict[str, int]  # number of samples with the key of another in their tar, by reason
+    validation: Manifest | None = None  # of what was held out: the corpus `validation` beside it
 
 
 def _check_shards(shards: tuple[Shard, ...]) -> None:

@@ -4,21 +4,31 @@ shards.
 
 import contextlib
 import gzip
+import hashlib
 import itertools
 import json
 import os
 import sys
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 from tqdm import tqdm
 
-from mtllm_engine.data.shards import BadDocumentError, CorpusReport, Manifest, kind_of, usable_text
+from mtllm_engine.data.shards import (
+    TRAIN,
+    VALIDATION,
+    BadDocumentError,
+    CorpusReport,
+    Manifest,
+    kind_of,
+    usable_text,
+)
 from mtllm_engine.data.tars import Shard, describe_shard
-from mtllm_engine.files import atomic_folder, sync
+from mtllm_engine.files import atomic_folder, sync, sync_folder
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _LINE_SUFFIXES = (".txt", *_JSON_SUFFIXES)
@@ -39,24 +49,31 @@ def pack(
     shards: int,
     licence: str = "unknown",
     on_error: Literal["raise", "skip"] = "raise",
+    held_out: float | None = None,
     progress: bool = True,
 ) -> CorpusReport:
     """Makes a corpus of about equal shards from text, JSONL and Parquet, in the order of the input.
+
+    With `held_out` it makes two: `out/train`, and `out/validation` of one shard. A hash of each
+    text says into which it goes, so equal texts are never on both sides.
 
     Args:
         inputs: Files, or folders searched for files of the known kinds: linked folders too, once
             each, hidden ones not. Read once.
         field: Column of a Parquet file, or dotted path in a JSON line.
         on_error: What to do with a document without usable text.
+        held_out: The share of the texts that is for validation, above 0 and below 1.
 
     Raises:
         ValueError: `out` is in use, an input is of no known kind or JSON that is not JSON Lines, a
-            document is bad, or there are too few of them.
+            document is bad, or there are too few of them, also for one side alone.
         OSError: A file could not be read or written. After any error nothing is left behind.
     """
     out, (paths, left_out) = Path(out), _input_files(inputs)
     if shards < 1:
         raise ValueError(f"cannot make {shards} shards; use --shards 1 or more")
+    if held_out is not None and not 0 < held_out < 1:
+        raise ValueError(f"--held-out {held_out} is not above 0 and below 1; try 0.01")
     _check_unused(out)
     for path in paths:
         if _kind(path) in _JSON_SUFFIXES:
@@ -66,13 +83,23 @@ def pack(
     bar = tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None if progress else True)
     with bar, _all_or_nothing(out) as draft:
         texts = _texts(paths, field, skipped if on_error == "skip" else None, bar)
-        packed = _write_shards(draft, _assign(texts, num_bytes, shards))
-        manifest = Manifest(
-            language=language, licence=licence, fields={"text": "txt"}, shards=tuple(packed)
-        )
-        manifest.save(draft)
+        if held_out is None:
+            sides = {"": _write_shards(draft, _assign(texts, num_bytes, shards))}
+        else:
+            sides = _write_sides(draft, texts, held_out, num_bytes, shards)
+        corpus = partial(Manifest, language=language, licence=licence, fields={"text": "txt"})
+        manifests = {side: corpus(shards=tuple(packed)) for side, packed in sides.items()}
+        for side, manifest in manifests.items():
+            manifest.save(draft / side)
+            sync_folder(draft / side)
+    side = next(iter(sides))
     return CorpusReport(
-        path=out, manifest=manifest, left_out=dict(left_out), skipped=dict(skipped), repeated={}
+        path=out / side,
+        manifest=manifests[side],
+        validation=manifests.get(VALIDATION),
+        left_out=dict(left_out),
+        skipped=dict(skipped),
+        repeated={},
     )
 
 
@@ -383,19 +410,75 @@ def _write_shards(folder: Path, assigned: Iterator[tuple[int, str]]) -> list[Sha
     return shards
 
 
-def _write_shard(path: Path, samples: Iterator[tuple[str, str, bytes]]) -> Shard:
-    """Equal samples make equal bytes.
+def _write_sides(
+    folder: Path, texts: Iterator[tuple[str, float]], share: float, num_bytes: int, shards: int
+) -> dict[str, list[Shard]]:
+    """The shards for training and the one for validation, by folder, in one pass over the texts."""
+    for side in (TRAIN, VALIDATION):
+        (folder / side).mkdir()
+    path, counts = folder / VALIDATION / "000000.tar", Counter({TRAIN: 0, VALIDATION: 0})
+    with _open_shard(path) as write:
+        rest = _without_held_out(texts, share, counts, write)
+        packed = _write_shards(folder / TRAIN, _assign(rest, num_bytes, shards))
+    return {TRAIN: packed, VALIDATION: [describe_shard(path, counts[VALIDATION])]}
+
+
+def _without_held_out(
+    texts: Iterator[tuple[str, float]],
+    share: float,
+    counts: Counter[str],
+    write: Callable[[str, str, bytes], None],
+) -> Iterator[tuple[str, float]]:
+    """The texts for training; those for validation are written on the way.
 
     Args:
-        samples: Key, extension and content of the only member of each.
+        counts: Of each side's texts, which grow.
+
+    Raises:
+        ValueError: In the end, if a side is empty.
     """
+    for text, before in texts:
+        if _is_held_out(text, share):
+            write(f"{counts[VALIDATION]:010d}", "txt", text.encode())
+            counts[VALIDATION] += 1
+        else:
+            counts[TRAIN] += 1
+            yield text, before
+    for side, fix in ((TRAIN, "lower"), (VALIDATION, "raise")):
+        if counts.total() and not counts[side]:
+            reason = f"--held-out {share} leaves none of {counts.total()} documents in {side}"
+            raise ValueError(f"{reason}; {fix} it, or pack more of different text")
+
+
+def _is_held_out(text: str, share: float) -> bool:
+    """By the text alone, white space at its ends aside; what a small share holds out, every larger
+    one does too."""
+    digest = hashlib.blake2b(text.strip().encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < share * 2**64
+
+
+def _write_shard(path: Path, samples: Iterator[tuple[str, str, bytes]]) -> Shard:
+    """Args: samples: Key, extension and content of the only member of each."""
+    count = 0
+    with _open_shard(path) as write:
+        for sample in samples:
+            write(*sample)
+            count += 1
+    return describe_shard(path, count)
+
+
+@contextlib.contextmanager
+def _open_shard(path: Path) -> Iterator[Callable[[str, str, bytes], None]]:
+    """What writes a sample's key, and its only member's extension and content. Equal samples make
+    equal bytes."""
     from webdataset import TarWriter  # imports torch
 
-    count = 0
     with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-        for key, extension, content in samples:
+
+        def write(key: str, extension: str, content: bytes) -> None:
             tar.write({"__key__": key, extension: content})
-            count += 1
+            tar.tarstream.members.clear()  # a list of all that was written, which nobody reads
+
+        yield write
         tar.close()
         sync(file)
-    return describe_shard(path, count)

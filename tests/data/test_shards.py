@@ -13,6 +13,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -720,6 +721,151 @@ def pack_on_full_disk(source, out):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     arguments = ["--out", str(out), "--language", LANGUAGE, "--shards", "2"]
     sys.exit(main(["shards", "pack", str(source), *arguments]))
+
+
+def hold_out(inputs, out, share=0.3, **options):
+    """The texts for training and those for validation, and the report."""
+    report = pack(inputs, out, held_out=share, **options)
+    assert report.path == out / "train" and sorted(os.listdir(out)) == ["train", "validation"]
+    assert Manifest.load(out / "train") == report.manifest
+    assert Manifest.load(out / "validation") == report.validation
+    sides = [[text for _, text in read_all(out / side)] for side in ("train", "validation")]
+    return *sides, report
+
+
+SPACES = st.text(" \t\u00a0\u3000", max_size=3)
+
+
+@settings(max_examples=10, deadline=None)
+@given(numbers=st.lists(st.integers(0, 40), min_size=1), share=st.floats(0.2, 0.8), data=st.data())
+def test_no_text_is_on_both_sides(numbers, share, data):
+    """Whatever the number of shards and the white space at a text's ends."""
+    numbers += range(41)  # so that no side is empty
+    lines = [f"{data.draw(SPACES)}text {number}{data.draw(SPACES)}" for number in numbers]
+    sides = []
+    for num_shards in (1, data.draw(st.integers(2, 4))):
+        with tempfile.TemporaryDirectory() as name:
+            source = Path(name) / "source.txt"
+            source.write_text("\n".join(lines))
+            train, validation, report = hold_out(
+                [source], Path(name) / "out", share, shards=num_shards
+            )
+        assert (report.manifest.samples, report.validation.samples) == (len(train), len(validation))
+        assert len(report.manifest.shards) == num_shards
+        kept, aside = ({text.strip() for text in side} for side in (train, validation))
+        assert not kept & aside
+        assert train == [line for line in lines if line.strip() in kept]
+        assert validation == [line for line in lines if line.strip() in aside]
+        sides.append(validation)
+    assert sides[0] == sides[1]
+
+
+def test_a_larger_share_holds_out_more_and_no_other_process_differs(tmp_path):
+    source = tmp_path / "source.txt"
+    source.write_text("".join(f"text {number}\n" for number in range(4000)))
+    small = hold_out([source], tmp_path / "small", 0.05)[1]
+    large = hold_out([source], tmp_path / "large", 0.2)[1]
+    assert set(small) < set(large)
+    assert len(small) / 4000 == pytest.approx(0.05, abs=0.015)
+    assert len(large) / 4000 == pytest.approx(0.2, abs=0.03)
+    assert small[:3] == ["text 3", "text 33", "text 43"]  # as today, so in a year
+
+
+@pytest.mark.parametrize("kind", ["a.txt", "a.txt.gz", "a.jsonl", "a.json.gz", "a.parquet"])
+def test_every_kind_of_input_is_divided_alike(tmp_path, kind):
+    texts = [f"text {number}" for number in range(60)]
+    path = tmp_path / kind
+    if kind == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"body": texts}), path)
+    else:
+        lines = texts if ".txt" in kind else [json.dumps({"body": text}) for text in texts]
+        content = "\n".join([*lines, ""]).encode()
+        path.write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
+    train, validation, report = hold_out([path], tmp_path / "out", field="body", on_error="skip")
+    assert validation == [text for text in texts if sources._is_held_out(text, 0.3)]
+    assert train == [text for text in texts if text not in validation] and validation
+    assert report.skipped == {}
+
+
+def test_bad_documents_are_skipped_once_for_both_sides(tmp_path):
+    source = tmp_path / "source.txt"
+    source.write_text("\n".join(f"text {number}\n " for number in range(30)))
+    train, validation, report = hold_out([source], tmp_path / "out", on_error="skip")
+    assert len(train) + len(validation) == 30 and report.skipped == {"empty": 30}
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        (0.0, "--held-out 0.0 is not above 0 and below 1; try 0.01"),
+        (1.0, "--held-out 1.0 is not above 0"),
+        (-0.1, "--held-out -0.1 is not above 0"),
+        (float("nan"), "--held-out nan is not above 0"),
+        (1e-9, "--held-out 1e-09 leaves none of 20 documents in validation; raise it, or"),
+        (1 - 1e-9, "leaves none of 20 documents in train; lower it, or pack more of different"),
+    ],
+)
+def test_a_share_that_leaves_a_side_empty_is_refused(tmp_path, share, message):
+    source = tmp_path / "source.txt"
+    source.write_text("".join(f"text {number}\n" for number in range(20)))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pack([source], tmp_path / "out", held_out=share)
+    assert os.listdir(tmp_path) == ["source.txt"]
+
+
+def test_too_few_texts_beside_those_held_out_are_named(tmp_path):
+    source = tmp_path / "source.txt"
+    source.write_text("".join(f"text {number}\n" for number in range(20)))
+    train, _, _ = hold_out([source], tmp_path / "out", shards=1)
+    with pytest.raises(ValueError, match=f"only {len(train)} documents for 20 shards"):
+        pack([source], tmp_path / "other", held_out=0.3, shards=20)
+
+
+def test_what_divides_a_corpus_says_what_to_train_with(tmp_path, capsys):
+    source, out = tmp_path / "source.txt", tmp_path / "out"
+    source.write_text("".join(f"text {number}\n" for number in range(50)))
+    options = ["--out", str(out), "--language", LANGUAGE, "--held-out", "0.2", "--shards", "2"]
+    assert main(["shards", "pack", str(source), *options]) == 0
+    train, validation, words = capsys.readouterr().out.splitlines()
+    assert train.startswith(f"{out / 'train'}: ") and validation.startswith(f"{out}/validation: ")
+    assert words == (
+        "train with both: mtllm train CONFIG"
+        f" data.train={out}/train validation.corpus={out}/validation"
+    )
+    assert main(["shards", "verify", str(out / "validation")]) == 0
+    capsys.readouterr()
+    assert main(["shards", "show", str(out)]) == 1
+    assert capsys.readouterr().err == (
+        f"mtllm: error: {out} holds two corpora; name {out}/train or {out}/validation\n"
+    )
+
+
+def test_a_packing_killed_half_way_leaves_no_corpus_and_is_done_again(tmp_path):
+    source, out = tmp_path / "source.jsonl", tmp_path / "out"
+    source.write_text("".join(f'{{"text": "text {number}"}}\n' for number in range(50)))
+    kills = (
+        "import os, signal; from mtllm_engine.data import sources; write = sources._write_shard\n"
+        "def once(path, samples):\n"
+        "    write(path, samples); os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"sources._write_shard = once; sources.pack([{str(source)!r}], {str(out)!r},"
+        " language='eng_Latn', shards=2, held_out=0.3, progress=False)"
+    )
+    assert subprocess.run([sys.executable, "-c", kills]).returncode == -signal.SIGKILL
+    assert not out.exists() and len(os.listdir(tmp_path)) == 2  # the source and a hidden draft
+    hold_out([source], out)
+    assert sorted(os.listdir(tmp_path)) == ["out", "source.jsonl"]
+
+
+def test_memory_does_not_grow_with_the_texts(tmp_path):
+    peaks = []
+    for count in (400, 4000):
+        source = tmp_path / f"{count}.txt"
+        source.write_text("".join(f"text {number}\n" for number in range(count)))
+        tracemalloc.start()
+        pack([source], tmp_path / f"out-{count}", held_out=0.5)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0] + 200_000
 
 
 def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, capfd):
