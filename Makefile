@@ -9,7 +9,7 @@ export GOMP_SPINCOUNT := 0
 quickstart test check prove: export CUDA_VISIBLE_DEVICES :=# they are for any machine; benchmarks.gpu_suite is for GPUs
 quickstart test check prove: export DS_ACCELERATOR := cpu
 
-.PHONY: quickstart test check prove lint install clean
+.PHONY: quickstart test check prove real lint install clean
 
 install: $(INSTALLED)
 
@@ -42,6 +42,11 @@ check: lint
 prove: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-profile long tests/model/test_families.py
 	@$(BIN)/python -m benchmarks.babel
+
+# Real models on real languages: DATA=DIR is a clone of SIB-200, TEXT=FILE English text where wikitext-2 does not lie beside it.
+real: $(INSTALLED)
+	@test -n "$(DATA)" || { echo "make real needs DATA=DIR, a clone of SIB-200: git clone https://github.com/dadelani/sib-200"; exit 1; }
+	@$(BIN)/python -m benchmarks.real "$(DATA)" $(if $(TEXT),--text $(TEXT)) $(ARGS)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .
