@@ -76,14 +76,15 @@ class Row(NamedTuple):
         return int(number)
 
     def label(self, column: str, names: Sequence[str]) -> int:
-        """The index of a class, given by its name or itself; -1 where a published set hides it.
+        """The index of a class, given by its name, in any case, or itself; -1 where a published
+        set hides it.
 
         Raises:
             ValueError: It is neither.
         """
-        value = self.value(column)
-        if isinstance(value, str) and value.strip() in names:
-            return names.index(value.strip())
+        value, plain = self.value(column), [_plain_name(name) for name in names]
+        if isinstance(value, str) and _plain_name(value) in plain:
+            return plain.index(_plain_name(value))
         try:
             return self.number(column, -1, len(names) - 1)
         except ValueError:

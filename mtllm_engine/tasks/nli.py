@@ -2,10 +2,12 @@
 
 These are AmericasNLI, KardesNLU and IndicXNLI. Read are the authors' files, the hub's Parquet
 (MNLI in `nyu-mll/glue` and `nyu-mll/multi_nli`, XNLI also in `google/xtreme`), and XTREME's
-`xnli/{train,dev,test}-{code}.tsv`, whose test sets have no labels to be scored by.
+`xnli/{train,dev,test}-{code}.tsv`, whose test sets have no labels to be scored by. SICK is small,
+simple and has English examples to train on: within reach of small models.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from mtllm_engine.data.rows import Row, find, hub, numbered, read, read_json, xtreme
@@ -115,6 +117,20 @@ def _rows_in_json(path: Path) -> Iterator[Row]:
     return numbered(path, rows)
 
 
+def _read_sick(folder: Path, split: str, code: str) -> Iterator[Example]:
+    """SICK.txt, SICK_NL.txt, SICK_BR.txt and jsick.tsv, wherever they lie below the folder; a pair
+    has one key in all of them."""
+    file, side, of_split = SICK_FILES[code]
+    first, second, label = (
+        f"{column}{side}" for column in ("sentence_A", "sentence_B", "entailment_label")
+    )
+    path, *_ = find(folder, file, f"**/{file}")
+    for row in read(path):
+        if row.text(of_split).strip().lower() == SICK_SPLITS.get(split, split):
+            (example,) = pairs([row], first, second, label, LABELS)
+            yield replace(example, key=row.text("pair_ID"))
+
+
 XNLI = "ar bg de el en es fr hi ru sw th tr ur vi zh"
 INDICXNLI = "as bn gu hi kn ml mr or pa ta te"
 AMERICASNLI = {
@@ -136,6 +152,13 @@ KARDESNLU = {
     "ug": "uig_Cyrl",  # FLORES has Uyghur in the Arabic script only
     "uz": "uzn_Latn",
 }
+SICK_SPLITS = {"validation": "trial"}
+SICK_FILES = {  # a file, what its columns' names end in, and which of them says the split
+    "en": ("SICK.txt", "", "SemEval_set"),
+    "nl": ("SICK_NL.txt", "", "SemEval_set"),
+    "pt": ("SICK_BR.txt", "", "SemEval_set"),
+    "ja": ("jsick.tsv", "_Ja", "data"),
+}
 DATASETS = (
     Dataset(name="mnli", languages={"en": ENGLISH}, reader=_read_mnli, licence="OANC and others"),
     Dataset(
@@ -153,6 +176,12 @@ DATASETS = (
         languages={code: flores_code(code) for code in INDICXNLI.split()},
         reader=_read_indicxnli,
         licence="CC0-1.0",
+    ),
+    Dataset(
+        name="sick",
+        languages={code: flores_code(code) for code in SICK_FILES},
+        reader=_read_sick,
+        licence="CC-BY-NC-SA-3.0; JSICK's CC-BY-4.0",
     ),
 )
 task = Task(
