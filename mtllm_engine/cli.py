@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from mtllm_engine.config import load
 from mtllm_engine.data import shards, sources
 from mtllm_engine.files import expand, expanded_path
-from mtllm_engine.languages import NAMES, SCRIPTS, check_code
+from mtllm_engine.languages import FLORES_200, NAMES, SCRIPTS, check_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -443,7 +443,7 @@ def _check_models(arguments: argparse.Namespace) -> int:
 
 def _add_languages(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "languages", help="list FLORES-200's languages, and which an encoder has"
+        "languages", help="list FLORES-200's and benchmarks' languages, and which an encoder has"
     )
     parser.add_argument(
         "--encoder",
@@ -465,7 +465,7 @@ def _languages(arguments: argparse.Namespace) -> int:
         row = [code, f"{name:<24}", SCRIPTS[code[4:]]]
         if arguments.encoder:
             row.insert(1, "yes" if code in known else "no ")
-        print("  ".join(row))
+        print("  ".join(row + ["not in FLORES-200"] * (code not in FLORES_200)))
     for code in sorted(known - set(NAMES)):
         print(f"{code}  yes  not in FLORES-200")
     return 0
@@ -473,7 +473,7 @@ def _languages(arguments: argparse.Namespace) -> int:
 
 def _checked(language: str) -> str:
     """A corpus' language, told where few encoders have it: it may be misspelled."""
-    if check_code(language) not in NAMES:
+    if check_code(language) not in FLORES_200:
         who = "only an encoder with a token of that name, or one that takes none, reads it"
         print(f"mtllm: {language} is none of FLORES-200's languages: {who}", file=sys.stderr)
     return language

@@ -2,8 +2,8 @@
 
 A language is a code of the form `swh_Latn`: ISO 639-3, script by ISO 15924. Where FLORES-200 lacks
 a language, it keeps a code of that form (`nij_Latn`) and is unknown to NLLB's encoders, but not to
-one whose tokenizer was given that token; qaa to qtz, ISO 639-3's private range, are there for
-encoders of one's own.
+one whose tokenizer was given that token; those that benchmarks or encoders have are named here too.
+qaa to qtz, ISO 639-3's private range, are there for encoders of one's own.
 """
 
 import re
@@ -64,17 +64,33 @@ _NAMES = """
     yor_Latn Yoruba; yue_Hant Yue Chinese; zho_Hans Chinese; zho_Hant Chinese;
     zsm_Latn Standard Malay; zul_Latn Zulu
 """
-NAMES = dict(entry.strip().split(" ", 1) for entry in _NAMES.split(";"))
-"""FLORES-200 code -> English name."""
-FLORES_200 = tuple(NAMES)
+# What test sets, and then what encoders have beside those.
+_MORE_NAMES = """
+    bbc_Latn Toba Batak; ben_Latn Bengali; bzd_Latn Bribri; cni_Latn Asháninka; hch_Latn Wixarika;
+    hin_Latn Hindi; mad_Latn Madurese; nah_Latn Nahuatl; nij_Latn Ngaju; npi_Latn Nepali;
+    nqo_Nkoo N'Ko; oto_Latn Otomí; shp_Latn Shipibo-Konibo; sin_Latn Sinhala; tar_Latn Rarámuri;
+    uig_Cyrl Uyghur; urd_Latn Urdu;
+    bre_Latn Breton; bul_Latn Bulgarian; cos_Latn Corsican; ell_Latn Greek;
+    fry_Latn Western Frisian; haw_Latn Hawaiian; hmn_Latn Hmong; jpn_Latn Japanese; lat_Latn Latin;
+    rus_Latn Russian; tam_Latn Tamil; tel_Latn Telugu; zho_Latn Chinese
+"""
+
+
+def _table(entries: str) -> dict[str, str]:
+    return dict(entry.strip().split(" ", 1) for entry in entries.split(";"))
+
+
+FLORES_200 = tuple(_table(_NAMES))
+NAMES = _table(_NAMES) | _table(_MORE_NAMES)
+"""Code -> English name: FLORES-200's first, then those of languages that it lacks."""
 _SCRIPTS = """
     Arab Arabic; Armn Armenian; Beng Bengali; Cyrl Cyrillic; Deva Devanagari; Ethi Ethiopic;
     Geor Georgian; Grek Greek; Gujr Gujarati; Guru Gurmukhi; Hang Hangul; Hans Simplified Han;
     Hant Traditional Han; Hebr Hebrew; Jpan Japanese; Khmr Khmer; Knda Kannada; Laoo Lao;
-    Latn Latin; Mlym Malayalam; Mymr Myanmar; Olck Ol Chiki; Orya Oriya; Sinh Sinhala; Taml Tamil;
-    Telu Telugu; Tfng Tifinagh; Thai Thai; Tibt Tibetan
+    Latn Latin; Mlym Malayalam; Mymr Myanmar; Nkoo NKo; Olck Ol Chiki; Orya Oriya; Sinh Sinhala;
+    Taml Tamil; Telu Telugu; Tfng Tifinagh; Thai Thai; Tibt Tibetan
 """
-SCRIPTS = dict(entry.strip().split(" ", 1) for entry in _SCRIPTS.split(";"))
+SCRIPTS = _table(_SCRIPTS)
 """ISO 15924 -> English name."""
 
 # Two letters: ISO 639-1. Three: ISO 639-3's and 639-2's codes for a group of languages, of which
@@ -112,11 +128,11 @@ def is_well_formed(code: str) -> bool:
 
 
 def flores_code(code: str) -> str:
-    """A benchmark's code (FLORES-200's in any case, ISO 639-1, ISO 639-3) as ours.
+    """A benchmark's code (one of `NAMES` in any case, ISO 639-1, ISO 639-3) as ours.
 
-    An ISO code is taken for the only FLORES-200 language that it can mean; two letters, and three
-    of a group of languages, for the one that benchmarks mean by them. A code that FLORES-200 lacks
-    comes back if it has that form.
+    An ISO code is taken for the only FLORES-200 language that it can mean, or else the only other
+    one; two letters, and three of a group of languages, for the one that benchmarks mean by them.
+    A code of that form that has no name comes back.
 
     Raises:
         ValueError: The code is not known; or FLORES-200 has the language in several scripts, which
@@ -128,7 +144,8 @@ def flores_code(code: str) -> str:
         return spelled
     if code.lower() in OTHER_CODES:
         return OTHER_CODES[code.lower()]
-    same = [known for known in FLORES_200 if known.startswith(f"{code.lower()}_")]
+    of_language = [known for known in NAMES if known.startswith(f"{code.lower()}_")]
+    same = [known for known in of_language if known in FLORES_200] or of_language
     if len(same) > 1:
         raise ValueError(
             f"language {code!r} is written in several scripts: choose one of {', '.join(same)}"
@@ -142,20 +159,20 @@ def nllb_token(code: str) -> str:
     return "sat_Beng" if code == "sat_Olck" else code
 
 
-def check_language(code: str, known: Collection[str] = FLORES_200) -> str:
-    """Returns the code; one of ISO 639-3's private range passes where those of FLORES-200 do.
+def check_language(code: str, known: Collection[str] = NAMES) -> str:
+    """Returns the code; one of ISO 639-3's private range passes where all that have names do.
 
     Raises:
         ValueError: It is not known; the message suggests the nearest known ones.
     """
-    if code in known or (known is FLORES_200 and _PRIVATE.fullmatch(code)):
+    if code in known or (known is NAMES and _PRIVATE.fullmatch(code)):
         return code
     raise ValueError(f"unknown language {code!r}; did you mean {', '.join(nearest(code, known))}?")
 
 
 def check_code(code: str) -> str:
-    """Returns the code of texts that no encoder is there to be asked about: one of FLORES-200's, or
-    one of that form for a language that FLORES-200 lacks, which an encoder may have a token for.
+    """Returns the code of texts that no encoder is there to be asked about: one that has a name, or
+    one of that form for a language that has none, which an encoder may have a token for.
 
     Raises:
         ValueError: It is not known; the message suggests the nearest known ones.
@@ -165,10 +182,11 @@ def check_code(code: str) -> str:
     return code if is_well_formed(code) and not is_here else check_language(code)
 
 
-def nearest(code: str, known: Collection[str] = FLORES_200) -> list[str]:
+def nearest(code: str, known: Collection[str] = NAMES) -> list[str]:
     """The three known codes that a code is most like; the one whose other code, or
     English name, it is comes first."""
-    names = {name.lower(): known_code for known_code, name in NAMES.items()}
+    # "Greek" is FLORES-200's, not that of an encoder that was trained on Greek in Latin script.
+    names = {NAMES[each].lower(): each for each in (*NAMES, *FLORES_200)}
     meant = OTHER_CODES.get(code.lower()) or names.get(code.lower().replace("_", " "))
     alike = sorted(known, key=lambda language: _similarity(code, language), reverse=True)
     return sorted(alike, key=lambda language: language != meant)[:3]

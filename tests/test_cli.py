@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from mtllm_engine import cli, train
 from mtllm_engine.config import dumps
 from mtllm_engine.data.shards import Manifest
+from mtllm_engine.languages import FLORES_200, NAMES
 from tests.support.tiny import build_config, build_encoder
 
 
@@ -201,7 +202,10 @@ def test_modules_run_as_programs(name, monkeypatch, capfd):
 def test_languages_are_listed(capsys):
     assert cli.main(["languages"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 204
+    assert {line.split()[0] for line in lines} == {*NAMES} and len(lines) == len(NAMES)
+    (nko,) = (line for line in lines if line.startswith("nqo_Nkoo"))
+    assert nko.split() == ["nqo_Nkoo", "N'Ko", "NKo", "not", "in", "FLORES-200"]
+    assert sum(line.endswith("not in FLORES-200") for line in lines) == len(lines) - 204
     assert next(line.split("  ") for line in lines if line.startswith("ory_Orya"))[:2] == [
         "ory_Orya",
         "Odia",
@@ -221,8 +225,9 @@ def test_languages_of_an_encoder(folder, capsys):
     capsys.readouterr()
     assert cli.main(["languages", "--encoder", str(folder / "encoder")]) == 0
     has = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}
-    assert {code for code, answer in has.items() if answer == "no"} == {"arb_Latn", "min_Arab"}
-    assert len(has) == 205 and has["qaa_Latn"] == has["sat_Olck"] == "yes"
+    lacking = {code for code in FLORES_200 if has[code] == "no"}
+    assert lacking == {"arb_Latn", "min_Arab"} and has["nqo_Nkoo"] == "no"
+    assert {*has} == {*NAMES, "qaa_Latn"} and has["qaa_Latn"] == has["sat_Olck"] == "yes"
 
 
 def test_texts_of_a_language_of_few_encoders_are_packed_and_it_is_told(folder, capfd):

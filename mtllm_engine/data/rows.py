@@ -76,14 +76,15 @@ class Row(NamedTuple):
         return int(number)
 
     def label(self, column: str, names: Sequence[str]) -> int:
-        """The index of a class, given by its name or itself; -1 where a published set hides it.
+        """The index of a class, given by its name, in any case, or itself; -1 where a published
+        set hides it.
 
         Raises:
             ValueError: It is neither.
         """
-        value = self.value(column)
-        if isinstance(value, str) and value.strip() in names:
-            return names.index(value.strip())
+        value, plain = self.value(column), [_plain_name(name) for name in names]
+        if isinstance(value, str) and _plain_name(value) in plain:
+            return plain.index(_plain_name(value))
         try:
             return self.number(column, -1, len(names) - 1)
         except ValueError:
@@ -104,6 +105,14 @@ def find(folder: Path, *patterns: str) -> list[Path]:
         if paths := sorted(folder.glob(pattern)):
             return paths
     raise AbsentError(f"{folder} has no {' nor '.join(patterns)}")
+
+
+def hub(config: str, split: str) -> tuple[str, ...]:
+    """The patterns, for `find`, of a split's Parquet files in a data set's repository on the hub:
+    its own, then those that the hub makes of it (`refs/convert/parquet`), as now and as formerly.
+    """
+    forms = ("{}-*.parquet", "{}/*.parquet", "*-{}.parquet", "*-{}-*-of-*.parquet")
+    return tuple(f"{config}/{form.format(split)}" for form in forms)
 
 
 def read(
@@ -127,11 +136,29 @@ def read(
 
 def quoted(path: Path, delimiter: str) -> Iterator[Row]:
     """The rows of a table as pandas writes it: fields may be quoted, and then hold newlines."""
+    return _table(path, _quoted_lines(path, delimiter))
+
+
+def xtreme(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """The rows of one of XTREME's tables: quoted, without a header; those of a test set lack the
+    last column, the label, which is then -1."""
+    for number, fields in _quoted_lines(path, "\t"):
+        if not fields:
+            continue
+        found = [*fields, "-1"] if len(fields) == len(columns) - 1 else fields
+        if len(found) != len(columns):
+            expected = f"{len(columns)}: {', '.join(columns)}"
+            raise ValueError(f"{path}:{number}: {len(fields)} columns, not {expected}")
+        yield Row(f"{path}:{number}", dict(zip(columns, found)))
+
+
+def _quoted_lines(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         limit = csv.field_size_limit(LONGEST_FIELD)
         try:
-            yield from _table(path, ((reader.line_num, row) for row in reader))
+            for row in reader:
+                yield reader.line_num, row
         except csv.Error as error:
             raise ValueError(f"{path}:{reader.line_num}: {error}") from None
         except UnicodeDecodeError:

@@ -3,13 +3,14 @@
 The text is `passage question`, then the choices on lines of their own: `1 first`, `2 second`, ... A
 choice's span is its line, number and all: an answer may be empty, or nothing but characters that a
 tokenizer drops, and what is pooled is then its number. `belebele_training` is the English set that
-the benchmark's authors assembled to train on.
+the benchmark's authors assembled to train on. Read are `data/{code}.jsonl`, as in the hub's
+repository and (in `Belebele/`) the authors' archive, and the Parquet that the hub makes of them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from mtllm_engine.data.rows import Row, find, quoted, read
+from mtllm_engine.data.rows import Row, find, hub, quoted, read
 from mtllm_engine.languages import ENGLISH, flores_code
 from mtllm_engine.tasks import SEPARATOR, Dataset, Example, Task
 
@@ -54,7 +55,8 @@ def _questions(rows: Iterable[Row], passage: str, answer: str) -> Iterator[Examp
 def _read(folder: Path, split: str, code: str) -> Iterator[Example]:
     """One split; the questions are in one order in every language, so their number is their key."""
     name = f"{code}.jsonl"
-    paths = find(folder, f"data/{name}", f"Belebele/{name}", name) if split == "test" else ()
+    layouts = (f"data/{name}", f"Belebele/{name}", name, *hub(code, split))
+    paths = find(folder, *layouts) if split == "test" else ()
     return _questions((row for path in paths for row in read(path)), "flores_passage", "mc_answer")
 
 

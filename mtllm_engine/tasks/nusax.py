@@ -1,9 +1,12 @@
-"""NusaX: the sentiment of a text, in English, Indonesian and ten languages of Indonesia."""
+"""NusaX: the sentiment of a text, in English, Indonesian and ten languages of Indonesia.
+
+Read are the authors' `datasets/sentiment/{language}/*.csv` and the hub's Parquet in `{code}/`.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from mtllm_engine.data.rows import find, read
+from mtllm_engine.data.rows import find, hub, read
 from mtllm_engine.languages import ENGLISH
 from mtllm_engine.tasks import Dataset, Example, Task
 
@@ -28,8 +31,8 @@ LANGUAGES |= {code[:3]: code for code in LANGUAGES.values()}
 
 def _read(folder: Path, split: str, code: str) -> Iterator[Example]:
     name = f"{code}/{VALID.get(split, split)}.csv"
-    hub = f"{code}/nusa_x-senti-{split}.parquet"
-    paths = find(folder, f"datasets/sentiment/{name}", f"sentiment/{name}", name, hub)
+    layouts = (f"datasets/sentiment/{name}", f"sentiment/{name}", name)
+    paths = find(folder, *layouts, *hub(code, split))
     rows = (row for path in paths for row in read(path))
     for row in rows:
         key = str(row.number("id", 0, 1 << 31))  # the same sentence's in every language

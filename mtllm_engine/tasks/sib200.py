@@ -1,9 +1,13 @@
-"""SIB-200: the topic of a FLORES-200 sentence, in 205 languages and scripts."""
+"""SIB-200: the topic of a FLORES-200 sentence, in 205 languages and scripts.
+
+Read are the authors' `data/annotated/{code}/*.tsv`, the hub's `data/{code}/*.tsv`, and the Parquet
+that it makes of these.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from mtllm_engine.data.rows import find, quoted
+from mtllm_engine.data.rows import find, hub, quoted, read
 from mtllm_engine.languages import FLORES_200
 from mtllm_engine.tasks import Dataset, Example, Task
 
@@ -22,11 +26,12 @@ DEV = {"validation": "dev"}
 def _read(folder: Path, split: str, code: str) -> Iterator[Example]:
     """Texts with a quote in them are quoted, and the quote doubled."""
     name = f"{code}/{DEV.get(split, split)}.tsv"
-    path, *_ = find(folder, f"data/annotated/{name}", f"annotated/{name}", name)
-    for row in quoted(path, "\t"):
-        yield Example(
-            key=row.text("index_id"), text=row.text("text"), label=row.label("category", LABELS)
-        )
+    layouts = (f"data/annotated/{name}", f"annotated/{name}", f"data/{name}", name)
+    for path in find(folder, *layouts, *hub(code, split)):
+        for row in quoted(path, "\t") if path.suffix == ".tsv" else read(path):
+            key = str(row.number("index_id", 0, 1 << 31))
+            label = row.label("category", LABELS)
+            yield Example(key=key, text=row.text("text"), label=label)
 
 
 SIB200 = Dataset(

@@ -1,7 +1,9 @@
 """XQuAD: the answer to a question, as a piece of the passage; SQuAD 1.1 to train on.
 
 The text is the question, a newline, and the passage. The passage is the example's one span, and
-what may be shortened.
+what may be shortened. Read are the authors' `xquad.{code}.json` and `train-v1.1.json` (or in the
+folders of these names that XTREME makes, whose test sets have no answers to be scored by), and the
+hub's Parquet: `xquad.{code}/`, `plain_text/`, XTREME's `XQuAD.{code}/` and `SQuAD/`.
 """
 
 from collections.abc import Iterator
@@ -9,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mtllm_engine.data.rows import Row, find, numbered, read_json
+from mtllm_engine.data.rows import Row, find, hub, numbered, read, read_json
 from mtllm_engine.languages import ENGLISH, flores_code
 from mtllm_engine.tasks import SEPARATOR, Dataset, Example, Task
 
@@ -17,13 +19,22 @@ SQUAD_FILES = {"train": "train-v1.1.json", "validation": "dev-v1.1.json"}
 
 
 def _read_xquad(folder: Path, split: str, code: str) -> Iterator[Example]:
-    for path in find(folder, f"xquad.{code}.json") if split == "test" else ():
-        yield from _questions(path)
+    if split == "test":  # which the hub calls validation
+        name = f"xquad.{code}"
+        layouts = (*hub(name, "validation"), *hub(f"XQuAD.{code}", "validation"))
+        yield from _read_layouts(folder, f"{name}.json", f"xquad/{name}.json", *layouts)
 
 
 def _read_squad(folder: Path, split: str, code: str) -> Iterator[Example]:
-    for path in find(folder, SQUAD_FILES[split]) if code == "en" and split in SQUAD_FILES else ():
-        yield from _questions(path)
+    if code == "en" and split in SQUAD_FILES:
+        layouts = (*hub("plain_text", split), *hub("SQuAD", split))
+        name = SQUAD_FILES[split]
+        yield from _read_layouts(folder, name, f"squad/{name}", *layouts)
+
+
+def _read_layouts(folder: Path, *layouts: str) -> Iterator[Example]:
+    for path in find(folder, *layouts):
+        yield from _questions(path) if path.suffix == ".json" else map(_flat_example, read(path))
 
 
 def _questions(path: Path) -> Iterator[Example]:
@@ -54,9 +65,23 @@ def _example(row: Row, passage: str) -> Example:
     example = compose(row.text("id"), row.text("question"), passage)
     ((start, _),) = example.spans
     answers = dict.fromkeys(
-        _answer(answer, example.text, start) for answer in _children(row, "answers", "answer")
+        _answer(answer, example.text, start)
+        for answer in _children(row, "answers", "answer")
+        if answer.value("text") != ""  # which stands where XTREME hides it
     )
     return replace(example, answers=tuple(answers))
+
+
+def _flat_example(row: Row) -> Example:
+    """A row of the hub's, whose answers are two lists, their texts and their starts."""
+    answers = row.value("answers")
+    columns = ("text", "answer_start")
+    try:
+        values = zip(*(answers[name] for name in columns), strict=True)
+        listed = [dict(zip(columns, each)) for each in values]
+    except (KeyError, TypeError, ValueError):
+        raise row.wrong("answers", "lists of text and answer_start, of one length") from None
+    return _example(row._replace(values={**row.values, "answers": listed}), row.text("context"))
 
 
 def _answer(row: Row, text: str, start: int) -> tuple[int, int]:

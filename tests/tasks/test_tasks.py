@@ -23,7 +23,7 @@ QUESTION = '{"id": "1", "question": "b", "answers": []}'
 SQUAD = f'{{"data": [{{"paragraphs": [{{"context": "a", "qas": [{QUESTION}]}}]}}]}}'
 NEEDED = {  # task -> data sets, number of languages
     "belebele": {"belebele": 122, "belebele_training": 1},
-    "nli": {"mnli": 1, "xnli": 15, "americasnli": 10, "kardesnlu": 5, "indicxnli": 11},
+    "nli": {"mnli": 1, "xnli": 15, "americasnli": 10, "kardesnlu": 5, "indicxnli": 11, "sick": 4},
     "nusax": {"nusax": 12},
     "pawsx": {"pawsx": 7},
     "sib200": {"sib200": 205},
