@@ -244,46 +244,41 @@ def is_same(rows: Sequence[Row]) -> bool:
 
 def report(rows: Sequence[Row], about: Row) -> str:
     """What a person reads, in Markdown."""
-    first = rows[0]
-    run = f"{about['device']}, commit {about['commit']}: `{about['command']}`"
-    models = f"{about['encoder']} under {about['decoder']}, {about['dtype']}"
-    steps = f"the first {len(rows)} of {about['steps']} steps, {first['documents']} documents each"
-    note = (
-        f"FVU of each step's documents before its update; {AGAIN} is the same loop, its documents"
-    )
-    note += (
-        f" sorted by length and in micro-batches of {SMALL_BATCH}: it differs in rounding alone."
-    )
     ours, again = (size(differences(rows, name)) for name in (OURS, AGAIN))
-    verdict = f"Root mean square over all steps, relative: {OURS} - {LOOP} {ours:.1e}, {AGAIN} -"
-    verdict += f" {LOOP} {again:.1e}: {'' if is_same(rows) else 'not '}the same to rounding."
-    speed = (
-        f"Seconds of a step and their ratio: median and p20-p80 of steps {_timed(rows)[0]['step']}"
-    )
-    speed += " and later, data apart; padding: of the tokens that the LLM reads, on both sides."
-    return "\n\n".join(
-        [
-            "# FVU by step, beside a plain padded loop",
-            f"{run}\n{models}; {steps}.",
-            note,
-            f"```\n{table(_by_step(rows))}\n```",
-            verdict,
-            f"```\n{table(_by_variant(rows))}\n```",
-            speed + "\n",
-        ]
-    )
+    return f"""# FVU by step, beside a plain padded loop
+
+{about["device"]}, commit {about["commit"]}: `{about["command"]}`
+
+{about["encoder"]} under {about["decoder"]}, {about["dtype"]}; the first {len(rows)} of \
+{about["steps"]} steps, {rows[0]["documents"]} documents each. FVU of a step's documents before its
+update. `{AGAIN}` is the same loop, a step's documents sorted by length and in micro-batches of
+{SMALL_BATCH}: it differs in rounding alone.
+
+```
+{table(_by_step(rows))}
+```
+
+Relative difference from `{LOOP}`, root mean square over all steps: {ours:.1e} of {OURS}, \
+{again:.1e} of `{AGAIN}`: {"" if is_same(rows) else "not "}the same to rounding.
+
+```
+{table(_by_variant(rows))}
+```
+
+Seconds of a step, and their ratio in each: median and p20-p80 of steps \
+{_timed(rows)[0]["step"]} and later, data apart.
+Padding: of the tokens that the LLM reads, on both sides.
+"""
 
 
 def _by_step(rows: Sequence[Row]) -> list[dict[str, str]]:
     lines = []
     for row in rows:
         if row["step"] in SHOWN or row is rows[-1]:
-            fvus, (ours,), (again,) = (
-                row["fvu"],
-                *(differences([row], name) for name in (OURS, AGAIN)),
-            )
-            line = {"step": str(row["step"])} | {name: f"{fvu:.5f}" for name, fvu in fvus.items()}
-            line |= {f"{OURS} - {LOOP}": f"{ours:+.1e}", f"{AGAIN} - {LOOP}": f"{again:+.1e}"}
+            line = {"step": str(row["step"])}
+            line |= {name: f"{fvu:.5f}" for name, fvu in row["fvu"].items()}
+            for name in (OURS, AGAIN):
+                line[f"{name} / {LOOP} - 1"] = f"{differences([row], name)[0]:+.1e}"
             lines.append(line)
     return lines
 
