@@ -3,13 +3,15 @@
     python -m benchmarks.convergence CONFIG [section.key=value ...] [--steps N] [--out FILE.jsonl]
 
 CONFIG distils from the bare LLM, such as the stage1.toml of a recipe's folder. Its training is run
-three times, step by step in turns, so that all see the same machine: by ours; by `padded`, the loop
-that one writes by hand of transformers and PEFT; and by `padded sorted`, the same loop, with a
-step's documents sorted by length and in small micro-batches. The loops differ in rounding alone. So
-what lies between them is what rounding does to this training, and ours should lie no farther away.
+step by step in turns, so that all see the same machine: by ours; by `padded`, the loop that one
+writes by hand of transformers and PEFT; by `padded sorted`, the same loop, with a step's documents
+sorted by length and in small micro-batches; and where model.dtype is bfloat16, by `padded fp32`,
+the same loop with the same weights and no rounding to bf16. What lies between loops is what
+rounding does to this training, and ours should lie no farther away.
 """
 
 import argparse
+import copy
 import functools
 import itertools
 import json
@@ -46,7 +48,7 @@ from mtllm_engine.training.log import environment
 from mtllm_engine.training.step import learning_rate, train_step
 from mtllm_engine.world import World, connect
 
-OURS, LOOP, AGAIN = "ours", "padded", "padded sorted"
+OURS, LOOP, AGAIN, EXACT = "ours", "padded", "padded sorted", "padded fp32"
 SMALL_BATCH = 8  # documents of a micro-batch of the sorted loop
 WARM_UP = 2  # steps whose time does not count
 SHOWN = (0, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # steps in the table; the last one too
@@ -64,7 +66,7 @@ PLAIN = {
 }
 """What the loop can do; it has nothing for other values."""
 
-FACTOR = 2  # ours may be so many times as far from `padded` as that is from itself
+FACTOR = 2  # ours may be so many times as far from the reference as a loop
 NEGLIGIBLE = 1e-5  # of an FVU: nobody minds, whatever rounding does
 
 Row = dict[str, Any]
@@ -102,6 +104,7 @@ class Loop:
     Args:
         batch: Documents of a micro-batch.
         by_length: A step's documents are sorted; else they stay as they come.
+        exact: Frozen weights and all that is computed are in fp32.
     """
 
     def __init__(
@@ -111,12 +114,16 @@ class Loop:
         models: Models,
         world: World,
         *,
-        batch: int,
-        by_length: bool,
+        batch: int = BATCH,
+        by_length: bool = False,
+        exact: bool = False,
     ) -> None:
         self.name, self.optim = name, config.optim
         self.batch, self.by_length = batch, by_length
         self.module: Distillation = build_distillation(config, models, world, packed=False)[0]
+        if exact:
+            self.module.encoder = copy.deepcopy(self.module.encoder)  # it may be ours
+            self.module.float().dtype = torch.float32
         self.trained = [each for each in self.module.parameters() if each.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained,
@@ -168,7 +175,7 @@ class Loop:
 
 
 def build_variants(config: Config, world: World) -> tuple[list[Ours | Loop], Stream]:
-    """All three before their first step, and what they read.
+    """All of them before their first step, and what they read.
 
     Raises:
         ValueError: As training.
@@ -192,9 +199,11 @@ def build_variants(config: Config, world: World) -> tuple[list[Ours | Loop], Str
     parts = (config, models, world)
     variants = [
         Ours(config=config, world=world, engine=engine),
-        Loop(LOOP, *parts, batch=BATCH, by_length=False),
+        Loop(LOOP, *parts),
         Loop(AGAIN, *parts, batch=SMALL_BATCH, by_length=True),
     ]
+    if config.model.dtype != "float32":
+        variants.append(Loop(EXACT, *parts, exact=True))
     return variants, open_stream(config, tokenizer, world)
 
 
@@ -226,25 +235,28 @@ def compare(config: Config, world: World, steps: int) -> Iterator[Row]:
     stream.close()
 
 
-def differences(rows: Sequence[Row], name: str) -> list[float]:
-    """Of a variant's FVU from the loop's, by step, relative to that."""
-    return [row["fvu"][name] / row["fvu"][LOOP] - 1 for row in rows]
+def differences(rows: Sequence[Row], name: str, reference: str) -> list[float]:
+    """Of a variant's FVU from the reference's, by step, relative to that."""
+    return [row["fvu"][name] / row["fvu"][reference] - 1 for row in rows]
 
 
-def size(values: Sequence[float]) -> float:
-    """The root of the mean square."""
-    return statistics.fmean(value**2 for value in values) ** 0.5
+def distances(rows: Sequence[Row]) -> dict[str, float]:
+    """The root mean square of each variant's differences from the loop that rounds least."""
+    return {
+        name: statistics.fmean(each**2 for each in differences(rows, name, _reference(rows))) ** 0.5
+        for name in rows[0]["fvu"]
+    }
 
 
 def is_same(rows: Sequence[Row]) -> bool:
-    """Ours lies no farther from the loop than rounding puts the loop from itself."""
-    ours, again = (size(differences(rows, name)) for name in (OURS, AGAIN))
-    return ours <= max(FACTOR * again, NEGLIGIBLE)
+    """Ours lies about as near to that loop as those that are rounded otherwise."""
+    apart = distances(rows)
+    return apart[OURS] <= max(FACTOR * max(apart[LOOP], apart[AGAIN]), NEGLIGIBLE)
 
 
 def report(rows: Sequence[Row], about: Row) -> str:
     """What a person reads, in Markdown."""
-    ours, again = (size(differences(rows, name)) for name in (OURS, AGAIN))
+    reference, apart = _reference(rows), distances(rows)
     return f"""# FVU by step, beside a plain padded loop
 
 {about["device"]}, commit {about["commit"]}: `{about["command"]}`
@@ -252,14 +264,16 @@ def report(rows: Sequence[Row], about: Row) -> str:
 {about["encoder"]} under {about["decoder"]}, {about["dtype"]}; the first {len(rows)} of \
 {about["steps"]} steps, {rows[0]["documents"]} documents each. FVU of a step's documents before its
 update. `{AGAIN}` is the same loop, a step's documents sorted by length and in micro-batches of
-{SMALL_BATCH}: it differs in rounding alone.
+{SMALL_BATCH}; `{EXACT}`, beside a training in bf16, is the same loop with the same weights, which
+computes in fp32.
 
 ```
 {table(_by_step(rows))}
 ```
 
-Relative difference from `{LOOP}`, root mean square over all steps: {ours:.1e} of {OURS}, \
-{again:.1e} of `{AGAIN}`: {"" if is_same(rows) else "not "}the same to rounding.
+From `{reference}` {OURS} is {apart[OURS]:.1e} of the FVU away, `{LOOP}` {apart[LOOP]:.1e} and \
+`{AGAIN}` {apart[AGAIN]:.1e} (root mean square over
+all steps): {"" if is_same(rows) else "not "}the same to rounding.
 
 ```
 {table(_by_variant(rows))}
@@ -267,8 +281,13 @@ Relative difference from `{LOOP}`, root mean square over all steps: {ours:.1e} o
 
 Seconds of a step, and their ratio in each: median and p20-p80 of steps \
 {_timed(rows)[0]["step"]} and later, data apart.
-Padding: of the tokens that the LLM reads, on both sides.
+Padding: of the tokens that the LLM reads, on both sides. Largest difference: from `{reference}`, \
+of its FVU.
 """
+
+
+def _reference(rows: Sequence[Row]) -> str:
+    return EXACT if EXACT in rows[0]["fvu"] else LOOP
 
 
 def _by_step(rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -277,8 +296,7 @@ def _by_step(rows: Sequence[Row]) -> list[dict[str, str]]:
         if row["step"] in SHOWN or row is rows[-1]:
             line = {"step": str(row["step"])}
             line |= {name: f"{fvu:.5f}" for name, fvu in row["fvu"].items()}
-            for name in (OURS, AGAIN):
-                line[f"{name} / {LOOP} - 1"] = f"{differences([row], name)[0]:+.1e}"
+            line[f"{OURS} / {LOOP} - 1"] = f"{differences([row], OURS, LOOP)[0]:+.1e}"
             lines.append(line)
     return lines
 
@@ -288,7 +306,7 @@ def _by_variant(rows: Sequence[Row]) -> list[dict[str, str]]:
     for name in rows[0]["fvu"]:
         step_s = measure.spread([row["seconds"][name] for row in timed])
         gain = measure.spread([row["seconds"][name] / row["seconds"][OURS] for row in timed])
-        apart = [abs(value) for value in differences(rows, name)]
+        apart = [abs(value) for value in differences(rows, name, _reference(rows))]
         padding = sum(row["padding"][name] for row in rows)
         line = {
             "variant": name,
@@ -316,13 +334,16 @@ def draw(rows: Sequence[Row], about: Row, path: Path) -> None:
     steps = [row["step"] for row in rows]
     styles = {OURS: {"linewidth": 5, "alpha": 0.35}, LOOP: {"color": "black", "linewidth": 1}}
     styles[AGAIN] = {"linestyle": "--", "linewidth": 1}
-    for name, style in styles.items():
-        above.plot(steps, [row["fvu"][name] for row in rows], label=name, **style)
-        below.plot(steps, [100 * value for value in differences(rows, name)], **style)
+    reference = _reference(rows)
+    for name, style in (styles | {EXACT: {"color": "gray", "linewidth": 1}}).items():
+        if name in rows[0]["fvu"]:
+            above.plot(steps, [row["fvu"][name] for row in rows], label=name, **style)
+            apart = [100 * value for value in differences(rows, name, reference)]
+            below.plot(steps, apart, **style)
     above.set_yscale("log")
     above.set_ylabel("FVU of a step's documents")
     above.legend(frameon=False)
-    below.set(xlabel="step", ylabel=f"from {LOOP}, % of its FVU")
+    below.set(xlabel="step", ylabel=f"from {reference}, % of its FVU")
     for axis in (above, below):
         axis.spines[["top", "right"]].set_visible(False)
     models = f"{about['encoder']} under {about['decoder']}, {about['dtype']}"
