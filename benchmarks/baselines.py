@@ -63,7 +63,8 @@ class Padded:
         return {"attention_mask": None if self.full else mask_B1LL, "is_causal": False}
 
     def pool(self, states_BLD: torch.Tensor) -> torch.Tensor:
-        return (states_BLD * self.real_BL[..., None]).sum(1) / self.real_BL.sum(1, keepdim=True)
+        sums_BD = (states_BLD.float() * self.real_BL[..., None]).sum(1)
+        return sums_BD / self.real_BL.sum(1, keepdim=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +108,17 @@ class Distillation(nn.Module):
 
     def forward(self, batch: Micro, global_spans: int) -> torch.Tensor:
         student, teacher, weight_P = batch
+        student_PD, teacher_PD = self.pooled(student, teacher)
+        error_P = (student_PD - teacher_PD).square().mean(1)
+        return weight_P @ error_P / global_spans
+
+    def pooled(
+        self, student: Padded | Joined, teacher: Padded | Joined
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each document the student's state and the teacher's, fp32 (P, D)."""
         encoded_BLE = self.encode(student)
         teacher_PD = self.teach(teacher)
-        student_PD = self.study(encoded_BLE, student)
-        error_P = (student_PD.float() - teacher_PD.float()).square().mean(1)
-        return weight_P @ error_P / global_spans
+        return self.study(encoded_BLE, student), teacher_PD
 
     @torch.no_grad()
     def encode(self, tokens: Padded | Joined) -> torch.Tensor:
@@ -196,20 +203,23 @@ def build_baseline(name: str, config: Config, models: Models, world: World) -> B
     """Raises: ValueError: A library that it is made of is missing."""
     packed = name == "unpadded"
     linear = nn.functional.linear  # DeepSpeed sets its own, for the whole process
-    module, patches = _build_module(config, models, world, packed=packed)
+    module, patches = build_distillation(config, models, world, packed=packed)
     engine = PlainEngine(config, module) if config.zero.stage == 0 else _Zero(config, module, world)
     patches.append((nn.functional, "linear", nn.functional.linear))
     nn.functional.linear = linear
     batch = config.memory.max_tokens if packed else BATCH
-    form = _join if packed else functools.partial(_pad, pad=models.encoder.pad_token_id)
+    form = _join if packed else functools.partial(pad_documents, pad=models.encoder.pad_token_id)
     collate = functools.partial(_collate, form, causal=config.model.causal, device=world.device)
     runs = {"engine": engine, "patches": patches, "collate": collate}
     return Baseline(name=name, world=world, module=module, batch=batch, packed=packed, **runs)
 
 
-def _build_module(
+def build_distillation(
     config: Config, models: Models, world: World, *, packed: bool
 ) -> tuple[Distillation, list[tuple[Any, str, Any]]]:
+    """transformers' modules with our weights, which are not copied, and adapters of their own that
+    start as `models.trained` says; and what must be patched while they run.
+    """
     dtype = getattr(torch, config.model.dtype)
     # Copies: a configuration holds how its module attends.
     llm_config = copy.deepcopy(models.decoder)
@@ -325,7 +335,10 @@ def _collate(
     return student, teacher, weight_P
 
 
-def _pad(rows: Sequence[np.ndarray], *, pad: int, causal: bool, device: torch.device) -> Padded:
+def pad_documents(
+    rows: Sequence[np.ndarray], *, pad: int, causal: bool, device: torch.device
+) -> Padded:
+    """Args: pad: The id that pads."""
     tensors = [torch.from_numpy(row).long() for row in rows]
     ids_BL = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=pad)
     real_BL = torch.arange(ids_BL.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]

@@ -27,6 +27,7 @@ SLOW = (
     "test_slurm",
 )
 SLOW += ("test_prose", "test_poison", "test_step_benchmark", "test_native", "test_babel")
+SLOW += ("test_convergence",)
 SLOW += ("test_finetune", "test_run_folder", "test_launch", "test_origins", "test_provenance")
 SLOW += ("test_probe", "test_systems", "test_span", "test_packaging", "test_quantised")
 SLOW += ("test_sum_start", "test_sums", "test_checkpoint", "test_chain", "test_merged")
