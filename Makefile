@@ -17,17 +17,45 @@ install: $(INSTALLED)
 SENTENCES := sentence-transformers scikit-learn scipy joblib narwhals threadpoolctl cloudpickle
 
 # torch is installed by itself first: the pinned version is the CPU wheel where that is the default.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 $(INSTALLED): setup.py constraints.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel torch numpy
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,quickstart]'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/sentence-transformers $(SENTENCES)
+	@echo "installing into $(VENV) (a few minutes the first time); what pip says goes to $(VENV)/install.log"
+	@{ $(PIP) setuptools wheel torch numpy && $(PIP) --no-build-isolation -e '.[dev,quickstart]' \
+		&& $(PIP) --no-deps --upgrade --target $(VENV)/sentence-transformers $(SENTENCES); \
+	} >$(VENV)/install.log 2>&1 || { cat $(VENV)/install.log >&2; exit 1; }
 	@touch $@
 
+LAND := runs/quickstart/land
+RUN := runs/quickstart/run
+define TO_TRY
+
+llm reads the foreign text itself, translate_test its translation into English;
+stack reads it through the encoder of the translation model, and so does sum, without stage 2.
+This table and more: $(RUN)/results/results.md
+Its picture: $(RUN)/results/results-sib200-accuracy.png
+How stage 1 went, in the browser: $(RUN)/stage1/report.html
+
+Three things to try:
+
+1. Ask for the topic of sentences in a language that the LLM never read:
+   head -3 $(LAND)/flores200_dataset/devtest/qaa_Latn.devtest | $(BIN)/mtllm classify - --model $(RUN) --language qaa_Latn
+
+2. See what was trained, from what, and at which cost:
+   $(BIN)/mtllm show $(RUN)
+
+3. Make a folder of it that transformers opens; the README.md in it says how:
+   $(BIN)/mtllm export $(RUN) --out runs/quickstart/export
+
+Then your own models and texts: README.md goes on with them.
+endef
+
+quickstart: export SAID = $(TO_TRY)
 quickstart: $(INSTALLED)
-	@$(BIN)/mtllm babel build runs/quickstart/land
+	@$(BIN)/mtllm babel build $(LAND)
 	@$(BIN)/mtllm run configs/quickstart.toml
+	@echo; awk '/^[|]/ {print; table = 1; next} table {exit}' $(RUN)/results/results.md
+	@echo "$$SAID"
 
 # Two workers, each with one thread; at the end the 20 slowest tests and what they all took.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -15,6 +15,7 @@ from mtllm_engine.config import load
 from mtllm_engine.data import shards, sources
 from mtllm_engine.files import expand, expanded_path
 from mtllm_engine.languages import FLORES_200, NAMES, SCRIPTS, check_code
+from mtllm_engine.progress import warn
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -475,7 +476,7 @@ def _checked(language: str) -> str:
     """A corpus' language, told where few encoders have it: it may be misspelled."""
     if check_code(language) not in FLORES_200:
         who = "only an encoder with a token of that name, or one that takes none, reads it"
-        print(f"mtllm: {language} is none of FLORES-200's languages: {who}", file=sys.stderr)
+        warn(f"{language} is none of FLORES-200's languages: {who}")
     return language
 
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from mtllm_engine import files
 from mtllm_engine.data.sources import STANDARD_INPUT, read_texts
+from mtllm_engine.progress import Bar
 
 if TYPE_CHECKING:  # torch is imported where it is needed: `mtllm --help` is not
     from mtllm_engine.inference import MTLLM, Classified
@@ -219,7 +219,7 @@ def _answer(request: Request, parts: "Parts", world: "World", total: int | None)
     """Makes what is this rank's and is not there."""
     there, model = parts.found(), None
     names, num_seen, num_texts, seconds = [], 0, 0, 0.0
-    bar = tqdm(total=total, unit="text", disable=None if world.is_main else True)
+    bar = Bar(total=total, desc="texts", unit="text", disable=not world.is_main)
     with bar:
         for number, texts in enumerate(request.chunks()):
             names.append(parts.name(number, texts))

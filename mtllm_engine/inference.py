@@ -17,7 +17,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from mtllm_engine import tasks
 from mtllm_engine.data.annotations import NO_ANNOTATIONS, Annotations
@@ -40,6 +39,7 @@ from mtllm_engine.model.weights import (
     file_of,
     saved_name,
 )
+from mtllm_engine.progress import Bar
 from mtllm_engine.tasks import belebele, xquad
 from mtllm_engine.training.checkpoint import EARLIER
 from mtllm_engine.training.engine import shard
@@ -393,7 +393,7 @@ class MTLLM:
         quiet = None if progress is None else not progress
         options = {"delay": 2 if progress is None else 0, "disable": quiet, "unit": "text"}
         with (
-            tqdm(total=len(asked), desc="reading", **options) as bar,
+            Bar(total=len(asked), desc="reading", **options) as bar,
             ThreadPoolExecutor(max_workers=1) as ahead,
         ):
             coming = [ahead.submit(side.documents, window) for window in windows[:1]]

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from mtllm_engine.config import Config
 from mtllm_engine.data.shards import Manifest
@@ -21,6 +20,7 @@ from mtllm_engine.data.teacher_states import TeacherStates, TeacherStatesWriter,
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.model.peft import read_lora
+from mtllm_engine.progress import Bar
 from mtllm_engine.tasks import load_task
 from mtllm_engine.train import find_task, prepare
 from mtllm_engine.training import checkpoint
@@ -107,7 +107,7 @@ def _write(config: Config, world: World, teacher: Teacher, corpus: Path, maker: 
 
     bar = {"total": manifest.samples, "unit": "document", "desc": corpus.name}
     start_s, flops = time.perf_counter(), 0
-    with teacher.engine.evaluating(), tqdm(**bar, disable=not world.is_main) as progress:
+    with teacher.engine.evaluating(), Bar(**bar, disable=not world.is_main) as progress:
         for global_batch in each_step(stream, world, config.memory.max_tokens):
             rows = []
             for documents, batch in global_batch.batches(world.device):

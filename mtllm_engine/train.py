@@ -21,6 +21,7 @@ from mtllm_engine.languages import ENGLISH
 from mtllm_engine.model.build import build_stack, build_tokenizer, settle
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.weights import Weights
+from mtllm_engine.progress import warn
 from mtllm_engine.training import checkpoint, step
 from mtllm_engine.training.closed_form import Fit, fit_projection
 from mtllm_engine.training.engine import (
@@ -274,7 +275,7 @@ def _tell_done(config: Config, done: int) -> None:
         print(f"whether the settings are the same cannot be said: {error}", flush=True)
     if changed:
         fix = "it did not apply: set run.dir to train with it"
-        print(f"changed since: {'; '.join(changed)}; {fix}", flush=True)
+        warn(f"changed since: {'; '.join(changed)}; {fix}")
     if not (folder / "report.html").is_file():  # killed before it was written
         _write_report(folder)
 

@@ -46,9 +46,9 @@ class World:
         """`gather` for equally many small integers: one collective, for use in every step."""
         if self.size == 1:
             return [values]
-        gathered = torch.empty(self.size * len(values), dtype=torch.int64)
-        dist.all_gather_into_tensor(gathered, torch.tensor(values), group=self.host_group)
-        return gathered.view(self.size, -1).tolist()
+        gathered = torch.empty(self.size, len(values), dtype=torch.int64)
+        dist.all_gather([*gathered], torch.tensor(values), group=self.host_group)
+        return gathered.tolist()
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value on every rank."""

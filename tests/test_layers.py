@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.support.machine import ROOT
 
 PACKAGE = "mtllm_engine"
-FOUNDATIONS = ("", "config", "world", "languages", "files", "spans")
+FOUNDATIONS = ("", "config", "world", "languages", "files", "spans", "progress")
 COMMANDS = ("cli", "train", "finetune", "targets", "evaluate", "recipe", "sweep")
 COMMANDS += ("encode", "models", "show")
 LAYERS = (  # from below; rooms of one layer do not know each other

@@ -45,16 +45,15 @@ import multiprocessing
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
-from multiprocessing.synchronize import RLock
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -71,10 +70,13 @@ from mtllm_engine.babel.models import build_llm, build_mt, perplexity, translate
 from mtllm_engine.data.sources import pack
 from mtllm_engine.files import atomic_folder, write_text
 from mtllm_engine.languages import ENGLISH
+from mtllm_engine.progress import Bar
 
 LONG = (2, 60)  # sentences of a long document
 FINER = 500  # pieces of the second LLM's vocabulary
 NAME = re.compile(r"\b[a-z]*[A-Z]\w*")
+
+_counters: tuple[Synchronized, Synchronized]  # of the processes that train, as in `_join`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,45 +265,63 @@ def _write_pairs(
 
 
 def _build_models(builds: Mapping[Path, Callable], size: Size, seed: int) -> None:
-    """Side by side, with a bar each below the one that counts them.
+    """Side by side, under one bar of all their steps.
 
     At these sizes a second thread only waits for the first: each model gets a process, with one.
     """
     context = multiprocessing.get_context("spawn")
-    tqdm.set_lock(context.RLock())
+    planned, done = context.Value("q"), context.Value("q")
+    names = " and ".join(path.name for path in builds)
     with (
-        tqdm(total=len(builds), desc="models", unit="model") as progress,
-        ProcessPoolExecutor(len(builds), context, _join, (tqdm.get_lock(),)) as processes,
+        Bar(total=0, desc=f"training {names}", unit="step") as bar,
+        ProcessPoolExecutor(len(builds), context, _join, (planned, done)) as processes,
     ):
         building = [
-            processes.submit(_build_model, path, build, size, seed, position)
-            for position, (path, build) in enumerate(builds.items(), start=1)
+            processes.submit(_build_model, path, build, size, seed)
+            for path, build in builds.items()
         ]
-        for model in as_completed(building):
+        is_over = False
+        while not is_over:
+            is_over = not wait(building, timeout=0.2).not_done
+            bar.total = planned.value
+            bar.update(done.value - bar.n)
+        for model in building:
             model.result()
-            progress.update()
 
 
-def _join(lock: RLock) -> None:
+def _join(planned: Synchronized, done: Synchronized) -> None:
     """Begins a process of `_build_models`.
 
     Args:
-        lock: Of the terminal, which its bars share.
+        planned: Number of steps that all models together will be trained for.
+        done: Of them, those that were made.
     """
+    global _counters
+    _counters = (planned, done)
     torch.set_num_threads(1)
-    tqdm.set_lock(lock)
     disable_progress_bar()
     # transformers looks for DeepSpeed, which would write a warning among the bars.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _build_model(path: Path, build: Callable, size: Size, seed: int, position: int) -> None:
+def _build_model(path: Path, build: Callable, size: Size, seed: int) -> None:
     """In a process of its own: the land is drawn again, which takes less than sending it."""
     land = build_land(seed, size.pairs)
-    _build_once(path, lambda draft: build(draft, land, size, position))
+    _build_once(path, lambda draft: build(draft, land, size))
 
 
-def _build_llm(folder: Path, land: Land, size: Size, position: int, vocab_size: int = 900) -> None:
+def _counted(steps: range) -> Iterator[int]:
+    """The steps of a model's training, counted where the bar sees it."""
+    planned, done = _counters
+    with planned.get_lock():
+        planned.value += len(steps)
+    for step in steps:
+        yield step
+        with done.get_lock():
+            done.value += 1
+
+
+def _build_llm(folder: Path, land: Land, size: Size, vocab_size: int = 900) -> None:
     build_llm(
         folder,
         land.documents("train", size.documents),
@@ -309,19 +329,20 @@ def _build_llm(folder: Path, land: Land, size: Size, position: int, vocab_size: 
         vocab_size=vocab_size,
         width=size.width,
         seed=land.seed,
-        position=position,
+        progress=_counted,
     )
 
 
-def _build_finer_llm(folder: Path, land: Land, size: Size, position: int) -> None:
+def _build_finer_llm(folder: Path, land: Land, size: Size) -> None:
     """It learns for longer, because names have pieces that other names share."""
     longer = replace(size, llm_steps=2 * size.llm_steps)
-    _build_llm(folder, land, longer, position, vocab_size=FINER)
+    _build_llm(folder, land, longer, vocab_size=FINER)
 
 
-def _build_mt(folder: Path, land: Land, size: Size, position: int) -> None:
+def _build_mt(folder: Path, land: Land, size: Size) -> None:
     said = {language.code: _said(land, language) for language in land.languages}
-    build_mt(folder, said, steps=size.mt_steps, width=size.width, seed=land.seed, position=position)
+    widths = {"steps": size.mt_steps, "width": size.width}
+    build_mt(folder, said, **widths, seed=land.seed, progress=_counted)
 
 
 def _said(land: Land, language: Language) -> list[str]:

@@ -8,6 +8,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
@@ -15,7 +16,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from torch.nn import functional
-from tqdm import tqdm
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from mtllm_engine.languages import ENGLISH
+from mtllm_engine.progress import Bar
 
 MAX_TOKENS = 128
 MAX_POSITIONS = 1024
@@ -35,6 +36,10 @@ CONTRAST_TEMPERATURE = 0.1
 ALIGNMENT_TEMPERATURE = 0.1  # of the cosines by which a state finds its like in a translation
 POOL = 20  # batches of translations, drawn together and sorted by length: little is padding
 NEW_TOKENS = 40  # of a translation, at most
+
+Progress = Callable[[range], Iterable[int]]
+"""Passes the steps of a training on, and shows or counts them."""
+SHOWN: Progress = partial(Bar, desc="training", unit="step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +65,7 @@ def build_llm(
     layers: int = 4,
     lr: float = 2e-3,
     seed: int = 0,
-    title: str = "llm",
-    position: int = 0,
+    progress: Progress = SHOWN,
 ) -> list[float]:
     """Trains a Llama to predict next tokens and saves it; returns each step's loss."""
     tokenizer = train_llama_tokenizer(texts, vocab_size)
@@ -81,9 +85,7 @@ def build_llm(
     )
     model = LlamaForCausalLM(config)
     batches = token_batches(encode(tokenizer, texts), pad_id=0, batch_tokens=batch_tokens)
-    losses = train(
-        model, next_token_loss(model), batches, steps=steps, lr=lr, title=title, position=position
-    )
+    losses = train(model, next_token_loss(model), batches, steps=steps, lr=lr, progress=progress)
     _save(folder, model, tokenizer)
     return losses
 
@@ -104,8 +106,7 @@ def build_mt(
     decoder_layers: int = 1,
     lr: float = 3e-3,
     seed: int = 0,
-    title: str = "mt",
-    position: int = 0,
+    progress: Progress = SHOWN,
 ) -> list[float]:
     """Trains an M2M-100 to translate and saves it; returns each step's loss.
 
@@ -136,8 +137,7 @@ def build_mt(
         steps=steps,
         lr=lr,
         warmup=100,
-        title=title,
-        position=position,
+        progress=progress,
     )
     _save(folder, model, tokenizer)
     return losses
@@ -228,16 +228,13 @@ def train(
     *,
     steps: int,
     lr: float,
-    title: str,
-    position: int = 0,
     warmup: int = 40,
+    progress: Progress = SHOWN,
 ) -> list[float]:
     """Trains in place, with a linear warm-up and decay; returns each step's loss.
 
     Args:
         warmup: In steps.
-        position: Of the progress bar, in lines below the cursor; one below it is cleared in the
-            end.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
@@ -246,18 +243,14 @@ def train(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / steps)
     )
     losses = []
-    with tqdm(
-        range(steps), desc=title, unit="step", position=position, leave=not position
-    ) as progress:
-        for _ in progress:
-            value = loss(*next(batches))
-            optimizer.zero_grad()
-            value.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(value.item())
-            progress.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
+    for _ in progress(range(steps)):
+        value = loss(*next(batches))
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(value.item())
     return losses
 
 

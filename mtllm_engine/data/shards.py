@@ -15,7 +15,6 @@ from tarfile import BLOCKSIZE
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from mtllm_engine.data.annotations import (
     ANNOTATIONS,
@@ -33,6 +32,7 @@ from mtllm_engine.data.tars import (
     last_check,
 )
 from mtllm_engine.files import check_name, write_text
+from mtllm_engine.progress import Bar
 
 FORMAT = "mtllm-shards/1"
 TRAIN, VALIDATION = "train", "validation"  # the folders of a corpus that was divided
@@ -336,7 +336,7 @@ def import_shards(
     folder, extension = Path(folder), _parse_field(field).extension
     paths, shards = _tars(folder), []
     lacking, repeated = _Cases(), _Cases()
-    for path in tqdm(paths, unit="shard", disable=None if progress else True):
+    for path in Bar(paths, desc="shards", unit="shard", disable=not progress):
         try:
             index = build_index(path, extension)
         except DamagedShardError as error:
@@ -413,7 +413,7 @@ def verify(folder: Path | str, progress: bool = True) -> list[str]:
     unlisted = {path.name for path in folder.glob("*.tar")} - listed
     problems = [f"shard {folder / name} is not in the manifest" for name in sorted(unlisted)]
     layout = _parse_layout(manifest.fields, folder)
-    for shard in tqdm(manifest.shards, unit="shard", disable=None if progress else True):
+    for shard in Bar(manifest.shards, desc="shards", unit="shard", disable=not progress):
         try:
             problems += _bad_documents(folder / shard.name, shard, layout)
         except DamagedShardError as error:

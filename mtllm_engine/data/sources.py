@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-from tqdm import tqdm
-
 from mtllm_engine.data.shards import (
     TRAIN,
     VALIDATION,
@@ -29,6 +27,7 @@ from mtllm_engine.data.shards import (
 )
 from mtllm_engine.data.tars import Shard, describe_shard
 from mtllm_engine.files import atomic_folder, sync, sync_folder
+from mtllm_engine.progress import Bar
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _LINE_SUFFIXES = (".txt", *_JSON_SUFFIXES)
@@ -80,7 +79,7 @@ def pack(
             _check_json_lines(path)
     num_bytes = sum(path.stat().st_size for path in paths)
     skipped: Counter[str] = Counter()
-    bar = tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None if progress else True)
+    bar = Bar(total=num_bytes, desc="packing", unit="B", unit_scale=True, disable=not progress)
     with bar, _all_or_nothing(out) as draft:
         texts = _texts(paths, field, skipped if on_error == "skip" else None, bar)
         if held_out is None:
@@ -242,7 +241,7 @@ def _all_or_nothing(out: Path) -> Iterator[Path]:
 
 
 def _texts(
-    paths: list[Path], field: str, skipped: Counter[str] | None, bar: tqdm
+    paths: list[Path], field: str, skipped: Counter[str] | None, bar: Bar
 ) -> Iterator[tuple[str, float]]:
     """Each text with how many bytes of the input lie before it.
 

@@ -20,7 +20,6 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import GenerationConfig, M2M100Config, M2M100ForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
@@ -30,6 +29,7 @@ from mtllm_engine.files import sync
 from mtllm_engine.languages import ENGLISH, check_code, nllb_token
 from mtllm_engine.model.build import load_config
 from mtllm_engine.model.tensors import TensorFiles, check_finite, fingerprint, resolve
+from mtllm_engine.progress import Bar
 from mtllm_engine.tasks import Example
 from mtllm_engine.world import World
 
@@ -213,7 +213,7 @@ class Translator:
         rounds = rank_rounds(plan_batches(costs, self.max_tokens), world.rank, world.size)
         entries: dict[str, _Entry] = {}
         bar = {"total": len(texts), "desc": f"{source} -> {target}", "unit": "text"}
-        with tqdm(**bar, disable=not world.is_main) as progress:
+        with Bar(**bar, disable=not world.is_main) as progress:
             for batches in rounds:
                 mine: dict[int, _Entry] = {}
                 for batch in batches:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from tqdm import tqdm
 
 from mtllm_engine import kernels
 from mtllm_engine.config import Config, dumps
@@ -28,6 +27,7 @@ from mtllm_engine.model.merge import find_adapters
 from mtllm_engine.model.padded import PaddedEncoder
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.weights import PROJECTION_FILE
+from mtllm_engine.progress import Bar, warn
 from mtllm_engine.training.checkpoint import Progress
 from mtllm_engine.training.closed_form import Fit
 from mtllm_engine.training.origins import described
@@ -101,7 +101,7 @@ class RunLog:
             self.skipped = _open_after(self.folder / "skipped.jsonl", self.start)
             self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.start + 1)
             steps = {"total": self.config.optim.steps, "initial": self.start, "unit": "step"}
-            self.bar = tqdm(**steps, dynamic_ncols=True)
+            self.bar = Bar(**steps, desc="training", dynamic_ncols=True)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -157,7 +157,7 @@ class RunLog:
             documents = list(itertools.chain(*parts))
             self.skipped.write(json.dumps({"step": row["step"], "documents": documents}) + "\n")
             self.skipped.flush()
-            self.bar.write(f"step {row['step']}: no update, its gradient is not finite")
+            warn(f"step {row['step']}: no update, its gradient is not finite")
         if self.bad_steps >= self.config.run.max_bad_steps:
             reason = f"{self.bad_steps} steps in a row, up to {row['step']}, made no update, as"
             reason += " their gradients were not finite"

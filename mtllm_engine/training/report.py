@@ -2,17 +2,35 @@
 
 import base64
 import html
+import io
+import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from mtllm_engine.languages import NAMES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LABELS = {"fvu": "FVU", "accuracy": "accuracy"}  # as tables call them
 PROBE = ("fvu", "cosine", "retrieval")
+MEAN = "mean, English aside"
+NARROW_PX = 640  # a window up to so wide gets pictures made for phones
+DASHES = ("-", "--", "-.", ":")
 STYLE = (
-    "body{font:16px sans-serif;max-width:60em;margin:2em auto}"
-    "th{text-align:left;padding-right:2em}img{max-width:100%}"
+    "body{font:16px/1.4 sans-serif;max-width:60em;margin:1em auto;padding:0 1em}"
+    "h1{overflow-wrap:anywhere}img{max-width:100%;height:auto}"
+    "table{border-collapse:collapse}th{text-align:left;font-weight:600;padding-right:1.5em}"
+    "th,td{vertical-align:top;padding-top:.15em;padding-bottom:.15em}td{overflow-wrap:anywhere}"
+    ".numbers td,.numbers th+th{text-align:right;padding-left:1em;white-space:nowrap;"
+    "font-variant-numeric:tabular-nums}"
+    ".numbers th+th{padding-right:0}"
+    "pre{overflow-x:auto;font-size:14px;background:#f4f4f4;padding:.7em}"
+    f"@media(max-width:{NARROW_PX}px){{body{{font-size:15px}}th{{padding-right:.8em}}"
+    ".numbers td,.numbers th+th{padding-left:.5em}}"
 )
 Y_LABELS = {"fvu": "fraction of variance unexplained", "accuracy": "accuracy"}
 
@@ -43,11 +61,13 @@ def write_report(folder: Path) -> Path:
     """
     cells = "".join(_row(key, [value]) for key, value in summary(folder).items())
     settings = html.escape((folder / "config.toml").read_text())
+    title, curve = html.escape(folder.name), _picture(plot_curve, folder, "training curve")
     page = folder / "report.html"
-    title, curve = html.escape(folder.name), _image(plot_curve(folder), "training curve")
     page.write_text(
-        f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
-        f"<h1>{title}</h1>{curve}<table>{cells}</table>{_probe_section(folder)}"
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width,initial-scale=1'>"
+        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>{curve}"
+        f"<table>{cells}</table>{_probe_section(folder)}"
         f"<h2>Configuration</h2><pre>{settings}</pre>"
     )
     return page
@@ -87,13 +107,26 @@ def _probe_section(folder: Path) -> str:
     if not probe:
         return ""
     last = max(probe)
-    rows = [_row("language", PROBE)]
-    for language, measured in sorted(probe[last].items()):
-        rows.append(
-            _row(language or "mean, English aside", [f"{measured[name]:.4f}" for name in PROBE])
-        )
-    heading = f"<h2>Cross-lingual probe, step {last}</h2>"
-    return f"{heading}{_image(plot_probe(folder), 'probe curve')}<table>{''.join(rows)}</table>"
+    words = (
+        "Foreign lines, read by the stack, against the same lines in English, read by the LLM: fvu"
+        " and cosine are of their states; retrieval is the share of lines whose own English line is"
+        " the nearest of all."
+    )
+    heads = "".join(f"<th>{name}</th>" for name in ("language", *PROBE))
+    rows = [f"<tr>{heads}</tr>"]
+    for language in sorted(probe[last], key=lambda code: (code != "", language_label(code))):
+        measured = [f"{probe[last][language][name]:.4f}" for name in PROBE]
+        rows.append(_row(language_label(language), measured))
+    curves = _picture(plot_probe, folder, "probe curves, a line for each language")
+    table = f"<table class=numbers>{''.join(rows)}</table>"
+    return f"<h2>Cross-lingual probe, step {last}</h2><p>{words}</p>{curves}{table}"
+
+
+def language_label(code: str) -> str:
+    """A language's name and code, as a reader knows it; "" is the mean."""
+    if not code:
+        return MEAN
+    return f"{NAMES[code]} ({code})" if code in NAMES else code
 
 
 def _row(name: str, values: Iterable[str]) -> str:
@@ -101,62 +134,79 @@ def _row(name: str, values: Iterable[str]) -> str:
     return f"<tr><th>{html.escape(name)}</th>{cells}</tr>"
 
 
-def _image(path: Path, title: str) -> str:
-    content = base64.b64encode(path.read_bytes()).decode()
-    return f"<img src='data:image/png;base64,{content}' alt='{title}'>"
+def _picture(plot: Callable[..., Path], folder: Path, title: str) -> str:
+    """What `plot` draws, as the page shows it: in a window as narrow as a phone's drawn for it."""
+    narrow, wide = io.BytesIO(), plot(folder).read_bytes()
+    plot(folder, narrow)
+    sources = [base64.b64encode(each).decode() for each in (narrow.getvalue(), wide)]
+    small, large = (f"data:image/png;base64,{source}" for source in sources)
+    return (
+        f"<picture><source media='(max-width:{NARROW_PX}px)' srcset='{small}'>"
+        f"<img src='{large}' alt='{title}'></picture>"
+    )
 
 
-def plot_probe(folder: Path) -> Path:
-    """The probe's means by step, and each language's, thin, as probe.png."""
-    from matplotlib.figure import Figure
+def plot_probe(folder: Path, narrow: io.BytesIO | None = None) -> Path:
+    """The probe's means by step, and each language's, thin, with a legend, as probe.png.
 
+    Args:
+        narrow: It is drawn for a phone, into this instead of the file.
+    """
     probe = read_probe(folder)
     steps = sorted(probe)
-    figure = Figure(figsize=(10, 3.5), layout="constrained")
-    axes = figure.subplots(1, len(PROBE))
+    languages = sorted(filter(None, probe[steps[-1]]), key=language_label)
+    columns, width, height = (1, 4.2, 7.5) if narrow else (3, 10.0, 3.3)
+    rows = math.ceil((len(languages) + 1) / columns)
+    legend = 0.22 * rows + 0.2  # inches
+    figure = _figure(width, height + legend)
+    drawing, below = figure.subfigures(2, 1, height_ratios=(height, legend))
+    styles = [{"color": f"C{colour}", "ls": dash} for dash in DASHES for colour in range(10)]
+    axes = drawing.subplots(len(PROBE) // columns, columns)
     for axis, name in zip(axes, PROBE):
-        for language in probe[steps[-1]]:
-            style = (
-                {"lw": 0.7, "alpha": 0.5}
-                if language
-                else {"lw": 2, "marker": "o", "color": "black"}
-            )
+        for language, style in zip(languages, itertools.cycle(styles)):
             values = [probe[step].get(language, {}).get(name, math.nan) for step in steps]
-            axis.plot(steps, values, **style)
+            axis.plot(steps, values, label=language_label(language), lw=1.2, **style)
+        mean = [probe[step].get("", {}).get(name, math.nan) for step in steps]
+        axis.plot(steps, mean, "o-", color="black", lw=2, label=MEAN)
         axis.set(xlabel="step", title=name)
         axis.grid(alpha=0.3)
-    path = folder / "probe.png"
-    figure.savefig(path, dpi=120)
-    return path
+    below.legend(*axes[0].get_legend_handles_labels(), loc="center", ncols=columns, frameon=False)
+    return _save(figure, folder / "probe.png", narrow)
 
 
-def plot_curve(folder: Path) -> Path:
-    """FVU or accuracy by step, training (per step) and held-out, as curve.png."""
-    from matplotlib.figure import Figure
+def plot_curve(folder: Path, narrow: io.BytesIO | None = None) -> Path:
+    """FVU or accuracy by step, training (per step) and held-out, as curve.png.
 
+    Args:
+        narrow: As for `plot_probe`.
+    """
     training, validation = read_metrics(folder)
     name = next(name for name in LABELS if name in training[-1])
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = _figure(*((4.2, 3.6) if narrow else (10.0, 4.5)))
     axis = figure.subplots()
-    axis.plot(
-        [r["step"] for r in training],
-        [r[name] for r in training],
-        lw=1,
-        alpha=0.6,
-        label="training batch",
-    )
+    steps = [row["step"] for row in training]
+    axis.plot(steps, [row[name] for row in training], lw=1, alpha=0.6, label="training batch")
     if validation:
         steps, values = zip(*((row["step"], row[f"validation_{name}"]) for row in validation))
         axis.plot(steps, values, "o-", lw=2, label="held-out")
-        axis.annotate(
-            f"{values[-1]:.3f}", (steps[-1], values[-1]), xytext=(4, 6), textcoords="offset points"
-        )
+        offset = {"xytext": (0, 7), "textcoords": "offset points", "ha": "right"}
+        axis.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), **offset)
     if name == "fvu":
         axis.axhline(1.0, color="grey", ls="--", lw=1, label="predicting the mean")
         axis.set_yscale("log")
-    axis.set(xlabel="step", ylabel=Y_LABELS[name], title=str(folder))
+    axis.set(xlabel="step", ylabel=Y_LABELS[name], title=folder.name)
     axis.legend()
     axis.grid(alpha=0.3, which="both")
-    path = folder / "curve.png"
-    figure.savefig(path, dpi=120)
+    return _save(figure, folder / "curve.png", narrow)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: "Figure", path: Path, narrow: io.BytesIO | None) -> Path:
+    """Of a narrow one twice the pixels of the screen's points, as phones have."""
+    figure.savefig(narrow or path, dpi=200 if narrow else 120, format="png")
     return path

@@ -30,9 +30,9 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def launch(world_size: int, module: str, *arguments: str | Path) -> None:
-    """Runs `python -m MODULE ARGUMENTS` as the ranks of a world, to their end; a failing rank's
-    output is the error."""
+def launch(world_size: int, module: str, *arguments: str | Path) -> list[str]:
+    """Runs `python -m MODULE ARGUMENTS` as the ranks of a world, to their end; what each said. A
+    failing rank's output is the error."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
     # Or another checkout's code might run, which the environment has installed.
@@ -50,3 +50,4 @@ def launch(world_size: int, module: str, *arguments: str | Path) -> None:
             rank.kill()
     failed = any(rank.returncode for rank in ranks)
     assert not failed, "\n".join(output[-3000:] for output in outputs)
+    return outputs

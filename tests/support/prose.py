@@ -142,7 +142,7 @@ def write_prose(
     )
     _once(
         folder / "decoder",
-        lambda path: build_llm(path, training, steps=decoder_steps, title="decoder", **options),
+        lambda path: build_llm(path, training, steps=decoder_steps, **options),
     )
 
 
@@ -167,7 +167,7 @@ def build_encoder(
     model = M2M100ForConditionalGeneration(nllb_config(len(tokenizer), width, layers, 1))
     loss = _masked_token_loss(model, tokenizer.mask_token_id)
     batches = token_batches(encode(tokenizer, texts), tokenizer.pad_token_id)
-    losses = train(model, loss, batches, steps=steps, lr=lr, title="encoder")
+    losses = train(model, loss, batches, steps=steps, lr=lr)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return losses

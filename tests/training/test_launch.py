@@ -1,6 +1,7 @@
 """What ranks do when their launcher is gone, and what they do not outlive."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,15 +61,22 @@ def test_ranks_leave_with_a_killed_launcher_and_the_same_command_goes_on(models:
     config = build_config(models, run={"dir": str(run)}, **sections)
     (models / "killed.toml").write_text(dumps(config))
     command = [sys.executable, "-m", "mtllm_engine.cli", "train", str(models / "killed.toml")]
-    launcher = subprocess.Popen(
-        [*command, "--gpus", "2"], env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+    with (models / "said").open("w") as said:
+        launcher = subprocess.Popen(
+            [*command, "--gpus", "2"],
+            stdout=said,
+            stderr=said,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
     ranks: dict[int, str] = {}
     try:
         while launcher.poll() is None and not list(run.glob("checkpoints/step-*6")):
             time.sleep(0.05)
         ranks = {rank: started(rank) for rank in ranks_of(launcher.pid)}
         assert len(ranks) == 2
+        # Neither the launcher nor a library said a word of its own until now.
+        output = (models / "said").read_text()
+        assert not re.search("warning|site-packages|\\[deepspeed|\r", output, re.I), output
         launcher.kill()
         launcher.wait()
         killed_s = time.monotonic()

@@ -21,7 +21,7 @@ from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.train import train
 from mtllm_engine.training.engine import build_engine, shard
 from mtllm_engine.training.probe import Agreement, average, measure, open_probe
-from mtllm_engine.training.report import read_metrics, read_probe
+from mtllm_engine.training.report import language_label, read_metrics, read_probe
 from tests.support.machine import launch
 from tests.support.stages import losses, rows
 from tests.support.tiny import (
@@ -162,7 +162,8 @@ def test_two_ranks_measure_as_one_does_and_start_from_the_same_projection(folder
     assert len(messages) == 3 and "step 0: " in messages[0]
     config = configure(folder, run={"dir": str(folder / "two")}, zero={"stage": 3}, **options)
     (folder / "two.toml").write_text(dumps(config))
-    launch(2, "mtllm_engine.train", folder / "two.toml")
+    for output in launch(2, "mtllm_engine.train", folder / "two.toml"):
+        check_quiet(output)
     assert losses(folder / "two") == pytest.approx(losses(folder / "alone"), rel=1e-5)
     alone, two = (read_probe(folder / name) for name in ("alone", "two"))
     assert sorted(alone) == [0, 1, 2] and set(alone[0]) == {"", "eng_Latn", "swh_Latn", "quy_Latn"}
@@ -176,6 +177,14 @@ def test_two_ranks_measure_as_one_does_and_start_from_the_same_projection(folder
     check_report(folder / "two")
 
 
+def check_quiet(output: str) -> None:
+    """Nothing but what we say ourselves: no library's warnings, no bar drawn into a file."""
+    assert "Warning" not in output and "site-packages" not in output and "\r" not in output
+    names = {line.split()[0] for line in output.splitlines() if line}
+    ours = {"run", "learns", "encoder", "decoder", "texts", "projection", "parameters", "device"}
+    assert names <= ours | {"step", "corpora", "licences", "kernels"}
+
+
 def check_report(run: Path) -> None:
     page, last = (run / "report.html").read_text(), read_probe(run)[2]
     assert base64.b64encode((run / "probe.png").read_bytes()).decode() in page
@@ -184,7 +193,7 @@ def check_report(run: Path) -> None:
         cells = "".join(
             f"<td>{last[language][name]:.4f}</td>" for name in ("fvu", "cosine", "retrieval")
         )
-        assert f"<tr><th>{language}</th>{cells}</tr>" in page
+        assert f"<tr><th>{language_label(language)}</th>{cells}</tr>" in page
 
 
 def test_without_a_folder_there_is_no_probe(folder: Path):
