@@ -62,12 +62,13 @@ def _link_corpora(run: Path, folder: Path) -> None:
 
 def _step(asked: Config, config: Config, world: World) -> None:
     """Args: asked: The configuration with its own run.dir."""
-    start_s = time.perf_counter()
+    start_s, libraries = time.perf_counter(), _peak_bytes(world)
     config = world.on_main(lambda: prepare(config))
     assembled = assemble(config, world)
-    about = (replace(config, run=asked.run), world, assembled.stack, assembled.tokenizer)
     if world.is_main:
-        print_table(header(*about, 0, assembled.fit, device=environment(world)["device"]))
+        about = (config, world, assembled.stack, assembled.tokenizer)
+        rows = header(*about, 0, assembled.fit, device=environment(world)["device"])
+        print_table({key: row.replace(config.run.dir, asked.run.dir) for key, row in rows.items()})
     batch = agree(assembled.stream, world, config.memory.max_tokens)
     assembled.stream.close()
     _wait(world)
@@ -79,7 +80,8 @@ def _step(asked: Config, config: Config, world: World) -> None:
     peaks = world.gather(_peak_bytes(world))
     if world.is_main:
         values = {"loss": losses.item(), "gradient": result.grad_norm.item()}
-        rows = _rows(config, world, batch, values, (ready_s - start_s, step_s), max(peaks))
+        times_s = (ready_s - start_s, step_s)
+        rows = _rows(config, world, batch, values, times_s, (libraries, max(peaks)))
         print()
         print_table(rows)
 
@@ -90,9 +92,14 @@ def _rows(
     batch: GlobalBatch,
     values: dict[str, float],
     times_s: tuple[float, float],
-    peak: int,
+    held: tuple[int, int],
 ) -> dict[str, str]:
-    """What the step took, by name. Args: times_s: until the step, and its own."""
+    """What the step took, by name.
+
+    Args:
+        times_s: Until the step, and its own.
+        held: Bytes, before anything was read and at most.
+    """
     before_s, step_s = times_s
     tokens, steps = (batch.student_tokens, batch.teacher_tokens), config.optim.steps
     speed = pair_tokens(*tokens) / step_s
@@ -102,17 +109,30 @@ def _rows(
     rows["result"] = shown + ("" if finite else "; a run would make no update of it")
     rows["tokens"] = f"{tokens[0]:,} of the student, {tokens[1]:,} of the teacher"
     rows["time"] = f"{before_s:.1f} s until the step, {step_s:.2f} s for it: {speed:,.0f} pairs/s"
-    rows["time of a run"] = f"{step_s * steps / 3600:.2g} hours, if all steps took as long; "
-    rows["time of a run"] += "the first is slower, as kernels are compiled in it"
+    rows["time of a run"] = f"{_duration(step_s * steps)}, if all steps took as long; the first is "
+    rows["time of a run"] += "slower than those after it, as kernels are compiled in it"
     lines = plan.memory(config, *read_models(config.model), world.size)
     on_gpu = world.device.type == "cuda"
     estimate = plan.total(lines) - (0 if on_gpu else plan.ASSUMED)
-    # A process on the CPU holds its libraries too, and what of the weights' files was read.
-    what = "of GPU memory" if on_gpu else "of each process, libraries and files read among it"
-    rows["memory"] = f"{peak / 1e9:.2f} GB at most {what}; estimated {estimate / 1e9:.2f} GB:"
-    for line in lines if on_gpu else lines[:-1]:
-        rows[f"  {line.name}"] = f"{line.bytes / 1e9:.2f} GB  {line.how}"
+    before, peak = map(_size, held)
+    # A process on the CPU holds its libraries too.
+    measured = f"{peak} on each GPU" if on_gpu else f"{peak} of each process, {before} at its start"
+    rows["memory"] = f"at most {measured}; estimated {_size(estimate)}:"
+    for line in lines if on_gpu else [each for each in lines if each.name != "assumed"]:
+        rows[f"  {line.name}"] = f"{_size(line.bytes)}  {line.how}"
     return rows
+
+
+def _size(num_bytes: int) -> str:
+    unit, name = (1e9, "GB") if num_bytes >= 1e8 else (1e6, "MB")
+    return f"{num_bytes / unit:.2f} {name}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.1f} s"
 
 
 def _wait(world: World) -> None:
