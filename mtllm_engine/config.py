@@ -492,8 +492,9 @@ def _build(cls: type[Any], tree: Any, prefix: str, faults: _Faults) -> Any:
     values = {}
     for name, item in known.items():
         hint, dotted = hints[name], _join(prefix, name)
-        if is_dataclass(hint) and (name in tree or _is_required(item)):
-            values[name] = _build(hint, tree.get(name, {}), dotted, faults)
+        if isinstance(hint, type) and is_dataclass(hint):
+            if name in tree or _is_required(item):
+                values[name] = _build(hint, tree.get(name, {}), dotted, faults)
         elif name in tree:
             try:
                 values[name] = _convert(tree[name], hint, dotted)

@@ -125,9 +125,7 @@ def _versions() -> Iterator[Finding]:
         yield Finding(name=package, value=version or "not installed", fix=fix)
     for package, use in OPTIONAL.items():
         version = _version(package)
-        yield Finding(
-            name=package, value=version or f"not installed: {use}", is_needed=False
-        )
+        yield Finding(name=package, value=version or f"not installed: {use}", is_needed=False)
 
 
 def _our_version() -> str:
@@ -155,7 +153,9 @@ def _devices() -> Iterator[Finding]:
         for number in range(torch.cuda.device_count()):
             of = torch.cuda.get_device_properties(number)
             size = f"{of.total_memory / 1e9:.0f} GB, capability {of.major}.{of.minor}"
-            yield Finding(name=f"GPU {number}", value=f"{of.name}, {size}, CUDA {torch.version.cuda}")
+            yield Finding(
+                name=f"GPU {number}", value=f"{of.name}, {size}, CUDA {torch.version.cuda}"
+            )
     elif has_driver:
         has = f"there is one, and torch (CUDA {torch.version.cuda}) does not see it"
         fix = "install the torch of your driver's CUDA, and look at CUDA_VISIBLE_DEVICES"
@@ -167,7 +167,6 @@ def _devices() -> Iterator[Finding]:
 def _kernels() -> Iterator[Finding]:
     from mtllm_engine import kernels
     from mtllm_engine.kernels.attention import select
-
     from mtllm_engine.world import device_type
 
     device = device_type()

@@ -395,9 +395,9 @@ class Inspection:
     def _look_at_machine(self) -> None:
         """What of the machine the models ask for."""
         import torch
+
         from mtllm_engine.kernels.attention import select
         from mtllm_engine.kernels.lora_linear import check_available
-
         from mtllm_engine.world import device_type
 
         model, device = self.config.model, device_type()
@@ -430,10 +430,7 @@ class Inspection:
             ("evaluate.stage1", followed.evaluate.stage1),
         ):
             for name in names if self.knows(key) else ():
-                if self._is_made(name):
-                    is_whole = False
-                elif not self._is_sound(key, name):
-                    is_whole = False
+                is_whole &= not self._is_made(name) and self._is_sound(key, name)
         return is_whole
 
     def _is_sound(self, key: str, name: str) -> bool:
@@ -597,7 +594,9 @@ class Inspection:
     def summary(self) -> str:
         """What is learned, and for how long, in words."""
         if self.command == "evaluate":
-            return f"{', '.join(self.config.evaluate.systems)} on {', '.join(self.config.task.test)}"
+            return (
+                f"{', '.join(self.config.evaluate.systems)} on {', '.join(self.config.task.test)}"
+            )
         from mtllm_engine.training.log import learns
 
         optim = self.config.optim

@@ -123,9 +123,7 @@ def open_probe(config: Config, world: World, tokenizer: PairTokenizer) -> Probe 
     return Probe(config, world, tokenizer, english, lines)
 
 
-def find_lines(
-    config: Config, known: EncoderLanguages
-) -> tuple[list[str], dict[str, list[str]]]:
+def find_lines(config: Config, known: EncoderLanguages) -> tuple[list[str], dict[str, list[str]]]:
     """The probe's English lines, and those of each language that is asked for or, where none is,
     that is there and known.
 
