@@ -387,15 +387,19 @@ class Examined:
         return not any(_is_doubtful(key, self.doubtful) for key in keys)
 
 
-def examine(tree: Mapping[str, Any]) -> Examined:
-    """Builds a configuration from nested dictionaries as far as they can be read."""
+def examine(tree: Mapping[str, Any], doubtful: Collection[str] = ()) -> Examined:
+    """Builds a configuration from nested dictionaries as far as they can be read.
+
+    Args:
+        doubtful: Sections and dotted keys that were found at fault before.
+    """
     faults, tree = _Faults(), _with_sum(tree)
     # Wherever it stands, what a misspelled key was meant as is not missing.
-    faults.doubtful |= {meant for key in _unknown_keys(tree) for meant in _meant(key)}
+    faults.doubtful |= {*doubtful} | {meant for key in _unknown_keys(tree) for meant in _meant(key)}
     config = _build(Config, tree, "", faults)
     _check(config, faults)
-    problems, doubtful = tuple(faults.messages), frozenset(faults.doubtful)
-    return Examined(config=config, problems=problems, doubtful=doubtful)
+    found = {"problems": tuple(faults.messages), "doubtful": frozenset(faults.doubtful)}
+    return Examined(config=config, **found)
 
 
 class _Faults:

@@ -120,18 +120,26 @@ def examine(tree: dict[str, Any], path: str | Path) -> Draft:
     own = _readable_own(tree.pop("recipe", {}), path, problems)
     steps = {name: tree.pop(name, {}) for name in TABLES}
     origin = _ask(lambda: _origin(steps["stage2"]), problems) or ""
-    shared = _tables(tree, "", problems)
-    steps = dict.fromkeys(TABLES, {}) | _tables(steps, "", problems)
-    steps = {name: _tables(each, f"{name}.", problems) for name, each in steps.items()}
+    shared, doubtful = _tables(tree, "", problems)
+    tables, unreadable = _tables(steps, "", problems)
+    steps = {}
+    for name in TABLES:
+        steps[name], others = _tables(tables.get(name, {}), f"{name}.", problems)
+        doubtful |= others
     for prefix, sections in (("", shared), ("stage2.", steps["stage2"])):
         start = sections.get("model", {}).get("init_from", [])
         if not isinstance(start, str | list):
             problems.append(f"{prefix}model.init_from must be a list, not {start!r}")
             del sections["model"]["init_from"]
+            doubtful.add("model.init_from")
     folder = Path(expand(own["dir"]))
     options = (shared, steps, folder, own["seeds"])
     trees = _ask(lambda: [*_trees(*options, origin)], problems) or [*_trees(*options, "")]
-    jobs = tuple((name, module, configs.examine(each)) for name, module, each in trees)
+    jobs = tuple(
+        (name, module, configs.examine(each, doubtful))
+        for name, module, each in trees
+        if name.partition("-")[0] not in unreadable
+    )
     return Draft(folder=folder, gpus=own["gpus"], jobs=jobs, problems=tuple(problems))
 
 
@@ -150,11 +158,14 @@ def _has_dir(given: Any) -> bool:
     return isinstance(given, Mapping) and isinstance(given.get("dir"), str)
 
 
-def _tables(sections: Mapping[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
-    """The sections that are tables."""
+def _tables(
+    sections: Mapping[str, Any], prefix: str, problems: list[str]
+) -> tuple[dict[str, Any], set[str]]:
+    """The sections that are tables, and the names of the others."""
     for name, section in sections.items():
         _ask(lambda each=({name: section}): _check_sections(each, prefix), problems)
-    return {name: dict(each) for name, each in sections.items() if isinstance(each, Mapping)}
+    tables = {name: dict(each) for name, each in sections.items() if isinstance(each, Mapping)}
+    return tables, sections.keys() - tables.keys()
 
 
 def _ask(question: Callable[[], T], problems: list[str]) -> T | None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mtllm_engine.data.tokenizers import PairTokenizer
     from mtllm_engine.model.families import DecoderSpec
     from mtllm_engine.model.stack import Stack
+    from mtllm_engine.tasks import Task
     from mtllm_engine.world import World
 
 T = TypeVar("T")
@@ -196,6 +197,7 @@ class Inspection:
         self.config, self.knows = examined.config, examined.knows
         self.problems, self.warnings = list(examined.problems), list[str]()
         self.command, self.gpus, self.made_in = command.rpartition(".")[2], gpus, made_in
+        self.task: Task | None = None
         self.to_fetch: list[str] = []
         self.stack: Stack | None = None
         self.tokenizer: PairTokenizer | None = None
@@ -306,7 +308,7 @@ class Inspection:
             return
         from mtllm_engine.tasks import find_dataset, load_task
 
-        found = self.ask(lambda: load_task(task.name), name="task.name")
+        self.task = found = self.ask(lambda: load_task(task.name), name="task.name")
         if found is None:
             return
         for split in ("train", "validation"):
@@ -464,9 +466,9 @@ class Inspection:
     def _build(self, encoder: "PreTrainedConfig", spec: "DecoderSpec") -> None:
         """The stack on the meta device: whether every tensor is there and fits, and its sizes."""
         from mtllm_engine.model.build import build_stack, build_tokenizer, settle
-        from mtllm_engine.tasks import load_task
 
-        if not self.knows("objective.kind", "objective.reader", "task.name", "lora", "model"):
+        is_known = self.knows("objective.kind", "objective.reader", "task.name", "lora", "model")
+        if not is_known or (self.config.task.name and not self.task):
             return
         config = self.config
         if self.command == "evaluate":  # each system has adapters of its own
@@ -475,7 +477,7 @@ class Inspection:
         settled = self.ask(lambda: settle(config), *lora)
         if settled is None:
             return
-        head = load_task(config.task.name).head_size if config.task.name else None
+        head = self.task.head_size if self.task else None
         built = self.ask(lambda: build_stack(settled, head=head))
         if built is None:
             return
