@@ -345,10 +345,21 @@ class Inspection:
             self._look_at_machine()
         if encoder and spec:
             self._look_together(encoder, spec)
+        settled = self._settled() if spec and origins else None
         is_whole = encoder and spec and all(chain) and not self.to_fetch
-        if is_whole and origins and len(self.problems) == before:
-            self._build(encoder, spec)
+        if is_whole and settled and len(self.problems) == before:
+            self._build(settled, encoder, spec)
         return languages
+
+    def _settled(self) -> Config | None:
+        """The configuration with the adapters that it leaves open."""
+        from mtllm_engine.model.build import settle
+
+        config = self.config
+        if self.command == "evaluate":  # each system has adapters of its own
+            config = replace(config, model=replace(config.model, init_from=(), teacher=""))
+        keys = [f"lora.{each}" for each in ("rank", "alpha", "rslora", "target_modules")]
+        return self.ask(lambda: settle(config), *keys, "model.init_from", "model.decoder")
 
     def _folder(self, key: str, name: str) -> Path | None:
         """Where a model lies; nothing is fetched."""
@@ -463,19 +474,12 @@ class Inspection:
         """Whether a step of the recipe makes it."""
         return self.made_in is not None and Path(path).is_relative_to(self.made_in)
 
-    def _build(self, encoder: "PreTrainedConfig", spec: "DecoderSpec") -> None:
+    def _build(self, settled: Config, encoder: "PreTrainedConfig", spec: "DecoderSpec") -> None:
         """The stack on the meta device: whether every tensor is there and fits, and its sizes."""
-        from mtllm_engine.model.build import build_stack, build_tokenizer, settle
+        from mtllm_engine.model.build import build_stack, build_tokenizer
 
         is_known = self.knows("objective.kind", "objective.reader", "task.name", "lora", "model")
         if not is_known or (self.config.task.name and not self.task):
-            return
-        config = self.config
-        if self.command == "evaluate":  # each system has adapters of its own
-            config = replace(config, model=replace(config.model, init_from=(), teacher=""))
-        lora = [f"lora.{each}" for each in ("rank", "alpha", "rslora", "target_modules")]
-        settled = self.ask(lambda: settle(config), *lora)
-        if settled is None:
             return
         head = self.task.head_size if self.task else None
         built = self.ask(lambda: build_stack(settled, head=head))
@@ -493,7 +497,7 @@ class Inspection:
         from mtllm_engine.world import device_type
 
         config, data = self.settled, self.settled.data
-        if not self.knows("memory", "data", "zero"):
+        if self.gpus < 1 or not self.knows("memory", "data", "zero"):
             return
         # A step has no more tokens than its packs.
         pack = data.pack_tokens or data.pack_documents * data.max_length

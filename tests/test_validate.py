@@ -70,7 +70,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     ),
     "an old key, no section, and a key that is required": (
         {},
-        ["model.base=nf4", "lora=3", "run={}"],
+        ["model.base=nf4", "lora=3", "run={ }"],
         [
             "missing key: run.dir",
             'unknown key: model.base; it is model.quantization, where "full" is "none" now',
@@ -114,13 +114,13 @@ CASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         [
             "data.max_length=300",
             "memory.max_tokens=1000",
-            "model.attention=flash_attn",
+            "lora.target_modules=qkv_proj",
             "validation.corpus={}/arabic",
         ],
         [
-            "model.attention = 'flash_attn': it is for cuda; pip install flash-attn on a CUDA "
-            "machine, or set it to 'auto'",
             "data.max_length=300 is above the 256 of model.encoder",
+            "lora.target_modules: 'qkv_proj' is no linear of the LLM; {}/decoder (llama) has "
+            "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
             "validation.corpus: {}/arabic: the encoder's tokenizer has no token for the language "
             "arb_Latn; the nearest that it has: arb_Arab, ars_Arab, ary_Arab",
         ],
