@@ -398,8 +398,8 @@ def examine(tree: Mapping[str, Any], doubtful: Collection[str] = ()) -> Examined
     faults.doubtful |= {*doubtful} | {meant for key in _unknown_keys(tree) for meant in _meant(key)}
     config = _build(Config, tree, "", faults)
     _check(config, faults)
-    found = {"problems": tuple(faults.messages), "doubtful": frozenset(faults.doubtful)}
-    return Examined(config=config, **found)
+    problems, at_fault = tuple(faults.messages), frozenset(faults.doubtful)
+    return Examined(config=config, problems=problems, doubtful=at_fault)
 
 
 class _Faults:

@@ -564,17 +564,28 @@ class Inspection:
     def _look_at_tests(self) -> None:
         """The test sets, and whether checkpoints can answer them."""
         config = self.config
-        if self.to_fetch or not self.knows("task", "evaluate", "model", "languages"):
-            return
+        is_broken = any(each.startswith(("model.", "task.", "evaluate.")) for each in self.problems)
+        is_known = self.knows("task", "evaluate", "model", "languages")
+        if self.to_fetch or is_broken or not is_known:
+            return self._look_for_tests()
         from mtllm_engine.evaluation.systems import find_systems, find_tests
 
-        if any(each.startswith(("model.", "task.", "evaluate.")) for each in self.problems):
-            return
         is_made = any(map(self._is_made, (*config.model.init_from, config.model.teacher)))
         if is_made:
             self.ask(lambda: find_tests(config))
         else:
             self.ask(lambda: find_systems(config))
+
+    def _look_for_tests(self) -> None:
+        """Whether test sets are there, where nobody can say in which languages they are read."""
+        from mtllm_engine.tasks import find_dataset
+
+        lack = "has no test examples in any language"
+        for source in self.config.task.test if self.task and self.knows("task.test") else ():
+            found = _ask([], lambda source=source: find_dataset(self.task, source))  # told before
+            there = found and self.ask(lambda found=found: found[0].present(found[1], "test"))
+            if there == []:
+                self.problems.append(f"task.test: {source} {lack}")
 
     def header(self) -> dict[str, str]:
         """What would run."""

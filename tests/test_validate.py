@@ -406,6 +406,14 @@ def test_a_recipes_fault_is_said_once_and_names_its_step(folder: Path, tmp_path:
     assert all(any(line.startswith(start) for line in problems) for start in starts), problems
 
 
+def test_test_sets_are_missed_beside_a_model(folder: Path, tmp_path: Path):
+    broken = ["model.encoder=/absent/nllb", f"task.test=sib200:{folder}/train"]
+    problems = validate(str(recipe_of(folder, tmp_path)), broken).problems
+    assert len(problems) == 2, problems
+    lack = f"task.test: sib200:{folder}/train has no test examples in any language"
+    assert problems[1] == f"evaluate: {lack}" and problems[0].startswith("model.encoder: /absent")
+
+
 @pytest.mark.parametrize(
     ("override", "start"),
     [
