@@ -47,6 +47,7 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_launched(commands)
     _add_recipes(commands)
+    _add_checks(commands)
     _add_sum(commands)
     _add_encode(commands)
     _add_show(commands)
@@ -72,17 +73,39 @@ def _add_launched(commands: argparse._SubParsersAction) -> None:
         parser.add_argument(
             "--gpus", type=int, metavar="N", help="ranks on this node (default: 1)", default=1
         )
-        parser.set_defaults(run=_launch, module=f"mtllm_engine.{name}")
+        if name in ("train", "finetune"):
+            parser.add_argument(
+                "--dry-run",
+                action="store_true",
+                help="make one step, say what it took, and leave nothing",
+            )
+        parser.set_defaults(run=_launch, command=name, dry_run=False)
 
 
 def _launch(arguments: argparse.Namespace) -> int:
     """Becomes `deepspeed --num_gpus N --module MODULE ...`, with a port of its own."""
-    # A mistake is told here, once, and not by every rank.
-    finetunes = arguments.module == "mtllm_engine.finetune"
-    load(arguments.config, arguments.overrides, finetunes=finetunes)
-    if arguments.gpus < 1:
-        raise ValueError(f"--gpus must be at least 1, not {arguments.gpus}")
-    _become(arguments.module, arguments.gpus, [arguments.config, *arguments.overrides])
+    command, gpus = arguments.command, arguments.gpus
+    words = [arguments.config, *arguments.overrides]
+    # Mistakes are told here, once and all of them, and not by every rank.
+    if not _is_sound(command, words, gpus):
+        return 1
+    if not arguments.dry_run:
+        _become(f"mtllm_engine.{command}", gpus, words)
+    if command == "finetune":
+        reader = load(*words[:1], words[1:], finetunes=True).objective.reader
+        words += [f"objective.reader={reader}", "objective.kind=finetune"]
+    _become("mtllm_engine.dry_run", gpus, words)
+
+
+def _is_sound(command: str, words: Sequence[str], gpus: int = 1) -> bool:
+    """Whether a command can start; what is wrong is told, a fault a line."""
+    from mtllm_engine.validate import validate
+
+    report = validate(words[0], words[1:], command=command, gpus=gpus)
+    for kind in ("warning", "error"):
+        for line in report.warnings if kind == "warning" else report.problems:
+            print(f"mtllm: {kind}: {line}", file=sys.stderr)
+    return not report.problems
 
 
 def _become(module: str, gpus: int, words: Sequence[str]) -> NoReturn:
@@ -113,13 +136,68 @@ def _add_recipes(commands: argparse._SubParsersAction) -> None:
 def _run_recipe(arguments: argparse.Namespace) -> int:
     from mtllm_engine import recipe
 
+    if not _is_sound("run", [arguments.recipe, *arguments.overrides]):
+        return 1
     return recipe.run(recipe.load(arguments.recipe, arguments.overrides))
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
     from mtllm_engine import sweep
 
+    # The first of all settings; what another one's values change, `sweep` looks at itself.
+    first = sweep.first_setting(arguments.overrides)
+    if not _is_sound("run", [arguments.recipe, *first]):
+        return 1
     return sweep.sweep(arguments.recipe, arguments.overrides)
+
+
+def _add_checks(commands: argparse._SubParsersAction) -> None:
+    validate = commands.add_parser(
+        "validate", help="say all that is wrong with a configuration or recipe, or what it would do"
+    )
+    validate.add_argument("config", type=expand, metavar="CONFIG", help="TOML file")
+    validate.add_argument("overrides", nargs="*", metavar="section.key=value")
+    validate.add_argument(
+        "--for",
+        dest="command",
+        default="",
+        choices=["train", "finetune", "targets", "evaluate"],
+        help="what a configuration is for (default: by what is in it)",
+    )
+    validate.add_argument(
+        "--gpus", type=int, metavar="N", default=1, help="ranks on this node (default: 1)"
+    )
+    validate.set_defaults(run=_validate)
+    doctor = commands.add_parser("doctor", help="say whether this machine can train, and how")
+    doctor.add_argument(
+        "--json", action="store_true", help="for a bug report: it names no person and no place"
+    )
+    doctor.set_defaults(run=_doctor)
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from mtllm_engine.validate import validate
+
+    options = {"command": arguments.command, "gpus": arguments.gpus}
+    report = validate(arguments.config, arguments.overrides, **options, describe=True)
+    for kind in ("warning", "error"):
+        for line in report.warnings if kind == "warning" else report.problems:
+            print(f"mtllm: {kind}: {line}", file=sys.stderr)
+    if report.problems:
+        return 1
+    from mtllm_engine.training.log import print_table
+
+    print("ready")
+    print_table(report.header)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from mtllm_engine import doctor
+
+    findings = doctor.examine()
+    print(doctor.as_json(findings) if arguments.json else doctor.as_text(findings))
+    return 0 if all(each.ok for each in findings if each.is_needed) else 1
 
 
 def _add_sum(commands: argparse._SubParsersAction) -> None:

@@ -6,13 +6,14 @@ import difflib
 import itertools
 import json
 import math
+import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from mtllm_engine.files import expand, is_name
 from mtllm_engine.languages import check_code, is_well_formed
@@ -357,8 +358,8 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ValueError(f"cannot read the config {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
-    for override in overrides:
-        _override(tree, override)
+    for item in overrides:
+        override(tree, item)
     return tree
 
 
@@ -368,9 +369,57 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: As `load`.
     """
-    config = _build(Config, _with_sum(tree), "")
-    _check(config)
-    return config
+    examined = examine(tree)
+    if examined.problems:
+        raise ValueError(examined.problems[0])
+    return examined.config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examined:
+    """A configuration and everything that its keys and values have wrong, each fault once: what
+    only follows from another is not named."""
+
+    config: Config
+    """With defaults, or "" where there is none, in the place of what cannot be read."""
+    problems: tuple[str, ...]
+    doubtful: frozenset[str]
+    """Sections, and dotted keys, that a problem is about: what they say counts for nothing."""
+
+    def knows(self, *keys: str) -> bool:
+        """Whether none of some dotted keys is doubtful."""
+        return not any(_is_doubtful(key, self.doubtful) for key in keys)
+
+
+def examine(tree: Mapping[str, Any], doubtful: Collection[str] = ()) -> Examined:
+    """Builds a configuration from nested dictionaries as far as they can be read.
+
+    Args:
+        doubtful: Sections and dotted keys that were found at fault before.
+    """
+    faults, tree = _Faults(), _with_sum(tree)
+    # Wherever it stands, what a misspelled key was meant as is not missing.
+    faults.doubtful |= {*doubtful} | {meant for key in _unknown_keys(tree) for meant in _meant(key)}
+    config = _build(Config, tree, "", faults)
+    _check(config, faults)
+    problems, at_fault = tuple(faults.messages), frozenset(faults.doubtful)
+    return Examined(config=config, problems=problems, doubtful=at_fault)
+
+
+class _Faults:
+    """What is wrong, in the order in which it was found, and which keys that is about."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.doubtful: set[str] = set()
+
+    def add(self, message: str, *keys: str) -> None:
+        self.messages.append(message)
+        self.doubtful |= {*keys}
+
+
+def _is_doubtful(dotted: str, doubtful: Collection[str]) -> bool:
+    return dotted in doubtful or dotted.partition(".")[0] in doubtful
 
 
 def _with_sum(tree: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -403,15 +452,20 @@ def flatten(config: Config) -> dict[str, Any]:
     }
 
 
-def _override(tree: dict, override: str) -> None:
-    dotted, equals, text = override.partition("=")
+def override(tree: dict[str, Any], item: str) -> None:
+    """Sets what `section.key=value` says.
+
+    Raises:
+        ValueError: It is not of that form.
+    """
+    dotted, equals, text = item.partition("=")
     *sections, key = parts = dotted.strip().split(".")
     if not equals or "" in parts:
         raise ValueError(
-            f"not an override: {override!r}; write section.key=value, such as optim.lr=1e-4"
+            f"not an override: {item!r}; write section.key=value, such as optim.lr=1e-4"
         )
-    if any(0xD800 <= ord(character) < 0xE000 for character in override):  # of a shell's odd bytes
-        raise ValueError(f"not UTF-8, so no configuration can hold it: {override!r}")
+    if any(0xD800 <= ord(character) < 0xE000 for character in item):  # of a shell's odd bytes
+        raise ValueError(f"not UTF-8, so no configuration can hold it: {item!r}")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
@@ -429,19 +483,51 @@ def _parse(text: str) -> Any:
     return text if is_date else value  # run.dir=2030-01-31 is a folder
 
 
-def _build(cls: type[Any], tree: Any, prefix: str) -> Any:
+def _build(cls: type[Any], tree: Any, prefix: str, faults: _Faults) -> Any:
+    """The section, or the whole, with a default in the place of each value that is at fault."""
     if not isinstance(tree, Mapping):
-        raise ValueError(f"{prefix} must be a section, not {tree!r}")
+        faults.add(f"{prefix} must be a section, not {tree!r}", prefix)
+        tree = {}
     known = {item.name: item for item in fields(cls)}
     for key in tree:
         if key not in known:
-            raise unknown_key(_join(prefix, key))
+            faults.add(str(unknown_key(_join(prefix, key))))
     missing = [name for name, item in known.items() if name not in tree and _is_required(item)]
-    if missing:
-        raise ValueError(f"missing key: {', '.join(_join(prefix, name) for name in missing)}")
+    missing = [_join(prefix, name) for name in missing]
+    if missing := [key for key in missing if not _is_doubtful(key, faults.doubtful)]:
+        faults.add(f"missing key: {', '.join(missing)}", *missing)
     hints = typing.get_type_hints(cls, include_extras=True)
-    values = {key: _convert(value, hints[key], _join(prefix, key)) for key, value in tree.items()}
+    values = {}
+    for name, item in known.items():
+        hint, dotted = hints[name], _join(prefix, name)
+        if isinstance(hint, type) and is_dataclass(hint):
+            if name in tree or _is_required(item):
+                values[name] = _build(hint, tree.get(name, {}), dotted, faults)
+        elif name in tree:
+            try:
+                values[name] = _convert(tree[name], hint, dotted)
+            except ValueError as error:
+                faults.add(str(error), dotted)
+        if _is_required(item):  # those that are no sections are texts
+            values.setdefault(name, "")
     return cls(**values)
+
+
+def _unknown_keys(tree: Mapping[str, Any]) -> Iterator[str]:
+    """Sections, and dotted keys, that there are not."""
+    known = set(_dotted_keys(Config))
+    for name, section in tree.items():
+        if name not in known:
+            yield name
+        elif isinstance(section, Mapping) and name != "deepspeed":
+            yield from (f"{name}.{key}" for key in section if f"{name}.{key}" not in known)
+
+
+def _meant(dotted: str) -> list[str]:
+    """The key that an unknown one may have been meant as."""
+    if dotted in RENAMED:
+        return re.findall(r"^[\w.]+", RENAMED[dotted])
+    return re.findall(r"[\w.]+", _suggestion(dotted).removeprefix("; did you mean "))
 
 
 def unknown_key(dotted: str) -> ValueError:
@@ -487,8 +573,6 @@ def _convert(value: Any, hint: Any, dotted: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:  # a PathText
         return hint.__metadata__[0](_convert(value, arguments[0], dotted))
-    if is_dataclass(hint) and isinstance(hint, type):
-        return _build(hint, value, dotted)
     if origin is Literal:
         if value not in arguments or type(value) is not type(arguments[0]):
             raise ValueError(
@@ -528,70 +612,115 @@ def _describe(cls: type) -> str:
     }[cls]
 
 
-def _check(config: Config) -> None:
+class Rule(NamedTuple):
+    """What must hold, and the error where it does not: it names the keys that it is about."""
+
+    holds: object
+    message: str
+    also: tuple[str, ...] = ()
+    """Keys that decide too, and that the message does not name."""
+
+    @property
+    def names(self) -> set[str]:
+        return {".".join(pair) for pair in _DOTTED.findall(self.message)}
+
+
+Rules = list[Rule]
+_DOTTED = re.compile(rf"\b({'|'.join(item.name for item in fields(Config))})\.(\w+)")
+
+
+def _check(config: Config, faults: _Faults) -> None:
     """What no type says: ranges, and keys that depend on one another."""
-    # Each rule says what must hold and, where it does not, what to change: the first that is broken
-    # is the error, so those that name a cause stand before those that name its consequences.
-    rules = (_task_rules, _data_rules, _optim_rules, _other_rules, _name_rules)
-    for holds, message in itertools.chain.from_iterable(rule(config) for rule in rules):
-        if not holds:
-            raise ValueError(message)
+    # Each rule says what must hold and, where it does not, what to change. What is about a key that
+    # has a fault already is not looked at: so rules that name a cause stand before those that name
+    # its consequences.
+    rules = (_task_rules, _data_rules, _optim_rules, _other_rules, _name_rules, _size_rules)
+    for rule in itertools.chain.from_iterable(each(config) for each in rules):
+        about = rule.names.union(rule.also)
+        if not rule.holds and not any(_is_doubtful(key, faults.doubtful) for key in about):
+            faults.add(rule.message, *rule.names)
     # What has a message of its own for every item.
-    for name in config.lora.target_modules:
-        if name not in LINEARS:
-            known = ", ".join(LINEARS)
-            raise ValueError(f"lora.target_modules: {name!r} is none of {known}")
-    _check_fallback(config.languages.fallback)
-    _check_sizes(config)
+    for key, messages in _item_problems(config).items():
+        if not _is_doubtful(key, faults.doubtful):
+            for message in messages:
+                faults.add(message)
 
 
-def _check_sizes(config: Config) -> None:
+def _item_problems(config: Config) -> dict[str, list[str]]:
+    """Key -> what is wrong with each of its items."""
+    known, codes = ", ".join(LINEARS), config.evaluate.languages
+    linears = [name for name in config.lora.target_modules if name not in LINEARS]
+    return {
+        "evaluate.languages": [
+            f"evaluate.languages: {code!r} is no language code"
+            for code in codes
+            if not is_name(code)
+        ],
+        "lora.target_modules": [
+            f"lora.target_modules: {name!r} is none of {known}" for name in linears
+        ],
+        "languages.fallback": _fallback_problems(config.languages.fallback),
+    }
+
+
+def _size_rules(config: Config) -> Rules:
     """A document fits a pack, and a pack a micro-batch."""
     data, memory = config.data, config.memory
     largest = data.pack_tokens or data.pack_documents * data.max_length
-    if data.pack_tokens and data.pack_tokens < data.max_length:
-        sizes = f"data.pack_tokens={data.pack_tokens} cannot hold data.max_length={data.max_length}"
-        raise ValueError(f"{sizes} tokens")
-    if largest > memory.max_tokens:
-        fix = f"raise memory.max_tokens={memory.max_tokens} or make packs smaller"
-        raise ValueError(f"a pack may have {largest} tokens: {fix}")
-
-
-Rules = list[tuple[object, str]]  # what must hold, and the error where it does not
+    sizes = f"data.pack_tokens={data.pack_tokens} cannot hold data.max_length={data.max_length}"
+    fix = f"raise memory.max_tokens={memory.max_tokens} or make packs smaller"
+    packs = ("data.pack_tokens", "data.pack_documents", "data.max_length")
+    return [
+        Rule(not data.pack_tokens or data.pack_tokens >= data.max_length, f"{sizes} tokens"),
+        Rule(largest <= memory.max_tokens, f"a pack may have {largest} tokens: {fix}", packs),
+    ]
 
 
 def _task_rules(config: Config) -> Rules:
     """What the kinds of training ask for."""
     data, task, objective, model = config.data, config.task, config.objective, config.model
-    finetunes = objective.kind == "finetune"
+    finetunes, kind = objective.kind == "finetune", ("objective.kind",)
     lives = not (finetunes or data.teacher_states)  # the teacher runs beside the student
+    live = "a live teacher: distillation without data.teacher_states"
+    corpora = ("task.train", "task.test")
     return [
-        (data.train or task.train or task.test, "data.train names no corpus"),
-        (
+        *(
+            Rule(task.name or not getattr(task, key), f"task.{key} needs task.name")
+            for key in ("train", "validation", "test")
+        ),
+        Rule(task.name or not finetunes, "fine-tuning needs task.name and task.train", kind),
+        Rule(data.train or task.train or task.test, "data.train names no corpus", corpora),
+        Rule(
             not (data.train and task.train and finetunes),
             "data.train has no labels to fine-tune on beside task.train; leave it empty, or set it "
             "for stage 2 alone",
+            kind,
         ),
-        *(
-            (task.name or not getattr(task, key), f"task.{key} needs task.name")
-            for key in ("train", "validation", "test")
+        Rule(
+            finetunes or objective.reader == "stack",
+            'objective.reader = "llm" is for fine-tuning',
+            kind,
         ),
-        (task.name or not finetunes, "fine-tuning needs task.name and task.train"),
-        (finetunes or objective.reader == "stack", 'objective.reader = "llm" is for fine-tuning'),
-        (not (finetunes and model.teacher), "model.teacher is for distillation"),
-        (not (finetunes and data.teacher_states), "data.teacher_states is for distillation"),
-        (
+        Rule(not (finetunes and model.teacher), "model.teacher is for distillation", kind),
+        Rule(
             not config.probe.folder or lives,
-            "probe.folder needs a live teacher: distillation without data.teacher_states",
+            "probe.folder is for distillation" if finetunes else f"probe.folder needs {live}",
+            kind,
         ),
-        (
+        Rule(
+            not (finetunes and data.teacher_states),
+            "data.teacher_states is for distillation",
+            kind,
+        ),
+        Rule(
             0 <= objective.token_weight <= 1,
             "objective.token_weight is a share: 0 <= token_weight <= 1",
         ),
-        (
+        Rule(
             not objective.token_weight or (lives and not task.train),
             "objective.token_weight needs a live teacher and documents that are pooled whole "
             "(stage 1)",
+            (*kind, "data.teacher_states", "task.train"),
         ),
     ]
 
@@ -601,25 +730,27 @@ def _data_rules(config: Config) -> Rules:
     num_corpora = len(data.train) + bool(config.task.train)
     pack_sizes = (data.pack_documents, data.pack_tokens)
     return [
-        (
+        Rule(
             len(data.mixture) in (0, num_corpora),
             "data.mixture must have one weight per data.train, after one for task.train if there "
             "is one",
         ),
-        (all(weight > 0 for weight in data.mixture), "data.mixture must be above 0"),
-        (0 <= data.pairs <= 1, "data.pairs is a share: 0 <= pairs <= 1"),
-        (
+        Rule(all(weight > 0 for weight in data.mixture), "data.mixture must be above 0"),
+        Rule(0 <= data.pairs <= 1, "data.pairs is a share: 0 <= pairs <= 1"),
+        Rule(
             not data.pairs or not data.teacher_states,
             "data.pairs needs a live teacher: no states of pairs are stored; empty "
             "data.teacher_states",
         ),
-        (data.lanes >= 1, "data.lanes must be at least 1"),
-        (data.max_length >= 4, "data.max_length must be at least 4 (special tokens and a word)"),
-        (
+        Rule(data.lanes >= 1, "data.lanes must be at least 1"),
+        Rule(
+            data.max_length >= 4, "data.max_length must be at least 4 (special tokens and a word)"
+        ),
+        Rule(
             min(pack_sizes) == 0 < max(pack_sizes),
             "set one of data.pack_documents and data.pack_tokens above 0 and the other to 0",
         ),
-        (data.prefetch >= 1, "data.prefetch must be at least 1"),
+        Rule(data.prefetch >= 1, "data.prefetch must be at least 1"),
     ]
 
 
@@ -627,61 +758,68 @@ def _optim_rules(config: Config) -> Rules:
     optim = config.optim
     lengths = (optim.steps, optim.epochs)
     return [
-        (min(lengths) >= 0, "optim.steps and optim.epochs must be 0 or above"),
-        (
+        Rule(min(lengths) >= 0, "optim.steps and optim.epochs must be 0 or above"),
+        Rule(
             min(lengths) == 0 and (max(lengths) > 0 or config.task.test),
             "optim.epochs or optim.steps must be above 0, and the other 0",
+            ("task.test",),
         ),
-        (
+        Rule(
             optim.steps or config.data.pack_documents,
             "optim.epochs needs data.pack_documents, which fixes a step's documents",
+            ("optim.steps",),
         ),
-        (optim.lr > 0, "optim.lr must be above 0"),
-        (
+        Rule(optim.lr > 0, "optim.lr must be above 0"),
+        Rule(
             0 <= optim.warmup_ratio < 1,
             "optim.warmup_ratio is a share of the steps: 0 <= warmup_ratio < 1",
         ),
-        (all(0 <= beta < 1 for beta in optim.betas), "optim.betas must be in [0, 1)"),
-        (optim.eps > 0, "optim.eps must be above 0"),
-        (optim.weight_decay >= 0, "optim.weight_decay must be 0 or above"),
-        (optim.clip >= 0, "optim.clip must be 0 (off) or above"),
+        Rule(all(0 <= beta < 1 for beta in optim.betas), "optim.betas must be in [0, 1)"),
+        Rule(optim.eps > 0, "optim.eps must be above 0"),
+        Rule(optim.weight_decay >= 0, "optim.weight_decay must be 0 or above"),
+        Rule(optim.clip >= 0, "optim.clip must be 0 (off) or above"),
         *_lora_rules(config),
     ]
 
 
 def _lora_rules(config: Config) -> Rules:
     lora, is_sum = config.lora, len(config.model.init_from) > 1
-    unless = "or 0 where model.init_from names several"
+    origins = ("model.init_from",)
+    several = "or 0 where several checkpoints are added up"
     return [
-        (lora.rank >= 1 - is_sum, f"lora.rank must be at least 1, {unless}"),
-        (lora.alpha > 0 or (is_sum and not lora.alpha), f"lora.alpha must be above 0, {unless}"),
-        (
+        Rule(lora.rank >= 1 - is_sum, f"lora.rank must be at least 1, {several}", origins),
+        Rule(
+            lora.alpha > 0 or (is_sum and not lora.alpha),
+            f"lora.alpha must be above 0, {several}",
+            origins,
+        ),
+        Rule(
             lora.train == "all" or is_sum,
             'lora.train = "first" is for a sum: model.init_from names several then',
         ),
-        (0 <= lora.dropout < 1, "lora.dropout must be in [0, 1)"),
+        Rule(0 <= lora.dropout < 1, "lora.dropout must be in [0, 1)"),
     ]
 
 
 def _other_rules(config: Config) -> Rules:
     quantization = config.model.quantization
     return [
-        (
+        Rule(
             quantization == "none" or config.zero.stage == 0,
             f"model.quantization={quantization!r} is not sharded: set zero.stage=0 (one GPU), or "
             "model.quantization='none'",
         ),
-        (config.validation.every >= 1, "validation.every must be at least 1"),
-        (config.checkpoint.every >= 1, "checkpoint.every must be at least 1"),
-        (config.checkpoint.keep >= 1, "checkpoint.keep must be at least 1"),
-        (config.evaluate.systems, "evaluate.systems is empty"),
-        (config.evaluate.num_beams >= 1, "evaluate.num_beams must be at least 1"),
-        (config.probe.split, "probe.split is empty; FLORES-200 has dev and devtest"),
-        (config.probe.lines >= 0, "probe.lines must be 0 (all) or above"),
-        (config.run.log_every >= 1, "run.log_every must be at least 1"),
-        (config.run.max_bad_steps >= 1, "run.max_bad_steps must be at least 1"),
-        (config.run.dir, "run.dir is empty"),
-        (0 <= config.run.seed < 1 << 63, "run.seed must be 0 or above, and below 2^63"),
+        Rule(config.validation.every >= 1, "validation.every must be at least 1"),
+        Rule(config.checkpoint.every >= 1, "checkpoint.every must be at least 1"),
+        Rule(config.checkpoint.keep >= 1, "checkpoint.keep must be at least 1"),
+        Rule(config.evaluate.systems, "evaluate.systems is empty"),
+        Rule(config.evaluate.num_beams >= 1, "evaluate.num_beams must be at least 1"),
+        Rule(config.probe.split, "probe.split is empty; FLORES-200 has dev and devtest"),
+        Rule(config.probe.lines >= 0, "probe.lines must be 0 (all) or above"),
+        Rule(config.run.log_every >= 1, "run.log_every must be at least 1"),
+        Rule(config.run.max_bad_steps >= 1, "run.max_bad_steps must be at least 1"),
+        Rule(config.run.dir, "run.dir is empty"),
+        Rule(0 <= config.run.seed < 1 << 63, "run.seed must be 0 or above, and below 2^63"),
     ]
 
 
@@ -690,33 +828,32 @@ def _name_rules(config: Config) -> Rules:
     states, stack = config.data.teacher_states, config.evaluate.stack_name
     form = "use letters, digits and _ . + -"
     return [
-        (not states or is_name(states), f"data.teacher_states: {states!r} is no name; {form}"),
-        (is_name(stack), f"evaluate.stack_name: {stack!r} is no name; {form}"),
-        (
+        Rule(not states or is_name(states), f"data.teacher_states: {states!r} is no name; {form}"),
+        Rule(is_name(stack), f"evaluate.stack_name: {stack!r} is no name; {form}"),
+        Rule(
             stack not in TAKEN,
             f"evaluate.stack_name: {stack!r} is the name of something else in the results; choose "
             "another",
         ),
-        *(
-            (is_name(code), f"evaluate.languages: {code!r} is no language code")
-            for code in config.evaluate.languages
+        Rule(
+            is_name(config.probe.split), f"probe.split: {config.probe.split!r} is no name; {form}"
         ),
-        (is_name(config.probe.split), f"probe.split: {config.probe.split!r} is no name; {form}"),
     ]
 
 
-def _check_fallback(fallback: Mapping[str, Any]) -> None:
+def _fallback_problems(fallback: Mapping[str, Any]) -> list[str]:
+    problems = []
     for code, target in fallback.items():
         if not is_well_formed(code):
-            raise ValueError(
-                f"languages.fallback: {code!r} is not a language code such as nij_Latn"
-            )
+            problems.append(f"languages.fallback: {code!r} is not a language code such as nij_Latn")
         if not isinstance(target, str):
-            raise ValueError(f"languages.fallback.{code} must be a language code, not {target!r}")
+            problems.append(f"languages.fallback.{code} must be a language code, not {target!r}")
+            continue
         try:
             check_code(target)
         except ValueError as error:
-            raise ValueError(f"languages.fallback.{code}: {error}") from None
+            problems.append(f"languages.fallback.{code}: {error}")
+    return problems
 
 
 def _toml_key(key: str) -> str:

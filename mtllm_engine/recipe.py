@@ -23,10 +23,10 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mtllm_engine import config as configs
 from mtllm_engine.config import FOLLOWING, Config, EvaluateConfig, dumps, from_dict
@@ -40,6 +40,7 @@ from mtllm_engine.train import changes, check_files
 from mtllm_engine.training import checkpoint
 from mtllm_engine.training.launch import launcher
 
+T = TypeVar("T")
 TABLES = ("stage1", "finetune", "stage2")
 STARTS = ("sum", "stage1")  # of stage 2; the first is the default
 CORPORA = ("train", "mixture")  # of [data]: evaluation has none
@@ -87,6 +88,93 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     folder = Path(expand(own["dir"]))
     jobs = [_job(*each) for each in _trees(tree, steps, folder, own["seeds"], origin)]
     return Recipe(folder=folder, gpus=own["gpus"], jobs=tuple(jobs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A recipe with whatever is wrong in it."""
+
+    folder: Path
+    gpus: int
+    jobs: tuple[tuple[str, str, configs.Examined], ...]
+    """Name, module and configuration of each."""
+    problems: tuple[str, ...]
+    """Of the recipe itself, no step's."""
+
+    def recipe(self) -> Recipe:
+        """What it is once nothing is wrong in it."""
+        jobs = [
+            Job(name=name, module=f"mtllm_engine.{module}", config=examined.config)
+            for name, module, examined in self.jobs
+        ]
+        return Recipe(folder=self.folder, gpus=self.gpus, jobs=tuple(jobs))
+
+
+def examine(tree: dict[str, Any], path: str | Path) -> Draft:
+    """A recipe of a file's tables, as far as it can be read.
+
+    Args:
+        path: Of the file, for messages.
+    """
+    problems: list[str] = []
+    own = _readable_own(tree.pop("recipe", {}), path, problems)
+    steps = {name: tree.pop(name, {}) for name in TABLES}
+    origin = _ask(lambda: _origin(steps["stage2"]), problems) or ""
+    shared, doubtful = _tables(tree, "", problems)
+    tables, unreadable = _tables(steps, "", problems)
+    steps = {}
+    for name in TABLES:
+        steps[name], others = _tables(tables.get(name, {}), f"{name}.", problems)
+        doubtful |= others
+    for prefix, sections in (("", shared), ("stage2.", steps["stage2"])):
+        start = sections.get("model", {}).get("init_from", [])
+        if not isinstance(start, str | list):
+            problems.append(f"{prefix}model.init_from must be a list, not {start!r}")
+            del sections["model"]["init_from"]
+            doubtful.add("model.init_from")
+    folder = Path(expand(own["dir"]))
+    options = (shared, steps, folder, own["seeds"])
+    trees = _ask(lambda: [*_trees(*options, origin)], problems) or [*_trees(*options, "")]
+    jobs = tuple(
+        (name, module, configs.examine(each, doubtful))
+        for name, module, each in trees
+        if name.partition("-")[0] not in unreadable
+    )
+    return Draft(folder=folder, gpus=own["gpus"], jobs=jobs, problems=tuple(problems))
+
+
+def _readable_own(given: Any, path: str | Path, problems: list[str]) -> dict[str, Any]:
+    """[recipe], with a default in the place of each value that is at fault."""
+    own: dict[str, Any] = {"dir": "-", "gpus": 1, "seeds": [0]}
+    if not isinstance(given, Mapping) or "dir" not in given:
+        _ask(lambda: _own_keys({} if isinstance(given, Mapping) else given, path), problems)
+    for key, value in given.items() if isinstance(given, Mapping) else ():
+        alone = {"dir": "-", key: value}
+        own |= _ask(lambda alone=alone: _own_keys(alone, path) and alone, problems) or {}
+    return own | ({"dir": given["dir"]} if _has_dir(given) else {})
+
+
+def _has_dir(given: Any) -> bool:
+    return isinstance(given, Mapping) and isinstance(given.get("dir"), str)
+
+
+def _tables(
+    sections: Mapping[str, Any], prefix: str, problems: list[str]
+) -> tuple[dict[str, Any], set[str]]:
+    """The sections that are tables, and the names of the others."""
+    for name, section in sections.items():
+        _ask(lambda each=({name: section}): _check_sections(each, prefix), problems)
+    tables = {name: dict(each) for name, each in sections.items() if isinstance(each, Mapping)}
+    return tables, sections.keys() - tables.keys()
+
+
+def _ask(question: Callable[[], T], problems: list[str]) -> T | None:
+    """The answer; None where it is a problem, which is kept."""
+    try:
+        return question()
+    except ValueError as error:
+        problems.append(str(error))
+        return None
 
 
 def run(recipe: Recipe) -> int:

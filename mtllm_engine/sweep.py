@@ -58,6 +58,16 @@ def sweep(path: str | Path, settings: Sequence[str]) -> int:
     return 0
 
 
+def first_setting(settings: Sequence[str]) -> list[str]:
+    """`key=a,b` as overrides of the first combination.
+
+    Raises:
+        ValueError: A key is set twice.
+    """
+    fixed, varied = _varied(settings)
+    return [*fixed, *(f"{key}={values[0]}" for key, values in varied.items())]
+
+
 def _settings(
     path: str | Path, fixed: Sequence[str], varied: Mapping[str, Sequence[str]], folder: Path
 ) -> dict[str, Recipe]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mtllm_engine import config as configs
 from mtllm_engine.config import Config, flatten
@@ -40,6 +40,8 @@ from mtllm_engine.world import World
 if TYPE_CHECKING:
     from mtllm_engine.tasks import Task
 
+MeasureProbe = Callable[[PlainEngine | ZeroEngine], tuple[dict, str]]
+"""The probe's row and words of a moment."""
 PLACES = ("run.dir", "data.train", "validation.corpus", "task.test", "evaluate.")
 PLACES += ("model.encoder", "model.decoder", "model.adapters")
 PLACES += ("model.init_from", "model.teacher")
@@ -73,18 +75,43 @@ def learn(config: Config, world: World) -> None:
             world.on_main(lambda: _tell_done(config, done))
 
 
-def _run(config: Config, world: World) -> None:
-    """Trains to the last step, or until it is asked to stop."""
+class Assembled(NamedTuple):
+    """What a run trains with, its models filled."""
+
+    stack: Stack
+    tokenizer: PairTokenizer
+    stream: Stream
+    measure_probe: MeasureProbe | None
+    fit: Fit | None
+    engine: PlainEngine | ZeroEngine
+
+
+def assemble(config: Config, world: World) -> Assembled:
+    """Reads the models and opens the corpora; nothing of an earlier run is loaded.
+
+    Args:
+        config: As `prepare` returns it.
+
+    Raises:
+        ValueError: As `learn`.
+    """
     world.on_main(lambda: check_origins(config))
-    task, run_dir = find_task(config), Path(config.run.dir)
+    task = find_task(config)
     head = task.head_size if task else None
     stack, weights = world.together(lambda: build_stack(config, head=head))
-    flops = stack.flops(bool(config.data.teacher_states))
     tokenizer = world.together(lambda: build_tokenizer(config, stack))
     stream = world.together(lambda: open_stream(config, tokenizer, world))
     measure_probe = world.together(lambda: _open_probe(config, world, tokenizer))
     fit = start_projection(config, world, stack, weights, tokenizer)
     engine = build_engine(config, shard(stack, weights, config, world), world)
+    return Assembled(stack, tokenizer, stream, measure_probe, fit, engine)
+
+
+def _run(config: Config, world: World) -> None:
+    """Trains to the last step, or until it is asked to stop."""
+    run_dir = Path(config.run.dir)
+    stack, tokenizer, stream, measure_probe, fit, engine = assemble(config, world)
+    flops = stack.flops(bool(config.data.teacher_states))
     progress = checkpoint.restore(config, world, engine, stream)
     start = progress.step
     world.on_main(lambda: write_header(config, world, stack, tokenizer, start, fit))
@@ -250,9 +277,7 @@ def _pack_task(config: Config) -> dict[str, str]:
     return corpora
 
 
-def _open_probe(
-    config: Config, world: World, tokenizer: PairTokenizer
-) -> Callable[[PlainEngine | ZeroEngine], tuple[dict, str]] | None:
+def _open_probe(config: Config, world: World, tokenizer: PairTokenizer) -> MeasureProbe | None:
     """What measures the probe that a configuration asks for, if it does: a row, and words."""
     if not config.probe.folder:
         return None

@@ -10,6 +10,7 @@ from mtllm_engine import cli, train
 from mtllm_engine.config import dumps
 from mtllm_engine.data.shards import Manifest
 from mtllm_engine.languages import FLORES_200, NAMES
+from tests.support.stages import build_models
 from tests.support.tiny import build_config, build_encoder
 
 
@@ -17,8 +18,14 @@ class Launched(Exception):
     """The command line that would have replaced this process."""
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """What the config reads: nothing is launched where that is not there."""
+    return build_models(tmp_path_factory.mktemp("models"))
+
+
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, models, monkeypatch):
     """The current folder, with a config `run.toml` and a text `a.txt`; launches are caught."""
 
     def execv(_, command):
@@ -31,7 +38,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # which a launch may set, is as it was afterwards
     monkeypatch.delenv("RANK", raising=False)
-    (tmp_path / "run.toml").write_text(dumps(build_config(tmp_path)))
+    config = build_config(models, run={"dir": str(tmp_path / "run")})
+    (tmp_path / "run.toml").write_text(dumps(config))
     (tmp_path / "a.txt").write_text("a text\n")
     return tmp_path
 
@@ -137,12 +145,26 @@ def test_train_is_the_deepspeed_launch(command):
 
 
 @pytest.mark.parametrize("name", ["train", "finetune", "targets", "evaluate"])
-def test_each_command_launches_its_module(name):
-    """What only fine-tuning takes is no mistake of `finetune`."""
+def test_each_command_launches_its_module(name, monkeypatch):
+    """With what was typed, once all that it reads was found to be there."""
+    monkeypatch.setattr(cli, "_is_sound", lambda command, words, gpus: command == name)
     task = ["task.name=nli", "task.train=mnli:data", "data.train=[]"]
     with pytest.raises(Launched) as launched:
         cli.main([name, "run.toml", *task])
     assert launched.value.args[-6:] == ("--module", f"mtllm_engine.{name}", "run.toml", *task)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("train", []), ("finetune", ["objective.reader=stack", "objective.kind=finetune"])],
+)
+def test_a_dry_run_is_a_launch_of_its_own(name, more, monkeypatch):
+    monkeypatch.setattr(cli, "_is_sound", lambda *_: True)
+    task = ["task.name=nli", "task.train=mnli:data", "data.train=[]"]
+    with pytest.raises(Launched) as launched:
+        cli.main([name, "run.toml", *task, "--dry-run", "--gpus", "2"])
+    words = ("--module", "mtllm_engine.dry_run", "run.toml", *task, *more)
+    assert launched.value.args[-len(words) :] == words
 
 
 def test_one_rank_unless_told_otherwise():

@@ -46,7 +46,7 @@ def build_stack(
     config = settle(config)
     model, distils = config.model, config.objective.kind == "distil"
     encoder, decoder = read_models(model)
-    _check_configs(config, encoder, decoder)
+    check_configs(config, encoder, decoder)
     start, frozen = open_start(config, learns=learns)
     teacher = checkpoint_tensors(model.teacher) if model.teacher else None
     if isinstance(start, TensorFiles):
@@ -203,7 +203,8 @@ def load_config(folder: Path, kind: type[PreTrainedConfig], key: str) -> PreTrai
     return config
 
 
-def _check_configs(config: Config, encoder: PreTrainedConfig, decoder: DecoderSpec) -> None:
+def check_configs(config: Config, encoder: PreTrainedConfig, decoder: DecoderSpec) -> None:
+    """Raises: ValueError: What is asked for is beyond what one of the models can do."""
     if config.model.causal and decoder.is_bidirectional:
         trained = "model.decoder was trained with attention from both sides"
         raise ValueError(f"model.causal=true, and {trained}; set it to false")

@@ -51,6 +51,20 @@ def snapshot(name: str) -> str:
     return str(fetch(name)) if is_id else name
 
 
+def look(name: str) -> Path | None:
+    """The snapshot of a hub id that was fetched earlier, without asking the hub; None: it has one,
+    and nothing of it is fetched.
+
+    Raises:
+        ValueError: As `fetch`.
+    """
+    try:
+        return cached(name)
+    except (LocalEntryNotFoundError, HFValidationError):
+        _ask(name, lambda: _listed(name))
+        return None
+
+
 def wanted_files(names: Sequence[str]) -> list[str]:
     """Of the files of a repository those that are read."""
     if EXPORTED not in names:  # whose folders hold others' formats and earlier steps

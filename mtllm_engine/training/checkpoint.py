@@ -96,7 +96,7 @@ def restore(
     if folder is None:
         return Progress()
     state = world.together(lambda: read_record(folder))
-    world.on_main(lambda: _check_identity(folder, state["identity"], current))
+    world.on_main(lambda: check_identity(folder, state["identity"], current))
     engine.load_trained_state(load_tensors(folder), state["updates"])
     stream.load_state({int(lane): lane_state for lane, lane_state in state["lanes"].items()})
     return Progress(state["step"], state["bad_steps"])
@@ -113,7 +113,7 @@ def steps_done(config: Config) -> int:
     if folder is None:
         return 0
     state = read_record(folder)
-    _check_identity(folder, state["identity"], identity(config))
+    check_identity(folder, state["identity"], identity(config))
     return state["step"]
 
 
@@ -393,7 +393,8 @@ def read_record(folder: Path, fix: str = "", names: Collection[str] = ()) -> dic
     return state
 
 
-def _check_identity(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+def check_identity(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises: ValueError: A run's checkpoint was saved under another identity than this."""
     saved = EARLIER | saved
     for key, value in current.items():
         if saved.get(key) != value:

@@ -212,11 +212,25 @@ def write_header(
         start: Steps done before.
         fit: The projection's start, where it was solved for.
     """
-    folder, model, data = Path(config.run.dir), config.model, config.data
-    machine = environment(world)
+    folder, machine = Path(config.run.dir), environment(world)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.toml", dumps(config))
     write_text(folder / "environment.json", json.dumps(machine, indent=1))
+    print_table(header(config, world, stack, tokenizer, start, fit, device=machine["device"]))
+
+
+def header(
+    config: Config,
+    world: World,
+    stack: Stack,
+    tokenizer: PairTokenizer,
+    start: int,
+    fit: Fit | None,
+    *,
+    device: str,
+) -> dict[str, str]:
+    """What a run is, by name; the stack need not be filled. Args: as of `write_header`."""
+    folder, model, data = Path(config.run.dir), config.model, config.data
     pack = f"up to {data.pack_tokens} tokens"
     if data.pack_documents:
         pack = f"{data.pack_documents} documents"
@@ -234,13 +248,13 @@ def write_header(
         "texts": tokenizer.around,
         "projection": str(fit or ""),
         "parameters": _parameters(config, stack),
-        "device": f"{world.size} x {machine['device']}, ZeRO stage {config.zero.stage}",
+        "device": f"{world.size} x {device}, ZeRO stage {config.zero.stage}",
         "step": f"{data.lanes} packs of {pack}, {micro_batches}",
         "corpora": ", ".join(data.train),
         "licences": _licences(config, stack),
         "kernels": _kernels(stack, world.device.type),
     }
-    print_table({name: value for name, value in rows.items() if value})
+    return {name: value for name, value in rows.items() if value}
 
 
 def learns(config: Config) -> str:

@@ -27,6 +27,9 @@ ZERO_TRAINED = 24
 # CUDA's context, NCCL, workspaces of libraries, and what fragmentation of the allocator costs.
 ASSUMED = 2 << 30
 
+HELD = ("LLM's linears", "other frozen weights", "frozen weights", "encoder", "trained")
+"""Rows of weights, and of what is trained."""
+
 
 class Row(NamedTuple):
     """One line of the estimate, of one GPU."""
@@ -51,6 +54,11 @@ def memory(
 
 def total(rows: Sequence[Row]) -> int:
     return sum(row.bytes for row in rows)
+
+
+def held(rows: Sequence[Row]) -> int:
+    """The bytes of what is there whatever a micro-batch has: weights, and what is trained."""
+    return sum(row.bytes for row in rows if row.name in HELD)
 
 
 def saved_bytes(decoder: DecoderSpec, lora: LoraConfig, dtype: torch.dtype, recompute: str) -> int:

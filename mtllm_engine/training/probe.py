@@ -18,6 +18,7 @@ from torch.nn import functional
 from mtllm_engine.config import Config
 from mtllm_engine.data.annotations import NO_ANNOTATIONS
 from mtllm_engine.data.batch import IDLE, ONE_PART, Document, Pack, Totals, collate, join
+from mtllm_engine.data.encoder_languages import EncoderLanguages
 from mtllm_engine.data.tokenizers import PairTokenizer, Reading
 from mtllm_engine.languages import ENGLISH, is_well_formed
 from mtllm_engine.training.engine import PlainEngine, ZeroEngine
@@ -118,12 +119,23 @@ def open_probe(config: Config, world: World, tokenizer: PairTokenizer) -> Probe 
     """
     if not config.probe.folder:
         return None
+    english, lines = find_lines(config, tokenizer.languages)
+    return Probe(config, world, tokenizer, english, lines)
+
+
+def find_lines(config: Config, known: EncoderLanguages) -> tuple[list[str], dict[str, list[str]]]:
+    """The probe's English lines, and those of each language that is asked for or, where none is,
+    that is there and known.
+
+    Raises:
+        ValueError: As `open_probe`.
+    """
     folder, split = Path(config.probe.folder), config.probe.split
     english = _read(_path(folder, split, ENGLISH))
     count = min(config.probe.lines or len(english), len(english))
     lines = {}
-    for language in config.probe.languages or _present(folder, split, tokenizer):
-        tokenizer.student(language)
+    for language in config.probe.languages or _present(folder, split, known):
+        known.token_of(language)
         path = _path(folder, split, language)
         texts = _read(path)
         if len(texts) != len(english):
@@ -132,9 +144,9 @@ def open_probe(config: Config, world: World, tokenizer: PairTokenizer) -> Probe 
             raise ValueError(f"probe.folder: {counts}: {rule}")
         lines[language] = texts[:count]
     if not set(lines) - {ENGLISH}:
-        known = f"no language but English in {split} that the encoder knows"
-        raise ValueError(f"probe.folder: {folder} has {known}")
-    return Probe(config, world, tokenizer, english[:count], lines)
+        lack = f"no language but English in {split} that the encoder knows"
+        raise ValueError(f"probe.folder: {folder} has {lack}")
+    return english[:count], lines
 
 
 def measure(student_ND: torch.Tensor, teacher_ND: torch.Tensor) -> Agreement:
@@ -179,9 +191,9 @@ def _document(index: int, student: Reading, teacher: Reading) -> Document:
     )
 
 
-def _present(folder: Path, split: str, tokenizer: PairTokenizer) -> list[str]:
+def _present(folder: Path, split: str, known: EncoderLanguages) -> list[str]:
     """The languages that a folder has lines in and the encoder knows."""
-    return sorted(filter(tokenizer.languages.knows, {*_codes(folder, split)}))
+    return sorted(filter(known.knows, {*_codes(folder, split)}))
 
 
 def _codes(folder: Path, split: str) -> Iterator[str]:

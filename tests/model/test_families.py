@@ -5,7 +5,6 @@ states, gradients, what a configuration says, and the sizes of published models.
 import copy
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
     M2M100Model,
     PreTrainedConfig,
 )
@@ -46,6 +44,7 @@ from tests.support.families import (
     load_text_model,
     randomise_weights,
     small_config,
+    write_headers,
     write_llm,
 )
 from tests.support.padded import TOLERANCE, build, mean_pool, pad, randomise, trained
@@ -291,36 +290,6 @@ def read_all(weights: Weights) -> dict[str, torch.Tensor]:
 
 
 PUBLISHED = json.loads((Path(__file__).parent / "families.json").read_text())
-
-
-def write_headers(folder: Path, config: PreTrainedConfig) -> int:
-    """A checkpoint of a model's names and shapes, a file for each layer, whose numbers take no
-    place on the disk.
-
-    Returns:
-        How many numbers.
-    """
-    text = config.get_text_config()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(text)
-    prefix = "language_model." if text is not config else ""
-    shapes = {f"{prefix}{name}": list(each.shape) for name, each in model.named_parameters()}
-    files = {name: re.sub(r"(layers\.\d+)\..*", r"\1", name) + ".safetensors" for name in shapes}
-    for file in set(files.values()):
-        write_header(folder / file, {name: shapes[name] for name in shapes if files[name] == file})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    return sum(map(math.prod, shapes.values()))
-
-
-def write_header(path: Path, shapes: dict[str, list[int]]) -> None:
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-    content = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(content).to_bytes(8, "little") + content)
-        file.truncate(8 + len(content) + end)
 
 
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda each: each["model"].split("/")[-1])

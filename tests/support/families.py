@@ -1,6 +1,9 @@
 """Tiny random LLMs of every family, made with the installed transformers' own classes."""
 
 import copy
+import json
+import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -367,3 +370,33 @@ def build_llm(folder: Path, family: str, **changes: Any) -> Path:
     """A family's small LLM with its tokenizer."""
     num_tokens = build_llm_tokenizer(folder)
     return write_llm(folder, small_config(family, vocab_size=num_tokens, **changes))
+
+
+def write_headers(folder: Path, config: PreTrainedConfig) -> int:
+    """A checkpoint of a model's names and shapes, a file for each layer, whose numbers take no
+    place on the disk.
+
+    Returns:
+        How many numbers.
+    """
+    text = config.get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(text)
+    prefix = "language_model." if text is not config else ""
+    shapes = {f"{prefix}{name}": list(each.shape) for name, each in model.named_parameters()}
+    files = {name: re.sub(r"(layers\.\d+)\..*", r"\1", name) + ".safetensors" for name in shapes}
+    for file in set(files.values()):
+        write_header(folder / file, {name: shapes[name] for name in shapes if files[name] == file})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return sum(map(math.prod, shapes.values()))
+
+
+def write_header(path: Path, shapes: dict[str, list[int]]) -> None:
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    content = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        file.truncate(8 + len(content) + end)
