@@ -37,9 +37,11 @@ def test_links_lead_somewhere(handbook: str):
         if re.match(r"https?://", link):
             continue
         target = path_of(handbook, link) if path else ROOT / handbook
-        if not target.exists():
-            broken.append(link)
-        elif anchor and anchor not in anchors(str(target.resolve().relative_to(ROOT))):
+        if (
+            not target.exists()
+            or anchor
+            and anchor not in anchors(str(target.resolve().relative_to(ROOT)))
+        ):
             broken.append(link)
     assert not broken
 
