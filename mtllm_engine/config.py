@@ -264,8 +264,8 @@ class RunConfig:
     seed: int = 0
     """Seed of the starting values, the order of documents and dropout."""
     log_every: int = 10
-    """Steps from one look at the device, which makes it wait, to the next: the bar and metrics.jsonl
-    then get all steps since the last."""
+    """Steps from one look at the device, which makes it wait, to the next; then the bar and
+    metrics.jsonl get all steps since the last."""
     max_bad_steps: int = 10
     """A step whose gradient is not finite makes no update; so many in a row end the run."""
 
