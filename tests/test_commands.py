@@ -45,6 +45,7 @@ PARSED = {  # what is not run, but looked at: is all there that it names?
     r"python -m benchmarks.(babel|parts|truncation)": "an hour: tests/benchmarks",
     r"python -m benchmarks.step": "tests/benchmarks/test_step_benchmark.py",
     r"python -m benchmarks.(gpu_suite|kernels)": "tests/benchmarks/test_gpu_suite.py",
+    r"python -m benchmarks.convergence": "tests/benchmarks/test_convergence.py",
     r"python -m benchmarks.quality": "tests/benchmarks/test_quality.py",
     r"python -m benchmarks.encode": "needs sentence-transformers: tests/export/test_sentences.py",
     r"python -m pytest": "is tests",
