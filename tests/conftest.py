@@ -23,6 +23,7 @@ SLOW = (
     "test_compile",
     "test_kernels",
     "test_recipe",
+    "test_commands",
     "test_gpu_suite",
     "test_slurm",
 )
@@ -32,7 +33,7 @@ SLOW += ("test_probe", "test_systems", "test_span", "test_packaging", "test_quan
 SLOW += ("test_sum_start", "test_sums", "test_checkpoint", "test_chain", "test_merged")
 SLOW += ("test_folder", "test_sentences", "test_card", "test_encode", "test_show")
 SLOW += ("test_encoders", "test_families", "test_family_runs", "test_inference")
-SLOW += ("test_inference_tasks", "test_encoder_languages", "test_other_encoders", "test_commands")
+SLOW += ("test_inference_tasks", "test_encoder_languages", "test_other_encoders")
 
 # On busy cores drawing takes its time too, which is no test's failure.
 PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
