@@ -125,6 +125,12 @@ def write_world(folder: Path) -> None:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder; what would start processes of its own stays in this one."""
     write_world(tmp_path)
+    program = tmp_path / "bin" / "mtllm"  # as the environment has it, of this checkout
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m mtllm_engine.cli "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
@@ -169,7 +175,7 @@ def run(command: Command) -> int:
         return status_of(lambda: cli.main(words[1:]))
     if words[:2] == ["python", "-m"]:
         return run_module(words[2], words[3:])
-    return subprocess.run(["bash", "-ec", command.line]).returncode
+    return subprocess.run(["bash", "-eo", "pipefail", "-c", command.line]).returncode
 
 
 def test_every_command_and_every_line_of_python_runs(workplace: Path, capfd):
