@@ -64,79 +64,83 @@ class ModelConfig:
     """The two frozen models and the projection between them."""
 
     encoder: PathText
-    """The encoder (M2M-100 and NLLB, or XLM-R, E5, mBART, mT5, ...): a folder or a Hugging Face hub
-    id."""
+    """The multilingual encoder, always frozen (NLLB, M2M-100, XLM-R, E5, mT5, ...): a folder or a
+    hub id."""
     decoder: PathText
-    """The LLM (Llama, Mistral, Qwen, Gemma, ...): a folder or a Hugging Face hub id."""
+    """The LLM, whose own weights stay frozen (Llama, Mistral, Qwen, Gemma, ...): a folder or a
+    hub id."""
     encoder_prefix: str = ""
-    """Put before every text, or part of one, that the encoder reads, such as "passage: " of E5."""
+    """Put before every text, or part of a text, that the encoder reads; E5 wants "passage: "."""
     adapters: tuple[PathText, ...] = ()
-    """PEFT's adapters, folders or hub ids, that are merged into the LLM while it is read, in order:
-    it is the LLM that they make that everything here stands on."""
+    """PEFT's adapters (folders or hub ids) that are merged into the LLM while it is read, in this
+    order. Student and teacher both stand on the LLM that comes out."""
     causal: bool = False
-    """False: LLM2Vec's bidirectional attention."""
+    """Whether a token of the LLM sees only the tokens before it; false: all tokens, as LLM2Vec."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the frozen weights; what is trained stays fp32."""
+    """Number format of the frozen weights; what is trained is always float32."""
     quantization: Literal["none", "fp8", "nf4"] = "none"
-    """Of the LLM's linears: none (they are in `dtype`), fp8 for speed, nf4 for memory."""
+    """How the LLM's linears are stored: in `dtype`, or in fp8 (faster), or in nf4 (smaller)."""
     projection_bias: bool = True
-    """Whether the projection has one."""
+    """Whether the projection, the linear from the encoder's width to the LLM's, has a bias."""
     projection_init: Literal["embedding", "linear", "least_squares"] = "embedding"
-    """Outputs as large as the LLM's embeddings; nn.Linear's start; or fitted to the embeddings of
-    aligned tokens."""
+    """Start of the projection: random, with outputs as large as the LLM's embeddings; random as
+    `nn.Linear`; or fitted to the LLM's embeddings of aligned tokens."""
     attention: Literal["auto", "torch", "flash_attn", "reference"] = "auto"
-    """Which implementation attends; the run header names the one that runs."""
+    """Which implementation of attention is used; the run's header names the one that runs."""
     init_from: tuple[PathText, ...] = ()
-    """Checkpoints or PEFT's adapters that training starts from: one, or several, whose adapters are
-    added up; projection and head are those of the one that has them."""
+    """Checkpoints or PEFT's adapters that training starts from. The adapters of several are added
+    up; projection and head come from the one that has them."""
     teacher: PathText = ""
-    """A checkpoint of the fine-tuned LLM: its adapters make the teacher, its head is copied."""
+    """A checkpoint of the fine-tuned LLM: the LLM with its adapters is the teacher, and its head is
+    copied. Empty: the LLM as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What learns what."""
+    """What is trained, and on what."""
 
     kind: Literal["distil", "finetune"] = "distil"
-    """The teacher's states, or the labels of `task`; `mtllm finetune` sets it."""
+    """Learn the teacher's states, or the labels of `task`; `mtllm finetune` sets "finetune"."""
     reader: Literal["stack", "llm"] = "stack"
-    """What learns: encoder and LLM, or the LLM on its own tokens. Fine-tuning is the LLM's unless
-    this says otherwise; what distils is the stack."""
+    """What is trained: the stack (encoder, projection and LLM), or the LLM on its own tokens.
+    `mtllm finetune` trains the LLM unless this says "stack"; distillation is for the stack."""
     token_weight: float = 0.0
-    """w of (1 - w) pooled error + w error on aligned tokens."""
+    """Weight w in the loss: (1 - w) x error of the pooled states + w x error of aligned tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """A task's files, each as DATASET:FOLDER; all but `test` are read in English."""
+    """A task's files, written DATASET:FOLDER. Training and validation are read in English alone."""
 
     name: str = ""
-    """A file of mtllm_engine/tasks; empty: none."""
+    """The task's name, which is a file's in mtllm_engine/tasks; empty: no task."""
     train: PathText = ""
-    """What is learned from; packed into the run's folder."""
+    """The training set; it is packed into the run's folder."""
     validation: PathText = ""
-    """What picks the best checkpoint."""
+    """The validation set, whose score picks the best checkpoint."""
     test: tuple[PathText, ...] = ()
-    """Read in every language that is there."""
+    """The test sets, each read in every language that it has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """The adapters, on all layers."""
+    """The LoRA adapters, in every layer of the LLM."""
 
     rank: int = 16
-    """Of every adapter; 0, or left out where `model.init_from` names several: the sum of theirs."""
+    """Rank of every adapter. 0, or left out where `model.init_from` names several: the sum of
+    their ranks."""
     alpha: float = 32.0
-    """What an adapter adds is multiplied by alpha / rank; 0, or left out there: as the first's."""
+    """What an adapter adds is multiplied by alpha / rank. 0, or left out where `model.init_from`
+    names several: the first one's."""
     rslora: bool = False
-    """True: by alpha / sqrt(rank), as PEFT's `use_rslora` has it."""
+    """Multiply by alpha / sqrt(rank) instead, as PEFT's `use_rslora`."""
     dropout: float = 0.05
-    """Share of an adapter's input that is dropped in training."""
+    """Share of an adapter's inputs that is set to 0 in training."""
     target_modules: tuple[str, ...] = LORA_TARGETS
-    """The linears that have one, by PEFT's names; all seven of Llama's: all of any LLM, whatever
-    its family calls them; empty, or left out there: those of any."""
+    """The linears that have an adapter, by PEFT's names. All seven of Llama's mean all linears of
+    any LLM. Empty, or left out where `model.init_from` names several: each that one of them has."""
     train: Literal["all", "first"] = "all"
-    """What learns of a sum: all of it, or the first of `model.init_from`, the others frozen."""
+    """Where `model.init_from` names several: train all, or the first and freeze the others."""
 
     @property
     def scale(self) -> float:
@@ -146,95 +150,101 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Corpora (folders of shards) and how documents become packs; exactly one of the two pack sizes
-    is above 0."""
+    """Corpora, which are folders of shards, and how their documents are put into packs. Exactly one
+    of `pack_documents` and `pack_tokens` is above 0."""
 
     train: tuple[PathText, ...] = ()
-    """With `task.train`: what stage 2 adds to the task's texts."""
+    """The corpora; beside `task.train`, the texts that stage 2 reads besides the task's."""
     mixture: tuple[float, ...] = ()
-    """Weights of the corpora, the task's first; empty: by number of documents."""
+    """Weights of the corpora, with the task's first; empty: their numbers of documents."""
     teacher_states: str = ""
-    """Name of stored teacher states beside the corpora (`mtllm targets`); empty: the teacher
-    runs."""
+    """Name of the teacher's states that `mtllm targets` stored beside the corpora; empty: the
+    teacher runs in every step."""
     lanes: int = 64
-    """A step takes a pack from each; at least the number of ranks."""
+    """The corpus is read at so many places at once, and a step takes a pack from each. At least
+    the number of GPUs, better a multiple of it."""
     pack_documents: int = 0
-    """Exactly so many documents a pack."""
+    """A pack has exactly so many documents."""
     pack_tokens: int = 0
-    """As many whole documents as fit, on each side that is read."""
+    """A pack has as many whole documents as fit into so many tokens, counted for the encoder's
+    tokenizer and for the LLM's."""
     max_length: int = 512
-    """Tokens of one document, on each side that is read."""
+    """Tokens of the longest document, by either tokenizer; what is longer is cut."""
     truncation: Literal["aligned", "independent"] = "aligned"
-    """Both tokenizers read the same characters, or each its own first tokens."""
+    """A long document is cut at one character for both tokenizers, or after `max_length` tokens of
+    each, which then read different text."""
     parts: Literal["whole", "lines", "sentences"] = "whole"
-    """What of a text the encoder reads at once. Between lines the LLM reads its own tokens of the
-    newlines there, between sentences nothing."""
+    """What the encoder reads at once: the text, a line or a sentence. Between lines the LLM reads
+    its own tokens of the newlines there, between sentences nothing."""
     pairs: float = 0.0
-    """Share of the unlabelled documents that give way to two sentences, one of their own and one of
-    another document, on a line each: for a task of two texts, whose teacher needs no labels."""
+    """For tasks of two texts: the share of the unlabelled documents that are replaced by two
+    sentences on two lines, one of the document's own and one of another document."""
     on_error: Literal["raise", "skip"] = "raise"
-    """A damaged shard or unusable document ends the run, or is counted."""
+    """A damaged shard or unusable document ends the run, or is left out and counted."""
     prefetch: int = 2
-    """Steps read ahead."""
+    """So many steps are read ahead."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """Held-out documents, and how often they (and the probe) are measured."""
+    """Validation on held-out documents."""
 
     corpus: PathText = ""
-    """A folder of shards; empty: `task.validation`, or none."""
+    """A folder of shards; empty: `task.validation` if there is one, else no validation."""
     every: int = 500
-    """Steps between two validations; there is one before the first step and after the last."""
+    """Steps from one validation, and one reading of the probe, to the next. There is also one
+    before the first step and one after the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguagesConfig:
-    """Languages that the encoder lacks."""
+    """Languages for which the encoder has no token."""
 
     fallback: dict[str, str] = field(default_factory=dict)
-    """Such as {nij_Latn = "ind_Latn"}: the one whose token such a language gets instead."""
+    """The language whose token such a language gets instead, as in {nij_Latn = "ind_Latn"}."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with linear warm-up and linear decay to 0; one of steps and epochs is above 0."""
+    """AdamW; the learning rate rises linearly, then falls linearly to 0. Exactly one of `steps` and
+    `epochs` is above 0."""
 
     steps: int = 0
-    """Of the optimizer."""
+    """Length of the training, in steps of the optimizer."""
     epochs: float = 0.0
-    """Of data.train, rounded up to whole steps; needs data.pack_documents."""
+    """Length of the training, in passes over its documents, rounded up to whole steps; needs
+    `data.pack_documents`."""
     lr: float = 2e-4
     """The highest learning rate."""
     warmup_ratio: float = 0.01
     """Share of the steps in which the learning rate rises."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's."""
+    """AdamW's betas."""
     eps: float = 1e-8
-    """AdamW's."""
+    """AdamW's epsilon."""
     weight_decay: float = 0.01
-    """AdamW's."""
+    """AdamW's weight decay."""
     clip: float = 1.0
-    """The largest norm of the whole gradient; 0: no clipping."""
+    """Largest norm of the whole gradient, to which a larger one is scaled; 0: no clipping."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """What a rank holds at once."""
+    """What a GPU (or CPU rank) holds at once."""
 
     max_tokens: int = 16384
-    """Of a micro-batch, on each side."""
+    """Tokens of a micro-batch, which is what runs at once, by either tokenizer."""
     recompute: Literal["cheap", "mlp", "layer"] = "cheap"
-    """What backward computes again of the student: norms and SwiGLU's product; gate and up
-    projections too (of Llama-3-8B's 92 KiB per token and layer 36 remain); the layer (8 remain)."""
+    """What the backward pass computes again instead of keeping it: norms and SwiGLU's product; the
+    gate and up projections too; or whole layers. Later ones need less memory and more time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroConfig:
-    """How weights lie on the ranks."""
+    """How weights are spread over GPUs."""
 
     stage: Literal[0, 3] = 3
-    """3: each rank holds a slice of everything (DeepSpeed); 0: plain PyTorch on one rank."""
+    """3: each GPU holds a slice of everything (DeepSpeed's ZeRO-3); 0: plain PyTorch on one GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,68 +252,73 @@ class CheckpointConfig:
     """Checkpoints of what is trained."""
 
     every: int = 500
-    """Steps; what validation finds best so far is saved besides."""
+    """Steps from one checkpoint to the next; what validation finds best so far is saved besides."""
     keep: int = 3
-    """So many, the newest, and the best one."""
+    """So many of the newest are kept, and the best one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run lies, and what tells it from another."""
+    """The run's folder and seed."""
 
     dir: PathText
-    """Its folder."""
+    """The run's folder. A run continues from the checkpoint that it finds there."""
     seed: int = 0
-    """Of starts, order of documents and dropout."""
+    """Seed of the starting values, the order of documents and dropout."""
     log_every: int = 10
-    """Steps between two looks at the device."""
+    """Steps from one look at the device, which makes it wait, to the next; then the bar and
+    metrics.jsonl get all steps since the last."""
     max_bad_steps: int = 10
-    """So many steps in a row without an update, as their gradient was not finite, end the run."""
+    """A step whose gradient is not finite makes no update; so many in a row end the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """`mtllm evaluate`: the LLM of model.teacher, alone or after translation, the encoder alone,
-    the stack of model.init_from, and the sum of stage 1's adapters and model.teacher's."""
+    """What `mtllm evaluate` compares: the LLM of `model.teacher` on the foreign text ("llm") or on
+    its English translation ("translate_test"), a linear head on the "encoder" alone, the stack of
+    `model.init_from`, and the "sum" of stage 1's adapters and those of `model.teacher`."""
 
     systems: tuple[Literal["llm", "translate_test", "encoder", "sum", "stack"], ...] = (
         "llm",
         "translate_test",
         "stack",
     )
-    """What is evaluated; "encoder" is a linear head on its mean-pooled states, which learns the
-    English examples of `task.train` (`task.validation` says how strongly it is drawn to zero)."""
+    """Which of them are evaluated. The encoder's head learns the English examples of `task.train`;
+    those of `task.validation` say how strongly it is drawn to zero."""
     stage1: tuple[PathText, ...] = ()
-    """Stage 1's checkpoint, for the sum."""
+    """Stage 1's checkpoint, which the sum needs."""
     stack_name: str = "stack"
-    """What tables and folders call the stack; letters, digits and `_.+-`."""
+    """What tables and folders call the stack: letters, digits and `_.+-`."""
     languages: tuple[str, ...] = ()
-    """Of each test set those that it has, by our codes or its own ("sw"); empty: all."""
+    """Languages to evaluate, by FLORES-200's codes or the test set's own ("sw"); empty: all that a
+    test set has."""
     translator: PathText = ""
-    """An NLLB model, folder or hub id; empty: model.encoder."""
+    """The NLLB model that translates, a folder or a hub id; empty: `model.encoder`."""
     num_beams: int = 1
-    """Of the translator's search."""
+    """Beams of the translator's search; 1: greedy."""
     translate_by: Literal["sentences", "lines"] = "sentences"
     """What the translator reads at a time; of a long line it leaves out what comes later."""
     results: PathText = ""
-    """A folder, which several seeds may share; empty: `results` in run.dir."""
+    """The folder of predictions and tables, which several seeds may share; empty: `results` in
+    `run.dir`."""
     translations: PathText = ""
-    """A folder, which any runs may share; empty: `translations` in results."""
+    """The folder of translations, which any runs may share; empty: `translations` in `results`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """Parallel lines that every validation reads: the student the foreign line, the teacher the
-    English one."""
+    """Stage 1 in other languages: at every validation the student reads foreign lines and the
+    teacher the English lines that mean the same."""
 
     folder: PathText = ""
-    """FLORES-200's: `dev/swh_Latn.dev`, or `dev/dev.swh_Latn`; empty: no probe."""
+    """A folder in the layout of FLORES-200, `dev/swh_Latn.dev` or `dev/dev.swh_Latn`; empty: no
+    probe."""
     split: str = "dev"
-    """Of FLORES-200."""
+    """FLORES-200's split, "dev" or "devtest"."""
     languages: tuple[str, ...] = ()
-    """Empty: all that are there and the encoder knows."""
+    """Languages to read; empty: all that are there and that the encoder knows."""
     lines: int = 0
-    """The first so many; 0: all."""
+    """So many lines of each language are read, from the first; 0: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,7 +340,7 @@ class Config:
     probe: ProbeConfig = ProbeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Merged over the derived DeepSpeed configuration."""
+    """For experts: merged over the DeepSpeed configuration that follows from the other sections."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, finetunes: bool = False) -> Config:

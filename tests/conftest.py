@@ -23,6 +23,7 @@ SLOW = (
     "test_compile",
     "test_kernels",
     "test_recipe",
+    "test_commands",
     "test_gpu_suite",
     "test_slurm",
 )

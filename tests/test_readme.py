@@ -14,7 +14,7 @@ from tests.support.adapters import write_run
 from tests.support.machine import ROOT
 from tests.support.tiny import build_config, build_decoder, build_encoder
 
-LINES = re.compile(r"## Use it\n\n```python\n(.*?)```\n\nprints\n\n```\n(.*?)```\n", re.DOTALL)
+LINES = re.compile(r"## Use it\n\n```python\n(.*?)```\n\nprints\n\n```text\n(.*?)```\n", re.DOTALL)
 
 
 def test_the_lines_of_python_print_what_stands_below_them(tmp_path: Path):

@@ -27,7 +27,7 @@ from tests.support.machine import ROOT
 from tests.support.tiny import build_config, build_decoder, build_encoder, build_world
 
 PRESETS = sorted((ROOT / "configs" / "presets").glob("*.toml"))
-README = (ROOT / "README.md").read_text()
+HANDBOOK = (ROOT / "configs" / "README.md").read_text()
 NAME = re.compile(r"(llama3_\w+)_(\d+)x(\d+)gb")
 ESTIMATE = re.compile(r"# memory of a GPU.*\n(?:#  .*\n)+")
 
@@ -50,7 +50,7 @@ def test_a_preset_fits_its_gpu_and_says_how(path: Path):
     assert text.startswith(("# planned: not measured on such a device\n", "# measured on "))
     assert ESTIMATE.search(text).group() == lines, "run tests/training/test_plan.py"
     assert total_gb < size_gb
-    (row,) = (line for line in README.splitlines() if f"`{path.name}`" in line)
+    (row,) = (line for line in HANDBOOK.splitlines() if f"`{path.name}`" in line)
     assert f"| {total_gb:.0f} GB |" in row
     config = load(path)
     share = -(-config.data.lanes // int(NAME.fullmatch(path.stem)[2])) * config.data.pack_tokens
