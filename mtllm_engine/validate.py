@@ -353,13 +353,20 @@ class Inspection:
 
     def _settled(self) -> Config | None:
         """The configuration with the adapters that it leaves open."""
-        from mtllm_engine.model.build import settle
+        from mtllm_engine.model.build import check_adapters, settle
+        from mtllm_engine.model.weights import checkpoint_tensors
 
         config = self.config
         if self.command == "evaluate":  # each system has adapters of its own
             config = replace(config, model=replace(config.model, init_from=(), teacher=""))
         keys = [f"lora.{each}" for each in ("rank", "alpha", "rslora", "target_modules")]
-        return self.ask(lambda: settle(config), *keys, "model.init_from", "model.decoder")
+        keys += ["model.init_from", "model.decoder"]
+        settled = self.ask(lambda: settle(config), *keys)
+        if settled and len(config.model.init_from) == 1:
+            start = Path(config.model.init_from[0])
+            if start.exists():
+                self.ask(lambda: check_adapters(settled, checkpoint_tensors(start)), *keys)
+        return settled
 
     def _folder(self, key: str, name: str) -> Path | None:
         """Where a model lies; nothing is fetched."""
@@ -443,10 +450,11 @@ class Inspection:
             ("evaluate.stage1", followed.evaluate.stage1),
         ):
             for name in names if self.knows(key) else ():
-                is_whole &= not self._is_made(name) and self._is_sound(key, name)
+                is_whole &= not self._is_made(name) and self._is_there(key, name)
         return is_whole
 
-    def _is_sound(self, key: str, name: str) -> bool:
+    def _is_there(self, key: str, name: str) -> bool:
+        """Whether a checkpoint is one; what else is wrong with it is told."""
         from mtllm_engine.model.weights import PROJECTION_FILE, checkpoint_tensors
         from mtllm_engine.training.origins import check_origin
 
@@ -460,7 +468,8 @@ class Inspection:
                     return False
         if len(self.problems) == before:
             self.ask(lambda: checkpoint_tensors(folder), name=key)
-        if len(self.problems) == before and (folder / "state.json").exists():
+        is_there = len(self.problems) == before
+        if is_there and (folder / "state.json").exists():
             current: dict[str, Any] = {"model.causal": model.causal}
             names: dict[str, Any] = {"model.causal": model.causal}
             if key != "model.teacher" and (folder / PROJECTION_FILE).is_file():
@@ -468,7 +477,7 @@ class Inspection:
                 names["model.encoder_prefix"] = repr(model.encoder_prefix)
             keys = ("model.causal", "model.encoder_prefix")
             self.ask(lambda: check_origin(folder, current, names), *keys, name=key)
-        return len(self.problems) == before
+        return is_there
 
     def _is_made(self, path: str) -> bool:
         """Whether a step of the recipe makes it."""

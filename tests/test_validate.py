@@ -338,6 +338,12 @@ def test_a_run_that_cannot_be_continued_is_told(folder: Path, tmp_path: Path):
     lines = validate(str(path), ["lora.rank=2", "data.lanes=2"], command="train").problems
     assert len(lines) == 2 and all(line.startswith("cannot continue ") for line in lines)
     assert "data.lanes was 4 and is 2" in lines[0] and "lora.rank was 4 and is 2" in lines[1]
+    start = str(tmp_path / "run" / "checkpoints" / "latest")
+    other = [f"run.dir={tmp_path}/other", f"model.init_from={start}", "model.causal=true"]
+    lines = validate(str(path), [*other, "lora.rank=2"], command="train").problems
+    assert len(lines) == 2, lines
+    assert lines[0].startswith(f"model.init_from: {start} was trained with another model.causal")
+    assert lines[1].startswith("lora.rank is 2, and 4 in model.init_from=")
 
 
 @pytest.mark.parametrize("command", ["train", "finetune", "targets", "evaluate"])

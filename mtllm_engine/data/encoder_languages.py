@@ -135,7 +135,7 @@ class EncoderLanguages:
         if not self.is_told:
             _checked(code)
             return None
-        near = ", ".join(nearest(check_code(code), self.codes)) or "none"
+        near = ", ".join(nearest(check_code(code), sorted(self.codes))) or "none"
         lack = f"the encoder's tokenizer has no token for the language {code}"
         raise ValueError(f"{lack}; the nearest that it has: {near}")
 

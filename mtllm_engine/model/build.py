@@ -50,7 +50,7 @@ def build_stack(
     start, frozen = open_start(config, learns=learns)
     teacher = checkpoint_tensors(model.teacher) if model.teacher else None
     if isinstance(start, TensorFiles):
-        _check_adapters(config, start)
+        check_adapters(config, start)
     # A head is copied from the teacher by what distils, and read by what only reads.
     if distils and teacher is None:
         head = None
@@ -113,7 +113,7 @@ def build_tokenizer(config: Config, stack: Stack) -> PairTokenizer:
     return tokenizer
 
 
-def _check_adapters(config: Config, start: TensorFiles) -> None:
+def check_adapters(config: Config, start: TensorFiles) -> None:
     """Raises: ValueError: The adapters have another shape, or were applied with another factor."""
     if ADAPTERS not in {path.name for path in start.paths}:
         return
