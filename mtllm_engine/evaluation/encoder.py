@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mtllm_engine.config import Config
 from mtllm_engine.data.batch import Batch, Document, Tokens, Totals
-from mtllm_engine.evaluation.systems import read_corpus
+from mtllm_engine.evaluation.systems import Kind, read_corpus
 from mtllm_engine.languages import ENGLISH
 from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.model.objective import is_inside
@@ -67,7 +67,7 @@ class EncoderReader:
         ValueError: The encoder or an English example cannot be read.
     """
 
-    kind = "encoder"
+    kind: Kind = "encoder"
 
     def __init__(self, config: Config, world: World, task: Task) -> None:
         model = replace(config.model, init_from=(), teacher="")

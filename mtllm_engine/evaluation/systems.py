@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -32,9 +32,6 @@ from mtllm_engine.tasks import Dataset, Example, Task, digest_of, find_dataset, 
 from mtllm_engine.training.engine import build_engine, shard
 from mtllm_engine.training.origins import check_origins, summed_in
 from mtllm_engine.world import AgreedError, World
-
-if TYPE_CHECKING:
-    from mtllm_engine.evaluation.encoder import EncoderReader
 
 Kind = Literal["llm", "stack", "encoder"]
 """Who reads."""
@@ -87,7 +84,7 @@ class Reader:
         kind: Kind,
         checkpoints: Sequence[str],
     ) -> None:
-        self.kind = kind
+        self.kind: Kind = kind
         lora = world.together(lambda: sum_of([read_lora(Path(each)) for each in checkpoints]))
         model = replace(config.model, init_from=tuple(checkpoints), teacher="")
         objective = replace(config.objective, kind="finetune", reader=kind)
@@ -127,6 +124,15 @@ class Reader:
         side = "student_offsets_S2" if reads_stack else "teacher_offsets_T2"
         answers = zip(documents, outputs.answers_N2.cpu().numpy())
         return [getattr(doc, side)[start:end].ravel()[[0, -1]] for doc, (start, end) in answers]
+
+
+class AnyReader(Protocol):
+    """The LLM, the stack or the encoder alone, with a task's head."""
+
+    kind: Kind
+
+    def __call__(self, corpus: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """As `Reader`'s."""
 
 
 def read_corpus(
@@ -334,7 +340,7 @@ def predict(
     config: Config,
     world: World,
     task: Task,
-    reader: "Reader | EncoderReader",
+    reader: AnyReader,
     translator: Translator | None,
     test: Test,
 ) -> Predictions:
