@@ -37,6 +37,7 @@ from tests.support.tiny import build_decoder, build_encoder, texts
 PARSED = {  # what is not run, but looked at: is all there that it names?
     r"git clone|cd |source |pip install|python -m venv": "makes an environment, or needs a network",
     r"hf download": "needs a network; the file is there already",
+    r"mtllm export runs/real": "of what `make real` trains",
     r"make ": "takes minutes; `make quickstart` is `mtllm babel build` and `mtllm run`",
     r"sbatch|deepspeed|torchrun|mtllm train .* --gpus 8": "for a cluster",
     r"mtllm babel build": "trains for minutes; the small land is there already",

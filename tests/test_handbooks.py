@@ -75,6 +75,12 @@ def test_figures_of_the_readme_stand_in_the_tables_that_it_links():
     assert len(measured) >= 6 and measured <= {*re.findall(NUMBER, read("benchmarks/README.md"))}
 
 
+def test_the_table_of_the_quickstart_is_the_one_that_it_printed():
+    rows = re.findall(r"^\|.*\d\.\d \[.*$", read("README.md"), re.MULTILINE)
+    printed = (ROOT / "benchmarks" / "results" / "cpu" / "quickstart.md").read_text().splitlines()
+    assert len(rows) == 8 and {*rows} <= {*printed}
+
+
 def test_no_figure_stands_in_two_handbooks():
     """The README's aside, which are the benchmarks'."""
     counts = Counter(chain(*map(figures, HANDBOOKS[1:])))
