@@ -83,6 +83,8 @@ class Assembled(NamedTuple):
     stream: Stream
     measure_probe: MeasureProbe | None
     fit: Fit | None
+    flops: tuple[int, int]
+    """Of a student's and of a teacher's token."""
     engine: PlainEngine | ZeroEngine
 
 
@@ -99,19 +101,19 @@ def assemble(config: Config, world: World) -> Assembled:
     task = find_task(config)
     head = task.head_size if task else None
     stack, weights = world.together(lambda: build_stack(config, head=head))
+    flops = stack.flops(bool(config.data.teacher_states))  # of whole weights, so before `shard`
     tokenizer = world.together(lambda: build_tokenizer(config, stack))
     stream = world.together(lambda: open_stream(config, tokenizer, world))
     measure_probe = world.together(lambda: _open_probe(config, world, tokenizer))
     fit = start_projection(config, world, stack, weights, tokenizer)
     engine = build_engine(config, shard(stack, weights, config, world), world)
-    return Assembled(stack, tokenizer, stream, measure_probe, fit, engine)
+    return Assembled(stack, tokenizer, stream, measure_probe, fit, flops, engine)
 
 
 def _run(config: Config, world: World) -> None:
     """Trains to the last step, or until it is asked to stop."""
     run_dir = Path(config.run.dir)
-    stack, tokenizer, stream, measure_probe, fit, engine = assemble(config, world)
-    flops = stack.flops(bool(config.data.teacher_states))
+    stack, tokenizer, stream, measure_probe, fit, flops, engine = assemble(config, world)
     progress = checkpoint.restore(config, world, engine, stream)
     start = progress.step
     world.on_main(lambda: write_header(config, world, stack, tokenizer, start, fit))

@@ -160,6 +160,11 @@ def test_any_number_of_ranks_trains_as_plain_pytorch_does(worlds: Path, size: in
     expected = losses(worlds / "ten_steps_0")
     assert losses(worlds / f"ten_steps_{size}") == pytest.approx(expected, rel=1e-5)
     assert len(expected) == 10 and len(set(expected)) == 10
+    counts = [
+        sum(row.get("flops", 0) for row in rows(worlds / f"ten_steps_{count}"))
+        for count in (0, size)
+    ]
+    assert counts[0] == counts[1] > 0
 
 
 def test_activation_checkpointing_changes_nothing(worlds: Path):
