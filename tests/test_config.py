@@ -504,7 +504,7 @@ def command_words(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
         if isinstance(action, argparse._SubParsersAction):
             for below in set(action.choices.values()):
                 yield from command_words(below)
-        elif action.nargs != 0 and action.type is not int and not action.choices:
+        elif action.nargs != 0 and action.type not in (int, float) and not action.choices:
             yield action
 
 
