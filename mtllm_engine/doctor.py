@@ -221,13 +221,15 @@ def _rooms() -> Iterator[Finding]:
     from mtllm_engine.files import cache_folder
 
     available = _available_bytes()
-    yield Finding(name="memory", value=f"{_gb(host_bytes())}, {_gb(available)} of it free")
+    yield Finding(
+        name="memory", value=f"{gigabytes(host_bytes())}, {gigabytes(available)} of it free"
+    )
     free = shutil.disk_usage(Path.cwd()).free
     fix = "" if free > FREE_BYTES else "checkpoints may not fit: free some, or work elsewhere"
-    yield Finding(name="disk here", value=f"{_gb(free)} free", fix=fix, is_needed=False)
+    yield Finding(name="disk here", value=f"{gigabytes(free)} free", fix=fix, is_needed=False)
     try:
         free = shutil.disk_usage(cache_folder()).free
-        yield Finding(name="cache", value=f"can be written, {_gb(free)} free")
+        yield Finding(name="cache", value=f"can be written, {gigabytes(free)} free")
     except ValueError as error:
         yield Finding(name="cache", value="cannot be written", fix=str(error))
     yield _shared_memory()
@@ -241,7 +243,7 @@ def _shared_memory() -> Finding:
         return Finding(name="/dev/shm", value="none", is_needed=False)
     size = shutil.disk_usage("/dev/shm").total
     fix = "" if size >= SHARED_BYTES else "give a container more: docker run --shm-size=1g"
-    return Finding(name="/dev/shm", value=_gb(size), fix=fix, is_needed=False)
+    return Finding(name="/dev/shm", value=gigabytes(size), fix=fix, is_needed=False)
 
 
 def memory_bytes() -> int:
@@ -268,5 +270,5 @@ def _available_bytes() -> int:
     return min(int(kilobytes) * 1024, host_bytes())
 
 
-def _gb(num_bytes: int) -> str:
+def gigabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:,.1f} GB"

@@ -16,7 +16,7 @@ from tests.support.machine import ROOT
 PACKAGE = "mtllm_engine"
 FOUNDATIONS = ("", "config", "world", "languages", "files", "spans", "progress")
 COMMANDS = ("cli", "train", "finetune", "targets", "evaluate", "recipe", "sweep")
-COMMANDS += ("encode", "models", "show", "validate", "doctor", "dry_run")
+COMMANDS += ("encode", "models", "show", "validate", "inspection", "doctor", "dry_run")
 LAYERS = (  # from below; rooms of one layer do not know each other
     {"foundations": FOUNDATIONS},
     {"kernels": ("kernels", "kernels.*")},
