@@ -7,6 +7,7 @@ that training uses.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,11 @@ def memory(
     config: Config, encoder: PreTrainedConfig, decoder: DecoderSpec, world_size: int
 ) -> list[Row]:
     """What the backward of the longest micro-batch finds in a GPU's memory (never any logits)."""
+    data, most = config.data, config.memory.max_tokens
+    # A rank's step has no more tokens than its packs.
+    pack = data.pack_tokens or data.pack_documents * data.max_length
+    most = min(most, math.ceil(data.lanes / world_size) * pack)
+    config = replace(config, memory=replace(config.memory, max_tokens=most))
     with torch.device("meta"):
         stack = Stack(config, encoder, decoder)
     held = _sharded if config.zero.stage == 3 else _whole
