@@ -61,7 +61,9 @@ def evaluate(config: Config, world: World) -> None:
             settings |= {"translator": translator.settings} if translator else {}
             for test in tests:
                 maker = made[system] | {"settings": settings, "test": test.digest}
-                if world.on_main(partial(_keep, folder, name, test, config.run.seed, maker)):
+                told = test.told(kind, translates=translator is not None)
+                given = told and told.given
+                if world.on_main(partial(_keep, folder, name, test, given, config.run.seed, maker)):
                     continue
                 read = read or _build_reader(config, world, task, kind, checkpoints)
                 answers = predict(config, world, task, read, translator, test)
@@ -78,13 +80,24 @@ def _build_reader(
     return Reader(config, world, task, kind, checkpoints)
 
 
-def _keep(folder: Path, system: str, test: Test, seed: int, maker: Mapping[str, Any]) -> bool:
-    """Whether predictions of the same maker are there already, which then count as made now."""
+def _keep(
+    folder: Path,
+    system: str,
+    test: Test,
+    given: str | None,
+    seed: int,
+    maker: Mapping[str, Any],
+) -> bool:
+    """Whether predictions of the same maker are there already, which then count as made now.
+
+    Args:
+        given: The language that the encoder or the translator is told.
+    """
     try:
         (answers,) = load(path_of(folder, system, test.dataset.name, test.language, seed))
     except ValueError:  # none, or damaged
         return False
-    if not is_same(answers.maker, maker):
+    if answers.language_given != given or not is_same(answers.maker, maker):
         return False
     print(f"{system} of {test.dataset.name} in {test.language}: there already", flush=True)
     save(folder, replace(answers, maker=maker))

@@ -130,7 +130,7 @@ def fit_head(
     size = (1 if per_choice else num_outputs, flat_XE.shape[1])
     untrained = LinearHead(
         mean_E=flat_XE.mean(0),
-        scale_E=flat_XE.std(0).clamp_min(1e-6),
+        scale_E=flat_XE.std(0, correction=min(1, len(flat_XE) - 1)).clamp_min(1e-6),
         weight_FE=torch.zeros(size, dtype=torch.float64),
         bias_F=torch.zeros(size[0], dtype=torch.float64),
     )

@@ -25,7 +25,7 @@ from mtllm_engine.evaluation.systems import Kind
 from mtllm_engine.files import sha256_of
 from mtllm_engine.languages import ENGLISH
 from mtllm_engine.model.merge import chain_fingerprint
-from mtllm_engine.model.tensors import fingerprint, resolve
+from mtllm_engine.model.tensors import fingerprint, resolve, tokenizer_files
 from mtllm_engine.model.weights import RUN_FILES
 from mtllm_engine.tasks import digest_now, load_task
 from mtllm_engine.training.log import commit
@@ -77,11 +77,15 @@ def makers(
         names = {} if kind == "encoder" else {"model.decoder": model.decoder}
         names |= {"model.encoder": model.encoder} if kind != "llm" else {}
         models = {key: digest_of_model(name) for key, name in names.items()}
-        models |= {} if kind == "encoder" else {"model.adapters": chain}
+        if kind == "encoder":  # where its texts are cut depends on the LLM's tokenizer, too
+            paths = tokenizer_files(resolve(model.decoder))
+            models["tokenizer of model.decoder"] = _digest_of(paths)
+        else:
+            models["model.adapters"] = chain
         keys = (*SETTINGS, *(OF_STACK if kind != "llm" else ()))
         keys += (*OF_TRANSLATION,) if system == "translate_test" else ()
         files = (*RUN_FILES, "adapter_config.json")
-        trained = [_digest_of(Path(each), files) for each in checkpoints]
+        trained = [_digest_of(_matching(Path(each), files)) for each in checkpoints]
         if kind == "encoder":  # its head follows from them
             trained = [_digest_of_english(config)]
         made[system] = about | {
@@ -160,8 +164,10 @@ def _digest_of_english(config: Config) -> str:
     return " + ".join(map(str, digests))
 
 
-def _digest_of(folder: Path, patterns: Sequence[str]) -> str:
-    """Of the files of a folder that match."""
-    paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+
+
+def _digest_of(paths: Sequence[Path]) -> str:
     content = [(path.name, sha256_of(path)) for path in paths]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

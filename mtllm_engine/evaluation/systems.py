@@ -54,6 +54,12 @@ class Test:
     def examples(self) -> Iterator[Example]:
         return self.dataset.read(self.folder, "test", self.language)
 
+    def told(self, kind: Kind, *, translates: bool) -> Resolved | None:
+        """What a reader's encoder, or the translator before it, is given; None: it has neither."""
+        if translates:
+            return self.translated
+        return None if kind == "llm" else self.resolved
+
     def checked(self, task: Task) -> "Test":
         """Raises: ValueError: A row is malformed, or an example has nothing to compare with."""
         return replace(self, digest=digest_of(self._comparable(task)))
@@ -236,7 +242,8 @@ def _check_english(config: Config, task: Task) -> None:
     for split in ("train", "validation"):
         if source := getattr(config.task, split):
             dataset, folder = find_dataset(task, source)
-            dataset.read(folder, split, ENGLISH)
+            if all(example.label < 0 for example in dataset.read(folder, split, ENGLISH)):
+                raise ValueError(f"{system}, and task.{split} has no labels: {source}; set another")
 
 
 def _translator_languages(name: str) -> EncoderLanguages:
@@ -348,12 +355,12 @@ def predict(
     is needed."""
     # Who is asked what, and whether there is anything to say.
     reads_foreign = reader.kind != "llm"
-    needs_encoder = translator is not None or reads_foreign
-    given, status = (translator and test.translated) or test.resolved
+    told = test.told(reader.kind, translates=translator is not None)
+    given = told and told.given
     about = {"system": "stack", "dataset": test.dataset.name, "language": test.language}
     about |= {"seed": config.run.seed, "metric": task.metric}
-    about |= {"language_status": status, "language_given": given} if needs_encoder else {}
-    if needs_encoder and given is None:
+    about |= {"language_status": told.status, "language_given": given} if told else {}
+    if told and given is None:
         return Predictions(**about, keys=(), labels=(), predictions=())
     # What is read: the examples, or their translations, which took their time now or before.
     examples, translation_s = test.examples, 0.0

@@ -25,7 +25,7 @@ from tests.support.stages import (
     write_questions,
     write_topics,
 )
-from tests.support.tiny import build_config
+from tests.support.tiny import build_config, build_decoder, texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LONGEST = 64  # tokens: data.max_length
@@ -53,6 +53,13 @@ def config_of(folder: Path, name: str = "topics", **sections):
     for section, values in sections.items():
         tree[section] = tree.get(section, {}) | values
     return build_config(folder, **tree)
+
+
+def write_hidden(folder: Path) -> None:
+    """SIB-200's files whose labels are hidden."""
+    folder.mkdir(parents=True)
+    for split in ("train", "dev"):
+        (folder / f"{split}.tsv").write_text("index_id\tcategory\ttext\n0\t-1\tword\n")
 
 
 def states_by_transformers(folder: Path) -> dict[str, np.ndarray]:
@@ -107,6 +114,12 @@ def test_a_choice_that_is_not_there_is_never_taken():
     scores = head(features)
     assert (scores[::3, 3] == float("-inf")).all() and scores[:, :3].isfinite().all()
     assert (scores.argmax(1) == labels).double().mean() > 0.9
+
+
+def test_one_example_is_enough_to_say_its_class():
+    features = torch.randn(5, 1, 3, generator=torch.Generator().manual_seed(0))
+    head = fit_head(Examples(features[:1], torch.tensor([2])), num_outputs=4, per_choice=False)
+    assert (head(features).argmax(1) == 2).all()
 
 
 def test_held_out_examples_choose_the_penalty(monkeypatch: pytest.MonkeyPatch):
@@ -170,6 +183,12 @@ def test_what_it_cannot_do_is_told_before_anything_is_loaded(folder: Path):
     spans = replace(config.task, name="xquad", train=f"squad:{folder}", test=(f"xquad:{folder}",))
     with pytest.raises(ValueError, match="'encoder', but task xquad is answered with a piece"):
         find_systems(replace(config, task=spans))
+    write_hidden(folder / "hidden" / "eng_Latn")
+    hidden = f"sib200:{folder}/hidden"
+    for split in ("train", "validation"):
+        unlabelled = replace(config.task, **{split: hidden})
+        with pytest.raises(ValueError, match=f"task.{split} has no labels: {hidden}; set another"):
+            find_systems(replace(config, task=unlabelled))
     nowhere = replace(config.task, train=f"sib200:{folder}/nowhere")
     with pytest.raises(ValueError, match="nowhere has no data/annotated/eng_Latn/train.tsv"):
         find_systems(replace(config, task=nowhere))
@@ -201,6 +220,18 @@ def test_a_killed_evaluation_goes_on(folder: Path, monkeypatch: pytest.MonkeyPat
         name: text.split("\n")[1:] for name, text in first.items()
     }
     assert "left out" not in (results / "results.md").read_text()
+    # Another language declared for the one that the encoder lacks.
+    for other in ("swh_Latn", "ind_Latn"):
+        asked.clear()
+        evaluate(config_of(folder, "again", languages={"fallback": {"nqo_Nkoo": other}}), ALONE)
+        assert asked == ["nqo_Nkoo"]
+        (item,) = load(path.with_name("predictions-nqo_Nkoo-0.jsonl"))
+        assert item.language_given == other and len(item.keys) == 3
+    # Another tokenizer of the LLM: texts are cut where both agree.
+    asked.clear()
+    other = build_decoder(folder / "other", samples=texts(50, seed=3))
+    evaluate(config_of(folder, "again", model={"decoder": str(other)}), ALONE)
+    assert len(asked) == 3
     # Other settings, and code that differs from its commit.
     asked.clear()
     evaluate(config_of(folder, "again", data={"max_length": 32}), ALONE)
