@@ -2,13 +2,12 @@
 on is marked.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from mtllm_engine.config import Config, ObjectiveConfig
+from mtllm_engine.config import Config
 from mtllm_engine.evaluation.bootstrap import KNOWN, summarise
 from mtllm_engine.evaluation.systems import build_translator, find_tests, predict
 from mtllm_engine.evaluation.tables import markdown
@@ -57,7 +56,7 @@ def test_what_the_translator_lacks_is_not_asked_of_it(folder):
     config = configured(folder, **systems)
     task, tests = find_tests(config)
     (test,) = (each for each in tests if each.language == "nqo_Nkoo")
-    reader = SimpleNamespace(config=replace(config, objective=ObjectiveConfig(reader="llm")))
+    reader = SimpleNamespace(kind="llm")
     said = predict(config, ALONE, task, reader, build_translator(config, ALONE), test)
     assert (said.language_status, said.language_given, len(said.keys)) == ("unknown", None, 0)
 

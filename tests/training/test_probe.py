@@ -238,6 +238,8 @@ def test_a_mistake_is_one_line(folder: Path, tmp_path: Path, probe: dict, change
 
 def test_a_probe_needs_a_live_teacher(folder: Path):
     with pytest.raises(ValueError, match="probe.folder needs a live teacher"):
+        configure(folder, data={"teacher_states": "states"})
+    with pytest.raises(ValueError, match="probe.folder is for distillation"):
         configure(
             folder,
             objective={"kind": "finetune"},
