@@ -158,6 +158,7 @@ def _run(config: Config, world: World) -> None:
                 break
     stream.close()
     world.on_main(lambda: _write_report(run_dir))
+    world.on_main(lambda: print(_ending(config, done), flush=True))
 
 
 def prepare(config: Config) -> Config:
@@ -313,6 +314,14 @@ def changes(before: Config, now: Config) -> list[str]:
     keys = [key for key in old | new if not key.startswith(PLACES)]
     pairs = {key: (old.get(key), new.get(key)) for key in keys}
     return [f"{key} was {a!r} and is {b!r}" for key, (a, b) in pairs.items() if a != b]
+
+
+def _ending(config: Config, done: int) -> str:
+    """The last line of a run. Args: done: Its last step."""
+    folder, steps = config.run.dir, config.optim.steps
+    if done < steps:
+        return f"stopped after step {done} of {steps}; the same command goes on"
+    return f"done, {steps} steps: {folder}/report.html, and `mtllm show {folder}` says what it is"
 
 
 def _write_report(folder: Path) -> None:

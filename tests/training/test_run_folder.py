@@ -136,6 +136,14 @@ def test_whoever_points_latest_back_rewinds_also_without_links(models, run, kind
     assert checkpoint.latest(run / "checkpoints").name == "step-00000005"
 
 
+def test_a_run_ends_with_a_line_that_says_how(models, tmp_path, capsys):
+    learn(models, tmp_path / "run", optim={"steps": 2})
+    last = capsys.readouterr().out.splitlines()[-1]
+    report = tmp_path / "run" / "report.html"
+    assert last == f"done, 2 steps: {report}, and `mtllm show {tmp_path / 'run'}` says what it is"
+    assert report.is_file()
+
+
 @pytest.mark.parametrize("text", ["", "..", ".", "../../x", "/", "step-99", "a\nb", "x" * 5000])
 def test_what_a_file_latest_says_is_a_neighbour_or_nothing(tmp_path, text: str):
     (tmp_path / "latest").write_text(text)
@@ -147,13 +155,13 @@ def test_a_finished_run_says_so_and_what_changed_and_stays(models, run, monkeypa
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     (run / "STOP").touch()
     learn(models, run, optim={"lr": 0.5, "steps": 5}, zero={"stage": 3}, validation={"every": 1})
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        f"nothing to do: 6 of 5 steps are done in {run}",
-        "changed since: optim.steps was 6 and is 5; optim.lr was 0.001 and is 0.5; "
+    said = capsys.readouterr()
+    assert said.out == f"nothing to do: 6 of 5 steps are done in {run}\n"
+    assert said.err == (
+        "mtllm: warning: changed since: optim.steps was 6 and is 5; optim.lr was 0.001 and is 0.5; "
         "zero.stage was 0 and is 3; validation.every was 2 and is 1; it did not apply: "
-        "set run.dir to train with it",
-    ]
+        "set run.dir to train with it\n"
+    )
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert load(run / "config.toml").optim.lr == 1e-3
 
