@@ -415,7 +415,7 @@ MISTAKES = [
     (
         f"classify a.txt --out out.jsonl {RUN}",
         1,
-        "{models}/stage1/checkpoints/step-",
+        "{models}/stage1/checkpoints/",
     ),
     (f"classify a.txt {RUN} --gpus 2", 1, "several ranks write into a file; name one with --out"),
     (f"classify a.txt {RUN} --field a,b", 1, "a.txt has one text a line; two fields are read of"),
