@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if rest:  # overrides on the other side of an option, which argparse does not collect by itself
         if "overrides" not in arguments or any(item.startswith("-") for item in rest):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        arguments.overrides += rest
+            arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.overrides = [*arguments.overrides, *rest]
     try:
         return arguments.run(arguments)
     except BrokenPipeError:  # who read has seen enough, as `head` has
@@ -40,6 +40,14 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Tells a mistake in one line, as `main` does, without the usage before it."""
         self.exit(2, f"mtllm: error: {message}; see {self.prog} --help\n")
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Keeps as `parser` the command's own, which says what it takes."""
+        arguments, rest = super().parse_known_args(args, namespace)
+        arguments.parser = getattr(arguments, "parser", self)  # the innermost comes first
+        return arguments, rest
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -69,7 +77,7 @@ def _add_launched(commands: argparse._SubParsersAction) -> None:
     ):
         parser = commands.add_parser(name, help=summary)
         parser.add_argument("config", type=expand, metavar="CONFIG", help="TOML file")
-        parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+        parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
         parser.add_argument(
             "--gpus", type=int, metavar="N", help="ranks on this node (default: 1)", default=1
         )
@@ -123,7 +131,7 @@ def _become(module: str, gpus: int, words: Sequence[str]) -> NoReturn:
 def _add_recipes(commands: argparse._SubParsersAction) -> None:
     run = commands.add_parser("run", help="the whole method from one file, going on where it broke")
     run.add_argument("recipe", type=expand, metavar="RECIPE", help="TOML file")
-    run.add_argument("overrides", nargs="*", metavar="section.key=value")
+    run.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     run.set_defaults(run=_run_recipe)
     sweep = commands.add_parser(
         "sweep", help="a recipe at every combination of settings: quality against compute"
@@ -156,7 +164,7 @@ def _add_checks(commands: argparse._SubParsersAction) -> None:
         "validate", help="say all that is wrong with a configuration or recipe, or what it would do"
     )
     validate.add_argument("config", type=expand, metavar="CONFIG", help="TOML file")
-    validate.add_argument("overrides", nargs="*", metavar="section.key=value")
+    validate.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     validate.add_argument(
         "--for",
         dest="command",
@@ -407,7 +415,7 @@ def _add_shards(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         type=expanded_path,
         metavar="INPUT",
-        help=f"folder or {sources.INPUT_SUFFIXES}",
+        help=f"folder, or a file that ends in {', '.join(sources.INPUT_SUFFIXES)}",
     )
     pack.add_argument("--out", required=True, type=expanded_path, metavar="DIR")
     pack.add_argument(
@@ -457,7 +465,6 @@ def _add_models(commands: argparse._SubParsersAction) -> None:
     import_.add_argument("--out", required=True, type=expanded_path, metavar="DIR")
     import_.add_argument(
         "--dtype",
-        default="float32",
         choices=["float32", "bfloat16"],
         help="of GGUF's weights in DIR (default: float32, which rounds none)",
     )
@@ -495,10 +502,15 @@ def _import_model(arguments: argparse.Namespace) -> int:
     if arguments.source.endswith(".gguf"):
         from mtllm_engine.models import import_gguf
 
-        options = {"dtype": arguments.dtype, "layers": arguments.layers}
+        dtype = arguments.dtype or "float32"
+        options = {"dtype": dtype, "layers": arguments.layers}
         count = import_gguf(Path(arguments.source), arguments.out, **options)
-        print(f"{arguments.out}: {count:,} weights in {arguments.dtype}")
+        print(f"{arguments.out}: {count:,} weights in {dtype}")
         return 0
+    for option in ("layers", "dtype"):
+        if getattr(arguments, option):
+            fix = f"leave out --{option}"
+            raise ValueError(f"--{option} is for a file FILE.gguf, not {arguments.source}; {fix}")
     from mtllm_engine.export.authors import adapters_from
 
     rank = arguments.rank
@@ -539,7 +551,8 @@ def _languages(arguments: argparse.Namespace) -> int:
     """
     from mtllm_engine.data.vocabulary import read_languages  # imports transformers
 
-    known = read_languages(arguments.encoder).codes if arguments.encoder else frozenset()
+    encoder = arguments.encoder
+    known = read_languages(_tokenizer_at(encoder)).codes if encoder else frozenset()
     for code, name in NAMES.items():
         row = [code, f"{name:<24}", SCRIPTS[code[4:]]]
         if arguments.encoder:
@@ -548,6 +561,16 @@ def _languages(arguments: argparse.Namespace) -> int:
     for code in sorted(known - set(NAMES)):
         print(f"{code}  yes  not in FLORES-200")
     return 0
+
+
+def _tokenizer_at(encoder: str) -> str:
+    """A folder, or a hub id that the hub has: else its client would try for a minute."""
+    from mtllm_engine.model import hub
+
+    if Path(encoder).exists():
+        return encoder
+    fetched = hub.look(encoder)
+    return str(fetched) if fetched and (fetched / "tokenizer_config.json").exists() else encoder
 
 
 def _checked(language: str) -> str:
@@ -630,7 +653,8 @@ def _tell(report: shards.CorpusReport, skipped: str = "skipped") -> None:
     for path, manifest in corpora.items():
         num_bytes = sum(shard.bytes for shard in manifest.shards)
         documents = f"{manifest.samples} {manifest.language} documents"
-        print(f"{path}: {documents} in {len(manifest.shards)} shards, {num_bytes} bytes")
+        count = len(manifest.shards)
+        print(f"{path}: {documents} in {count} shard{'' if count == 1 else 's'}, {num_bytes} bytes")
     for name, counts in (
         (skipped, report.skipped),
         ("repeated", report.repeated),

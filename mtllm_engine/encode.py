@@ -160,14 +160,26 @@ class Request:
     def answer(self, model: "MTLLM", texts: Sequence[Text]) -> "np.ndarray | Classified":
         """The vectors, or the classes, of a chunk."""
         options: dict[str, Any] = {"max_tokens": self.max_tokens, "progress": False}
-        if self.command == "classify":
-            return model.classify(texts, self.language, task=self.task, **options)
-        options |= {"reader": self.reader, "normalize": self.normalize}
-        return model.encode(texts, self.language, **options)
+        try:
+            if self.command == "classify":
+                return model.classify(texts, self.language, task=self.task, **options)
+            options |= {"reader": self.reader, "normalize": self.normalize}
+            return model.encode(texts, self.language, **options)
+        except ValueError as error:
+            message = str(error)
+            for python, typed in TYPED.items():
+                message = message.replace(python, typed)
+            raise ValueError(message) from error
 
 
 SETTINGS = ("command", "language", "dtype", "reader", "normalize", "task", "adapters")
 """What of a request its result depends on besides the texts and the models."""
+TYPED = {
+    'language="swh_Latn"': "--language swh_Latn",
+    "task= says": "--task says",
+    "max_tokens must": "--max-tokens must",
+}
+"""How that is typed which errors ask for in Python."""
 
 
 def run(request: Request, world: "World") -> None:

@@ -430,7 +430,10 @@ class MTLLM:
     def _task(self, name: str, kind: str) -> "_Task":
         """Raises: ValueError: There is no such task, or its head is of another kind."""
         has = ", ".join(f"{known} ({task.head.kind})" for known, task in self._tasks.items())
-        has = f"{self.trained.name} has {has or 'none; add_task gives it one'}"
+        if not has:
+            fix = "use encode, or fine-tune"
+            raise ValueError(f"{self.trained.name} is stage 1 only and answers no task; {fix}")
+        has = f"{self.trained.name} has {has}"
         if not name and len(self._tasks) != 1:
             raise ValueError(f"task= says which task: {has}")
         task = self._tasks.get(name or next(iter(self._tasks)))

@@ -4,6 +4,7 @@ import signal
 import sys
 
 import pytest
+from huggingface_hub import constants
 from transformers import AutoTokenizer
 
 from mtllm_engine import cli, train
@@ -73,7 +74,8 @@ def status_of(main, arguments):
         ("train run.toml --gpus 0", 1, "--gpus must be at least 1, not 0"),
         ("train run.toml --gpus two", 2, "argument --gpus: invalid int value: 'two'"),
         ("train run.toml --gpus", 2, "argument --gpus: expected one argument"),
-        ("train run.toml --lr=3", 2, "unrecognized arguments: --lr=3; see mtllm --help"),
+        ("train run.toml --lr=3", 2, "unrecognized arguments: --lr=3; see mtllm train --help"),
+        ("validate", 2, "the following arguments are required: CONFIG; see mtllm validate --help"),
         ("shards", 2, "the following arguments are required: ACTION; see mtllm shards --help"),
         ("shards pack a.txt --out out", 2, "the following arguments are required: --language"),
         (
@@ -101,7 +103,21 @@ def status_of(main, arguments):
         ("shards verify .", 1, "no manifest.json in .; make one with"),
         ("shards show absent", 1, "no manifest.json in absent; make one with"),
         ("shards show a.txt", 1, "no manifest.json in a.txt; make one with"),
-        ("shards show . optim.lr=1", 2, "unrecognized arguments: optim.lr=1"),
+        (
+            "shards show . optim.lr=1",
+            2,
+            "unrecognized arguments: optim.lr=1; see mtllm shards show",
+        ),
+        (
+            "models import folder --out out --layers 2",
+            1,
+            "--layers is for a file FILE.gguf, not folder; leave out --layers",
+        ),
+        (
+            "models import folder --out out --dtype float32",
+            1,
+            "--dtype is for a file FILE.gguf, not folder; leave out --dtype",
+        ),
     ],
 )
 def test_mistake_is_one_line(command, status, message, capfd, folder):
@@ -118,7 +134,7 @@ def test_mistake_is_one_line(command, status, message, capfd, folder):
 def test_help_is_no_mistake(command, capfd):
     assert status_of(cli.main, command.split()) == 0
     out, err = capfd.readouterr()
-    assert out.startswith("usage: mtllm") and err == ""
+    assert out.startswith("usage: mtllm") and err == "" and "('" not in out
 
 
 @pytest.mark.parametrize(
@@ -252,10 +268,19 @@ def test_languages_of_an_encoder(folder, capsys):
     assert {*has} == {*NAMES, "qaa_Latn"} and has["qaa_Latn"] == has["sat_Olck"] == "yes"
 
 
+def test_an_encoder_that_nobody_has_is_one_line(capfd, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert cli.main(["languages", "--encoder", "nobody/has-this"]) == 1
+    out, err = capfd.readouterr()
+    told = "mtllm: error: there is no folder nobody/has-this, and no such model in the hub's cache"
+    assert out == "" and err.startswith(told) and err.count("\n") == 1
+
+
 def test_texts_of_a_language_of_few_encoders_are_packed_and_it_is_told(folder, capfd):
     pack = "shards pack a.txt --shards 1 --out"
     assert cli.main([*f"{pack} english --language".split(), "eng_Latn"]) == 0
-    assert "FLORES-200" not in capfd.readouterr().err
+    out, err = capfd.readouterr()
+    assert "FLORES-200" not in err and " in 1 shard, " in out
     assert cli.main([*f"{pack} out --language".split(), "nij_Latn"]) == 0
     assert "nij_Latn is none of FLORES-200's languages: only an enc" in capfd.readouterr().err
     assert Manifest.load("out").language == "nij_Latn"

@@ -383,7 +383,11 @@ def test_a_line_of_a_megabyte_is_cut(models, folder, capsys):
 
 RUN = "--model {models}/stage1 --language swh_Latn"
 MISTAKES = [
-    ("encode a.txt --out out.npy --model {models}/stage1", 1, "say which language the texts are"),
+    (
+        "encode a.txt --out out.npy --model {models}/stage1",
+        1,
+        "say which language the texts are in, such as --language swh_Latn",
+    ),
     ("encode a.txt --out out.npy --model {models}/stage1 --language swahili", 1, "unknown lang"),
     (f"encode absent.txt --out out.npy {RUN}", 1, "no such file or folder: absent.txt"),
     (f"encode . --out out.npy {RUN}", 1, ". is a folder; name one file that ends in .txt, "),
@@ -398,7 +402,7 @@ MISTAKES = [
     (f"encode a.txt --out {{sealed}}/out.npy {RUN}", 1, "cannot write {sealed}/out.npy: "),
     (f"encode a.txt --out out.npy {RUN} --gpus 0", 1, "--gpus must be at least 1, not 0"),
     (f"encode - --out out.npy {RUN} --gpus 2", 1, "standard input goes to one rank and cannot"),
-    (f"encode a.txt --out out.npy {RUN} --max-tokens 0", 1, "max_tokens must be at least 1"),
+    (f"encode a.txt --out out.npy {RUN} --max-tokens 0", 1, "--max-tokens must be at least 1"),
     (f"encode a.txt --out out.npy {RUN} --device cuda", 1, "there is no GPU that torch sees"),
     (f"encode a.txt {RUN}", 2, "the following arguments are required: --out"),
     ("encode a.txt --out out.npy --model . --language swh_Latn", 1, ". is neither a run, a check"),
@@ -411,7 +415,7 @@ MISTAKES = [
     (
         f"classify a.txt --out out.jsonl {RUN}",
         1,
-        "task= says which task: {models}/stage1/checkpoints",
+        "{models}/stage1/checkpoints/",
     ),
     (f"classify a.txt {RUN} --gpus 2", 1, "several ranks write into a file; name one with --out"),
     (f"classify a.txt {RUN} --field a,b", 1, "a.txt has one text a line; two fields are read of"),

@@ -120,6 +120,8 @@ def _ask(name: str, question: Callable[[], T]) -> T:
 def _reason(name: str, error: Exception) -> str:
     """Why the hub gave nothing, and what to do."""
     lack, log_in = f"{name} is neither a folder nor a model", "`hf auth login` (or set HF_TOKEN)"
+    absent = f"there is no folder {name}, and no such model in the hub's cache"
+    absent += ": mind the spelling; if it is the hub's,"
     if isinstance(error, HFValidationError):
         return f"{lack}'s name on the hub, which is OWNER/NAME: mind the folder's spelling"
     if isinstance(error, GatedRepoError):
@@ -129,11 +131,11 @@ def _reason(name: str, error: Exception) -> str:
         return f"{lack} of the hub: mind the spelling; if it is private, {log_in}"
     if isinstance(error, OfflineModeIsEnabled):
         fetched = f"run `hf download {name}` where there is a network"
-        return f"{lack} in the hub's cache, and HF_HUB_OFFLINE is set: unset it, or {fetched}"
+        return f"{absent} HF_HUB_OFFLINE is set: unset it, or {fetched}"
     said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, HfHubHTTPError):
         return f"the hub does not give {name}; try again later: {said}"
     if isinstance(error, OSError) and error.errno is not None:
         return f"{name} cannot be written into {constants.HF_HUB_CACHE}: {error.strerror}"
     elsewhere = f"name a folder that `hf download {name} --local-dir DIR` made elsewhere"
-    return f"{lack} in the hub's cache, and {constants.ENDPOINT} cannot be reached: {elsewhere}"
+    return f"{absent} {constants.ENDPOINT} cannot be reached: {elsewhere}"

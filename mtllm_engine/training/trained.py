@@ -34,6 +34,7 @@ EXPORTED = hub.EXPORTED
 head}, "files": {path: {"bytes", "sha256"}}, "about": what a person wants to know}."""
 ENCODER, LLM, STUDENT, TEACHER, TASKS = "encoder", "llm", "student", "teacher", "tasks"
 """The folders of an exported folder: two models, and checkpoints beside them."""
+OF_MODELS = (".safetensors", ".json", ".toml", ".gguf")  # files that lie in a model's folder
 STACKS = ("stage2", "stage2-*", "stage1")  # a recipe's runs that have a projection, best first
 
 
@@ -137,6 +138,8 @@ def find_trained(
         ValueError: There is no such thing, or it is damaged or half copied.
     """
     folder = Path(files.expand(str(name)))
+    if folder.is_file() and folder.suffix not in OF_MODELS:
+        raise ValueError(f"{name} is a file, and no run, checkpoint or export; name one's folder")
     folder = folder if folder.is_dir() else resolve(str(name))
     if (folder / EXPORTED).is_file():
         return _exported(str(name), folder)
@@ -218,6 +221,8 @@ def _stack_in(recipe: Path) -> Path:
             raise ValueError(f"{recipe} has several stacks; name one of {stacks}")
         if runs:
             return runs[0]
+    if (recipe / "manifest.json").is_file():
+        raise ValueError(f"{recipe} is a corpus and no model; see `mtllm shards show {recipe}`")
     lack = "neither a run, a checkpoint nor an exported folder"
     raise ValueError(f"{recipe} is {lack}: it has no {EXPORTED}, {ADAPTERS} or checkpoints")
 

@@ -128,7 +128,7 @@ def test_without_a_network_what_was_fetched_is_read(tmp_path: Path, url: str):
         said = ask(tmp_path, endpoint, "own/both", "own/torch", **environment)
         assert said["own/both"] == fetched["own/both"]
         assert said["own/torch"].startswith(
-            "own/torch is neither a folder nor a model in the hub's"
+            "there is no folder own/torch, and no such model in the hub's cache"
         )
         assert reason in said["own/torch"]
 

@@ -240,6 +240,12 @@ def refused(recipe: Path, tmp_path: Path) -> dict[str, tuple[Path | str, str]]:
     cases["a folder of nothing"] = (tmp_path / "empty", "empty is neither a run, a checkpoint nor")
     cases["a model"] = (recipe / "decoder", "decoder is neither a run, a checkpoint nor")
     cases["nowhere"] = (tmp_path / "gone", "gone is neither a folder nor a model")
+    (tmp_path / "english.txt").write_text("a text\n")
+    cases["a text"] = (tmp_path / "english.txt", "english.txt is a file, and no run, checkpoint")
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "manifest.json").write_text("{}")
+    cases["a corpus"] = (tmp_path / "corpus", "corpus is a corpus .* `mtllm shards show .*/corpus`")
+    cases["a misspelled run"] = ("runs/mne", "^there is no folder runs/mne, and no such model in")
     bare = tmp_path / "bare"
     (bare / "checkpoints").mkdir(parents=True)
     shutil.copy(recipe / "stage1" / "config.toml", bare)
