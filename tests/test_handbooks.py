@@ -104,5 +104,7 @@ def test_the_picture_is_drawn(tmp_path):
 
 
 def test_the_readme_installs_the_tested_torch():
-    (version,) = re.findall(r"^pip install torch==(\S+) --index-url", read("README.md"), re.M)
+    (version,) = re.findall(
+        r"^pip install torch==(\S+) --index-url", read("README.md"), re.MULTILINE
+    )
     assert f"torch=={version}\n" in (ROOT / "constraints.txt").read_text()
