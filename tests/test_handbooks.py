@@ -101,3 +101,10 @@ def test_the_picture_is_drawn(tmp_path):
     out = tmp_path / "picture.svg"
     assert picture.main(["--out", str(out)]) == 0
     assert out.read_text().count("<path") == picture.OUT.read_text().count("<path")
+
+
+def test_the_readme_installs_the_tested_torch():
+    (version,) = re.findall(
+        r"^pip install torch==(\S+) --index-url", read("README.md"), re.MULTILINE
+    )
+    assert f"torch=={version}\n" in (ROOT / "constraints.txt").read_text()
