@@ -58,6 +58,37 @@ RENAMED = {
 }
 """Keys of earlier versions, and what they are now."""
 
+USUAL = {
+    "learning_rate": "optim.lr",
+    "num_epochs": "optim.epochs",
+    "num_train_epochs": "optim.epochs",
+    "max_epochs": "optim.epochs",
+    "max_steps": "optim.steps",
+    "num_steps": "optim.steps",
+    "warmup_steps": "optim.warmup_ratio, a share of the steps",
+    "max_grad_norm": "optim.clip",
+    "batch_size": "data.pack_documents times data.lanes",
+    "per_device_train_batch_size": "data.pack_documents times data.lanes",
+    "gradient_accumulation_steps": "data.lanes: a step takes a pack from each, in as many "
+    "micro-batches as memory.max_tokens asks for",
+    "max_seq_length": "data.max_length",
+    "train_file": "data.train",
+    "output_dir": "run.dir",
+    "logging_steps": "run.log_every",
+    "eval_steps": "validation.every",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "gradient_checkpointing": "memory.recompute",
+    "model_name_or_path": "model.decoder",
+    "load_in_4bit": 'model.quantization = "nf4"',
+    "bf16": 'model.dtype = "bfloat16"',
+    "lora_rank": "lora.rank",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+}
+"""Other programs' words for keys, in whatever section, and what they are here."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -542,6 +573,8 @@ def _meant(dotted: str) -> list[str]:
     """The key that an unknown one may have been meant as."""
     if dotted in RENAMED:
         return re.findall(r"^[\w.]+", RENAMED[dotted])
+    if (name := dotted.rpartition(".")[2]) in USUAL:
+        return re.findall(r"^[\w.]+", USUAL[name])
     return re.findall(r"[\w.]+", _suggestion(dotted).removeprefix("; did you mean "))
 
 
@@ -549,6 +582,8 @@ def unknown_key(dotted: str) -> ValueError:
     """The error that names what a key is called now, or the nearest known one."""
     if dotted in RENAMED:
         return ValueError(f"unknown key: {dotted}; it is {RENAMED[dotted]} now")
+    if (name := dotted.rpartition(".")[2]) in USUAL:
+        return ValueError(f"unknown key: {dotted}; here it is {USUAL[name]}")
     return ValueError(f"unknown key: {dotted}{_suggestion(dotted)}")
 
 
@@ -634,6 +669,8 @@ class Rule(NamedTuple):
     message: str
     also: tuple[str, ...] = ()
     """Keys that decide too, and that the message does not name."""
+    spoils: tuple[str, ...] = ()
+    """Keys that say nothing for sure where this does not hold; (): all that the message names."""
 
     @property
     def names(self) -> set[str]:
@@ -653,7 +690,7 @@ def _check(config: Config, faults: _Faults) -> None:
     for rule in itertools.chain.from_iterable(each(config) for each in rules):
         about = rule.names.union(rule.also)
         if not rule.holds and not any(_is_doubtful(key, faults.doubtful) for key in about):
-            faults.add(rule.message, *rule.names)
+            faults.add(rule.message, *(rule.spoils or rule.names))
     # What has a message of its own for every item.
     for key, messages in _item_problems(config).items():
         if not _is_doubtful(key, faults.doubtful):
@@ -685,9 +722,12 @@ def _size_rules(config: Config) -> Rules:
     sizes = f"data.pack_tokens={data.pack_tokens} cannot hold data.max_length={data.max_length}"
     fix = f"raise memory.max_tokens={memory.max_tokens} or make packs smaller"
     packs = ("data.pack_tokens", "data.pack_documents", "data.max_length")
+    of_documents = f"data.pack_documents={data.pack_documents} x data.max_length={data.max_length}"
+    pack = f"data.pack_tokens={data.pack_tokens}" if data.pack_tokens else of_documents
+    too_large = f"{pack}: a pack may have {largest} tokens; {fix}"
     return [
         Rule(not data.pack_tokens or data.pack_tokens >= data.max_length, f"{sizes} tokens"),
-        Rule(largest <= memory.max_tokens, f"a pack may have {largest} tokens: {fix}", packs),
+        Rule(largest <= memory.max_tokens, too_large, packs, ("memory.max_tokens",)),
     ]
 
 

@@ -6,6 +6,7 @@ is asked where all that it stands on was found sound. Large libraries are import
 needs them.
 """
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -136,6 +137,8 @@ class Inspection:
             self.problems.append(f"run.dir: {place} is a file; choose another folder")
         elif not os.access(place, os.W_OK | os.X_OK):
             self.problems.append(f"run.dir: nothing can be written into {place}; choose another")
+        elif not shutil.disk_usage(place).total:  # as /proc and /sys are
+            self.problems.append(f"run.dir: {place} is no place for files; choose another folder")
 
     def _corpora(self) -> Iterator[tuple[str, Path, Manifest]]:
         """(key, folder, manifest) of each corpus that is there and whole."""
@@ -190,7 +193,13 @@ class Inspection:
 
             def read(source: str = source, split: str = split) -> None:
                 dataset, folder = find_dataset(found, source)
-                dataset.read(folder, split, ENGLISH)
+                examples = dataset.read(folder, split, ENGLISH)
+                lanes = config.data.lanes if split == "train" and self.knows("data.lanes") else 0
+                # No further than that: the files may be large.
+                count = sum(1 for _ in itertools.islice(examples, lanes))
+                if count < lanes and self.command != "evaluate":
+                    few = f"{source} has {count} examples, fewer than data.lanes={lanes}"
+                    raise ValueError(f"task.{split}: {few}")
 
             if source:
                 self.ask(read, f"task.{split}", name=f"task.{split}")
@@ -265,6 +274,8 @@ class Inspection:
         from mtllm_engine.model.tensors import TensorFiles
 
         read = self.ask(lambda: read_encoder(folder), name="model.encoder")
+        if read is None:  # so neither are its files an encoder's
+            return None, None
         languages = self.ask(lambda: read_languages(folder), name="model.encoder")
         if self.config.model.encoder not in self.to_fetch:
             self.ask(lambda: TensorFiles(folder), name="model.encoder")
@@ -278,9 +289,10 @@ class Inspection:
 
         key = "model.decoder"
         spec = self.ask(lambda: decoder_spec(read_config(folder, key), f"{key}: {folder}"))
-        self.ask(lambda: load_tokenizer(folder), name=key)
-        if self.config.model.decoder not in self.to_fetch:
-            self.ask(lambda: TensorFiles(folder), name=key)
+        if spec:  # or neither are its files an LLM's
+            self.ask(lambda: load_tokenizer(folder), name=key)
+            if self.config.model.decoder not in self.to_fetch:
+                self.ask(lambda: TensorFiles(folder), name=key)
         for name in self.config.model.adapters:
             if os.path.exists(name):
                 self.ask(lambda name=name: find_adapters(name), "model.adapters")
@@ -361,7 +373,8 @@ class Inspection:
         """The stack on the meta device: whether every tensor is there and fits, and its sizes."""
         from mtllm_engine.model.build import build_stack, build_tokenizer
 
-        is_known = self.knows("objective.kind", "objective.reader", "task.name", "lora", "model")
+        keys = ("objective.kind", "objective.reader", "task.name", "lora", "model")
+        is_known = self.knows(*keys, "data.max_length", "data.truncation", "data.parts")
         if not is_known or (self.config.task.name and not self.task):
             return
         head = self.task.head_size if self.task else None
@@ -513,9 +526,10 @@ def ask(problems: list[str], question: Callable[[], T], name: str = "") -> T | N
     try:
         return question()
     except (ValueError, OSError) as error:
-        message = line_of(error)
-        message = message if message.startswith(name) else f"{name}: {message}"
-        problems += [] if message in problems else [message]
+        said = line_of(error)
+        message = said if said.startswith(name) else f"{name}: {said}"
+        # The same is one line, whether it names the key or not.
+        problems += [] if any(each.endswith(said) for each in problems) else [message]
         return None
 
 

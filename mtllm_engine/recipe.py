@@ -136,7 +136,7 @@ def examine(tree: dict[str, Any], path: str | Path) -> Draft:
     options = (shared, steps, folder, own["seeds"])
     trees = _ask(lambda: [*_trees(*options, origin)], problems) or [*_trees(*options, "")]
     jobs = tuple(
-        (name, module, configs.examine(each, doubtful))
+        (name, module, configs.examine(each, doubtful | _unsaid(module, each)))
         for name, module, each in trees
         if name.partition("-")[0] not in unreadable
     )
@@ -155,7 +155,13 @@ def _readable_own(given: Any, path: str | Path, problems: list[str]) -> dict[str
 
 
 def _has_dir(given: Any) -> bool:
-    return isinstance(given, Mapping) and isinstance(given.get("dir"), str)
+    return isinstance(given, Mapping) and isinstance(given.get("dir"), str) and given["dir"] != ""
+
+
+def _unsaid(module: str, tree: Mapping[str, Any]) -> set[str]:
+    """What evaluation is not told, and that has a line elsewhere: of [data], stage 2 misses it."""
+    said = {"data": tree.get("data"), "task.test": tree.get("task", {}).get("test")}
+    return {key for key, value in said.items() if not value and module == "evaluate"}
 
 
 def _tables(
@@ -255,7 +261,7 @@ def _read_by(job: Job, results: Path) -> Iterator[tuple[str, str, str, str]]:
             yield split, source, ENGLISH, digest
     tests = {source.partition(":")[0]: source for source in task.test}
     is_there = tests and any(results.rglob("predictions-*.jsonl"))
-    for item in predictions.load(results) if is_there else ():
+    for item in predictions.load(results, damaged=[]) if is_there else ():
         if item.maker and item.dataset in tests and item.seed == job.config.run.seed:
             yield "test", tests[item.dataset], item.language, item.maker["test"]
 
@@ -308,8 +314,12 @@ def _own_keys(given: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
             raise ValueError(f"recipe.{key} must be of type {KEYS[key].__name__}, not {value!r}")
     if "dir" not in own:
         raise ValueError(f"missing key: recipe.dir in {path}")
-    if own["gpus"] < 1 or not own["seeds"] or any(type(seed) is not int for seed in own["seeds"]):
-        raise ValueError("recipe.gpus must be at least 1, recipe.seeds a list of whole numbers")
+    if not own["dir"]:
+        raise ValueError("recipe.dir is empty")
+    if own["gpus"] < 1:
+        raise ValueError("recipe.gpus must be at least 1")
+    if not own["seeds"] or any(type(seed) is not int for seed in own["seeds"]):
+        raise ValueError("recipe.seeds must be a list of whole numbers, of one or more")
     if len(set(own["seeds"])) < len(own["seeds"]):
         raise ValueError(f"recipe.seeds={own['seeds']} has one of them twice; each seed runs once")
     return own

@@ -144,7 +144,7 @@ def share(recipe: Recipe, first: dict[str, Path]) -> None:
 
 def _points(recipe: Recipe) -> Iterator[dict[str, Any]]:
     """Each system's average over the foreign languages, and what it took to make."""
-    for table in summarise(sort_out(predictions.load(recipe.results))[0]):
+    for table in summarise(sort_out(predictions.load(recipe.results, damaged=[]))[0]):
         for system, scores in table.scores.items():
             if score := scores.get(AVERAGE):
                 row = {"dataset": table.dataset, "measure": table.measure, "system": system}

@@ -134,8 +134,8 @@ def _look_at_room(report: Report, inspections: Sequence[Inspection]) -> None:
             places[place.stat().st_dev] = place
             needed[place.stat().st_dev] += each.disk_bytes
     for device, place in places.items():
-        free = shutil.disk_usage(place).free
-        if needed[device] > free:
+        total, _, free = shutil.disk_usage(place)
+        if total and needed[device] > free:
             sizes = f"checkpoints need {gigabytes(needed[device])}"
             sizes += f", and {place} has {gigabytes(free)} free"
             report.problems.append(f"run.dir: {sizes}; lower checkpoint.keep, or choose another")

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtllm_engine import cli, recipe
+from mtllm_engine import config as config_module
 from mtllm_engine.config import (
     LORA_TARGETS,
     RENAMED,
@@ -595,3 +596,29 @@ def test_every_key_says_what_it_is(table):
         if isinstance(statement, ast.AnnAssign) and not is_dataclass(hints[statement.target.id]):
             assert isinstance(below, ast.Expr), statement.target.id
             assert ast.literal_eval(below.value).endswith("."), statement.target.id
+
+
+def test_other_programs_words_name_ours():
+    known = {key.rpartition(".")[2] for key in config_module._dotted_keys(config_module.Config)}
+    for word, here in config_module.USUAL.items():
+        assert word not in known
+        for key in re.findall(r"\b[a-z]+\.[a-z_]+", here):
+            assert key in set(config_module._dotted_keys(config_module.Config)), key
+        for dotted in (word, f"optim.{word}", f"model.{word}"):
+            assert (
+                str(config_module.unknown_key(dotted))
+                == f"unknown key: {dotted}; here it is {here}"
+            )
+
+
+def test_a_pack_that_is_too_large_names_what_makes_it():
+    packs = {"pack_documents": 4, "max_length": 8192}
+    with pytest.raises(ValueError, match="^data.pack_documents=4 x data.max_length=8192: a pack"):
+        from_dict(SMALLEST | {"data": SMALLEST["data"] | packs})
+    with pytest.raises(ValueError, match="^data.pack_tokens=20000: a pack may have 20000 tokens"):
+        from_dict(SMALLEST | {"data": {"train": ["a"], "pack_tokens": 20000}})
+
+
+def test_another_programs_word_for_a_required_key_is_its_only_fault():
+    problems = config_module.examine(SMALLEST | {"run": {"output_dir": "runs/a"}}).problems
+    assert problems == ("unknown key: run.output_dir; here it is run.dir",)

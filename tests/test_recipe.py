@@ -322,8 +322,9 @@ def test_without_a_validation_set_the_last_checkpoints_are_taken(path: Path):
         ("recipe.seed=1", "unknown key: recipe.seed; there are dir, gpus, seeds"),
         ("recipe.gpus=two", "recipe.gpus must be of type int, not 'two'"),
         ("recipe.gpus=0", "recipe.gpus must be at least 1"),
-        ("recipe.seeds=[]", "recipe.seeds a list of whole numbers"),
-        ("recipe.seeds=[true]", "recipe.seeds a list of whole numbers"),
+        ("recipe.seeds=[]", "recipe.seeds must be a list of whole numbers"),
+        ("recipe.dir=''", "recipe.dir is empty"),
+        ("recipe.seeds=[true]", "recipe.seeds must be a list of whole numbers"),
         ("recipe.seeds=[1, 1]", "recipe.seeds=[1, 1] has one of them twice"),
     ],
 )

@@ -2,8 +2,10 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from mtllm_engine import cli, recipe
-from mtllm_engine.config import dumps, examine, from_dict
+from mtllm_engine.config import _toml_value, dumps, examine, from_dict
+from mtllm_engine.inspection import ask
 from mtllm_engine.validate import validate
 from tests.support.families import write_headers
 from tests.support.machine import ROOT
@@ -459,3 +462,78 @@ def test_more_than_fits_is_a_warning_while_the_weights_do(folder: Path, tmp_path
     report = validate(str(path), wide)
     assert report.problems == [] and report.warnings[0].startswith("memory: estimated ")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 < LOADED_GB + 1
+
+
+def test_a_task_with_fewer_examples_than_lanes_is_told(folder: Path, tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_text(dumps(finetuning_config(folder, "sib200")))
+    assert validate(str(path), ["data.lanes=12"]).problems == []
+    said = f"task.train: sib200:{folder}/topics has 12 examples, fewer than data.lanes=13"
+    assert validate(str(path), ["data.lanes=13"]).problems == [said]
+    recipe_path = str(recipe_of(folder, tmp_path))
+    problems = validate(recipe_path, ["data.lanes=13"]).problems
+    assert problems == [f"finetune, stage2: {said}"]
+
+
+def test_what_is_no_model_is_one_line(folder: Path, tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_text(dumps(stage1_config(folder)))
+    for kind in ("encoder", "decoder"):
+        broken = tmp_path / kind
+        shutil.copytree(folder / kind, broken)
+        (broken / "config.json").write_text("{")
+        other = folder / ("decoder" if kind == "encoder" else "encoder")
+        for named in (broken, other, tmp_path):
+            (line,) = validate(str(path), [f"model.{kind}={named}"]).problems
+            assert line.startswith(f"model.{kind}: {named} ")
+
+
+def test_the_same_fault_with_and_without_its_key_is_one_line():
+    problems: list[str] = []
+
+    def fail() -> None:
+        raise ValueError("a/config.json cannot be read")
+
+    for names in (("model.adapters", ""), ("", "model.adapters")):
+        problems.clear()
+        for name in names:
+            ask(problems, fail, name)
+        assert len(problems) == 1
+
+
+def test_a_place_that_holds_no_files_is_told(folder: Path, tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_text(dumps(stage1_config(folder)))
+    (line,) = validate(str(path), ["run.dir=/proc/x"]).problems
+    assert line.startswith("run.dir: ") and line.endswith("choose another folder")
+    assert "0.0 GB" not in line
+
+
+def test_a_recipe_that_lacks_something_is_told_that_alone(folder: Path, tmp_path: Path):
+    path = recipe_of(folder, tmp_path)
+    tree = tomllib.loads(path.read_text())
+    for section, key, expected in (
+        ("data", None, "stage1, finetune, stage2: missing key: data"),
+        ("task", "test", "evaluate: task.test names no test set; write DATASET:FOLDER"),
+    ):
+        tables = {name: dict(table) for name, table in tree.items()}
+        if key:
+            del tables[section][key]
+        else:
+            tables.pop(section), tables["stage1"].pop(section)
+        draft = tmp_path / f"{section}.json"
+        draft.write_text(_toml(tables))
+        assert validate(str(draft)).problems == [expected]
+    broken = ["recipe.gpus=0", "recipe.seeds=['a']", "recipe.dir="]
+    assert sorted(validate(str(path), broken).problems) == [
+        "recipe.dir is empty",
+        "recipe.gpus must be at least 1",
+        "recipe.seeds must be a list of whole numbers, of one or more",
+    ]
+
+
+def _toml(tables: dict[str, dict]) -> str:
+    lines = []
+    for name, table in tables.items():
+        lines += [f"{name}.{key} = {_toml_value(value)}" for key, value in table.items()]
+    return "\n".join(lines)

@@ -112,8 +112,11 @@ def path_of(folder: Path | str, system: str, dataset: str, language: str, seed: 
     return Path(folder) / dataset / system / f"predictions-{language}-{seed}.jsonl"
 
 
-def load(folder: Path | str) -> list[Predictions]:
+def load(folder: Path | str, damaged: list[str] | None = None) -> list[Predictions]:
     """All predictions below a folder, or those of one file.
+
+    Args:
+        damaged: Gets a line for each damaged file, which is left out; None: it is refused.
 
     Raises:
         ValueError: There are none, a file is damaged, or two hold the same system, dataset,
@@ -124,12 +127,20 @@ def load(folder: Path | str) -> list[Predictions]:
     folder = Path(folder)
     found = [folder] if folder.is_file() else sorted(folder.rglob("predictions-*.jsonl"))
     for path in found:
-        loaded.append(_read(path))
+        try:
+            loaded.append(_read(path))
+        except ValueError as error:
+            if damaged is None:
+                raise
+            damaged.append(str(error))
+            continue
         identity = loaded[-1].identity
         if identity in paths:
             both = " / ".join(map(str, identity))
             raise ValueError(f"{paths[identity]} and {path} both hold {both}; remove one")
         paths[identity] = path
+    if damaged and not loaded:
+        raise ValueError(damaged[0])
     if not loaded:
         raise ValueError(f"no predictions-*.jsonl below {folder}; evaluate a system first")
     return loaded
@@ -177,24 +188,33 @@ def _problem(item: Predictions) -> str | None:
 
 
 def _read(path: Path) -> Predictions:
-    lines: list[str] = []
-    rows: list[dict] = []
+    content, rows, columns = path.read_bytes(), [], {name: [] for name in FIELDS}
+    lines = content.split(b"\n")[:-1]
+    number = 1  # of the line that is at fault; 0: nobody can say
     try:
-        text = path.read_bytes().decode()
-        lines += text.split("\n")[:-1]
-        for line in lines:
-            rows.append(json.loads(line))
+        for number, line in enumerate(lines, start=1):
+            rows.append(json.loads(line.decode()))
+        number = 1
+        if not rows:
+            raise ValueError("it has no whole line")
         header, *rows_below = rows
-        if header.pop("format") != FORMAT or header.pop("rows") != len(rows_below):
-            raise ValueError(f"not a whole {FORMAT} file")
+        if header.pop("format") != FORMAT:
+            raise ValueError(f"not a {FORMAT} file")
+        if (count := int(header.pop("rows"))) != len(rows_below):
+            number = min(count, len(rows_below)) + 2
+            raise ValueError(f"it has {len(rows_below)} rows, not {count}")
+        for number, row in enumerate(rows_below, start=2):
+            for name, column in columns.items():
+                column.append(row[name])
         digest = header.pop("sha256", None)  # others' programs need not write it
-        if digest is not None and _digest(text.replace(digest, "", 1)) != digest:
+        number = 0
+        if digest is not None and _digest(content.decode().replace(digest, "", 1)) != digest:
             raise ValueError("its content is not what was written")
-        columns = {name: [row[name] for row in rows_below] for name in FIELDS}
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        # The line that is no JSON, or the last one.
-        number = min(len(rows) + 1, len(lines))
-        raise ValueError(f"{path}, line {number}: damaged ({error}); evaluate again") from error
+        where = f"{path}, line {number}" if number else str(path)
+        said = f"no {error}" if isinstance(error, KeyError) else error
+        fix = "evaluate again, or remove it"
+        raise ValueError(f"{where}: damaged ({said}); {fix}") from error
     if unknown := set(header) - {field.name for field in fields(Predictions)}:
         raise ValueError(f"{path}, line 1: unknown field {min(unknown)!r}")
     is_text = header.get("metric") == "exact_match_f1"

@@ -41,7 +41,8 @@ def write(
         The path of results.md.
     """
     folder = Path(folder)
-    predictions, left_out = sort_out(load(folder))
+    damaged: list[str] = []  # of what was not asked for: what was has been made anew
+    predictions, left_out = sort_out(load(folder, damaged))
     options = {"resamples": resamples, "seed": seed}
     tables = summarise(predictions, **options)
     if baseline in {each.system for each in left_out} - {item.system for item in predictions}:
@@ -51,9 +52,11 @@ def write(
     comparisons = list(itertools.chain(*pairs))
     content = {"tables": list(map(asdict, tables)), "comparisons": list(map(_as_dict, comparisons))}
     content |= {"left_out": list(map(asdict, left_out)), "commits": commits(predictions)}
+    content |= {"damaged": damaged}
     write_text(folder / "results.json", json.dumps(content, indent=1) + "\n")
     write_text(folder / "results.csv", csv_text(tables))
-    notes = [*map(str, left_out), *_commit_notes(commits(predictions))]
+    notes = [*map(str, left_out), *(f"Left out: {each}" for each in damaged)]
+    notes += _commit_notes(commits(predictions))
     write_text(folder / "results.md", markdown(tables, comparisons, resamples, notes))
     for table in tables:
         plot(table, folder / f"results-{table.dataset}-{table.measure}.png")

@@ -1,5 +1,6 @@
 """Predictions in files: what is saved is loaded, and what makes no sense is refused."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from mtllm_engine.evaluation.bootstrap import summarise
 from mtllm_engine.evaluation.metrics import MEASURES
 from mtllm_engine.evaluation.predictions import load, save
+from mtllm_engine.evaluation.tables import write
 from tests.support.predictions import build
 
 
@@ -69,11 +71,38 @@ def test_predictions_that_make_no_sense_are_refused(fields, message):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda t: t[: len(t) // 2], lambda t: t.replace("rows", "row", 1), lambda t: "x\n"]
+    ("damage", "where"),
+    [
+        (lambda t: "", ", line 1"),
+        (lambda t: t.replace("rows", "row", 1), ", line 1"),
+        (lambda t: "x\n", ", line 1"),
+        (lambda t: "".join(t.splitlines(keepends=True)[:3])[:-9], ", line 3"),
+        (lambda t: t.replace('"k1"', '"k1', 1), ", line 3"),
+        (lambda t: t.replace('"key": "k1"', '"kex": "k1"', 1), ", line 3"),
+        (lambda t: t + '{"key": "new"}\n', ", line 62"),
+        (lambda t: t.replace('"k1"', '"k_1"', 1), ""),  # by its digest, which knows no line
+    ],
 )
-def test_a_damaged_file_is_refused(tmp_path, damage):
+def test_a_damaged_file_is_refused_by_its_line_or_left_out(tmp_path, damage, where):
     path = save(tmp_path, build())
     path.write_text(damage(path.read_text()))
-    message = r"predictions-swh_Latn-42.jsonl, line \d+: damaged .*; evaluate again"
+    message = rf"predictions-swh_Latn-42.jsonl{where}: damaged .*; evaluate again, or remove it"
+    for damaged in (None, []):  # nothing else is there
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path, damaged)
+    save(tmp_path, build(language="deu_Latn"))
     with pytest.raises(ValueError, match=message):
         load(tmp_path)
+    damaged = []
+    assert [each.language for each in load(tmp_path, damaged)] == ["deu_Latn"]
+    assert len(damaged) == 1 and damaged[0].startswith(f"{path}{where}: damaged ")
+
+
+def test_tables_name_what_is_damaged_and_do_without(tmp_path):
+    path = save(tmp_path, build())
+    save(tmp_path, build(language="deu_Latn"))
+    path.write_text("x\n")
+    text = write(tmp_path, resamples=2).read_text()
+    assert f"Left out: {path}, line 1: damaged" in text and "deu_Latn" in text
+    (line,) = json.loads((tmp_path / "results.json").read_text())["damaged"]
+    assert line.startswith(str(path)) and "swh_Latn" not in (tmp_path / "results.csv").read_text()
