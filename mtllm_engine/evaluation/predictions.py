@@ -192,7 +192,8 @@ def _read(path: Path) -> Predictions:
     lines = content.split(b"\n")[:-1]
     number = 1  # of the line that is at fault; 0: nobody can say
     try:
-        for number, line in enumerate(lines, start=1):
+        for line in lines:
+            number = len(rows) + 1
             rows.append(json.loads(line.decode()))
         number = 1
         if not rows:
@@ -203,7 +204,8 @@ def _read(path: Path) -> Predictions:
         if (count := int(header.pop("rows"))) != len(rows_below):
             number = min(count, len(rows_below)) + 2
             raise ValueError(f"it has {len(rows_below)} rows, not {count}")
-        for number, row in enumerate(rows_below, start=2):
+        for row in rows_below:
+            number = len(columns[FIELDS[-1]]) + 2
             for name, column in columns.items():
                 column.append(row[name])
         digest = header.pop("sha256", None)  # others' programs need not write it
