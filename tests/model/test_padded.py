@@ -24,7 +24,8 @@ from mtllm_engine.model.build import build_stack
 from mtllm_engine.model.padded import GROUP_TOKENS, MAX_PADDING, PaddedEncoder, grouped
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.tensors import TensorFiles
-from mtllm_engine.training.engine import PlainEngine, encoder_alone, shard
+from mtllm_engine.training import engine
+from mtllm_engine.training.engine import PlainEngine, shard
 from mtllm_engine.training.plan import memory
 from tests.support.encoders import KINDS, LONGEST, build_padded_encoder, read_by_transformers
 from tests.support.padded import FEW, assert_close, attention_mask, load_llm, mean_pool
@@ -270,7 +271,7 @@ def test_an_encoder_is_read_once_and_nothing_else_of_its_file(folder: Path, kind
     """Also where the projection is solved for, which needs it before the stack is sharded."""
     config = configure(folder, kind, model={"projection_init": "linear"})
     stack, weights = build_stack(config)
-    encode = encoder_alone(stack, weights, ALONE)
+    encode = engine.encoder_alone(stack, weights, ALONE)
     shard(stack, weights, config, ALONE)
     of_encoder = [(name, size) for source, name, size in counted if source == folder / kind]
     parameters = dict(stack.encoder.named_parameters())
