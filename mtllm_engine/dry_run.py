@@ -23,7 +23,7 @@ from mtllm_engine.config import Config
 from mtllm_engine.data.stream import GlobalBatch, agree
 from mtllm_engine.model.build import read_models
 from mtllm_engine.train import assemble, prepare
-from mtllm_engine.training import plan
+from mtllm_engine.training import memory
 from mtllm_engine.training.launch import run_command
 from mtllm_engine.training.log import environment, header, pair_tokens, print_table
 from mtllm_engine.training.step import train_step
@@ -111,9 +111,9 @@ def _rows(
     rows["time"] = f"{before_s:.1f} s until the step, {step_s:.2f} s for it: {speed:,.0f} pairs/s"
     rows["time of a run"] = f"{_duration(step_s * steps)}, if all steps took as long; the first is "
     rows["time of a run"] += "slower than those after it, as kernels are compiled in it"
-    lines = plan.memory(config, *read_models(config.model), world.size)
+    lines = memory.estimate(config, *read_models(config.model), world.size)
     on_gpu = world.device.type == "cuda"
-    estimate = plan.total(lines) - (0 if on_gpu else plan.ASSUMED)
+    estimate = memory.total(lines) - (0 if on_gpu else memory.ASSUMED)
     before, peak = map(_size, held)
     # A process on the CPU holds its libraries too.
     measured = f"{peak} on each GPU" if on_gpu else f"{peak} of each process, {before} at its start"

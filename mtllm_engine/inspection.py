@@ -388,17 +388,17 @@ class Inspection:
             self._look_at_earlier(settled)
 
     def _look_at_sizes(self, encoder: "PreTrainedConfig", spec: "DecoderSpec") -> None:
-        from mtllm_engine.training import plan
+        from mtllm_engine.training import memory
         from mtllm_engine.world import device_type
 
         config = self.settled
         if self.gpus < 1 or not self.knows("memory", "data", "zero"):
             return
-        rows = plan.memory(config, encoder, spec, self.gpus)
-        held, needed, there = plan.held(rows), plan.total(rows), memory_bytes()
+        rows = memory.estimate(config, encoder, spec, self.gpus)
+        held, needed, there = memory.held(rows), memory.total(rows), memory_bytes()
         where = "a GPU"
         if device_type() == "cpu":  # which all ranks share
-            held, needed = self.gpus * held, self.gpus * (needed - plan.ASSUMED)
+            held, needed = self.gpus * held, self.gpus * (needed - memory.ASSUMED)
             where = "this machine"
         options = {"there": there, "where": where, "max_tokens": config.memory.max_tokens}
         self.memory = Memory(held=held, needed=needed, **options)

@@ -23,7 +23,7 @@ from mtllm_engine.model.families import DecoderSpec, decoder_spec, read_config
 from mtllm_engine.model.licences import licence_of
 from mtllm_engine.model.tensors import TensorFiles, resolve
 from mtllm_engine.model.weights import Weights
-from mtllm_engine.training import plan
+from mtllm_engine.training import memory
 
 T = TypeVar("T")
 EXAMPLE = "Hello, world!"
@@ -250,6 +250,6 @@ def _read_bytes(weights: Weights, encoder: TensorFiles, llm: TensorFiles) -> dic
 
 
 def _memory(config: Config, encoder: PreTrainedConfig, spec: DecoderSpec) -> str:
-    needed = plan.total(plan.memory(config, encoder, spec, 1)) / 1e9
+    needed = memory.total(memory.estimate(config, encoder, spec, 1)) / 1e9
     tokens = f"micro-batches of {config.memory.max_tokens:,} tokens"
     return f"{needed:.1f} GB to train on one GPU by the defaults ({config.model.dtype}, {tokens})"

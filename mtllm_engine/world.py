@@ -28,6 +28,7 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    local_size: int = 1  # ranks of this machine
     host_group: Any = None  # gloo; None when there is one rank and no process group
 
     @property
@@ -118,11 +119,12 @@ def connect(*, timeout_s: float = 1800.0) -> World:
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     device = torch.device("cuda", local_rank) if device_type() == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        _share_cores(local_size)
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
@@ -137,7 +139,14 @@ def connect(*, timeout_s: float = 1800.0) -> World:
         if device.type == "cuda"
         else dist.group.WORLD
     )
-    return World(rank=rank, size=size, local_rank=local_rank, device=device, host_group=host_group)
+    return World(
+        rank=rank,
+        size=size,
+        local_rank=local_rank,
+        device=device,
+        local_size=local_size,
+        host_group=host_group,
+    )
 
 
 def _share_cores(local_size: int) -> None:

@@ -26,7 +26,7 @@ from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.tensors import TensorFiles
 from mtllm_engine.training import engine
 from mtllm_engine.training.engine import PlainEngine, shard
-from mtllm_engine.training.plan import memory
+from mtllm_engine.training.memory import estimate
 from tests.support.encoders import KINDS, LONGEST, build_padded_encoder, read_by_transformers
 from tests.support.padded import FEW, assert_close, attention_mask, load_llm, mean_pool
 from tests.support.stages import ALONE
@@ -287,7 +287,7 @@ def test_what_a_rank_holds_and_a_token_costs(folder: Path):
     stack, _ = build_stack(config)
     encoder = stack.encoder
     assert isinstance(encoder, PaddedEncoder)
-    rows = {row.name: row for row in memory(config, encoder.config, stack.decoder.spec, 4)}
+    rows = {row.name: row for row in estimate(config, encoder.config, stack.decoder.spec, 4)}
     linears = 2 * (4 * 16 * 16 + 2 * 16 * 24)
     embeddings = encoder.embedding.num_embeddings + LONGEST + 2
     small = 16 * embeddings + 2 * 16 + 2 * (4 * 16 + 24 + 16 + 4 * 16)

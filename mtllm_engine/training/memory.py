@@ -40,7 +40,7 @@ class Row(NamedTuple):
     how: str  # in words
 
 
-def memory(
+def estimate(
     config: Config, encoder: PreTrainedConfig, decoder: DecoderSpec, world_size: int
 ) -> list[Row]:
     """What the backward of the longest micro-batch finds in a GPU's memory (never any logits)."""

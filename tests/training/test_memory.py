@@ -1,6 +1,6 @@
 """The memory estimate: it counts what a stack holds and a layer saves; every preset fits its GPU.
 
-`PYTHONPATH=. python tests/training/test_plan.py` writes the presets' estimates anew.
+`PYTHONPATH=. python tests/training/test_memory.py` writes the presets' estimates anew.
 """
 
 import re
@@ -22,7 +22,7 @@ from mtllm_engine.model.build import build_stack, read_models
 from mtllm_engine.model.decoder import DecoderLayer, TokenStream
 from mtllm_engine.model.families import decoder_spec
 from mtllm_engine.training.engine import shard
-from mtllm_engine.training.plan import ASSUMED, memory, saved_bytes, total
+from mtllm_engine.training.memory import ASSUMED, estimate, saved_bytes, total
 from tests.support.machine import ROOT
 from tests.support.tiny import build_config, build_decoder, build_encoder, build_world
 
@@ -32,23 +32,23 @@ NAME = re.compile(r"(llama3_\w+)_(\d+)x(\d+)gb")
 ESTIMATE = re.compile(r"# memory of a GPU.*\n(?:#  .*\n)+")
 
 
-def estimate(path: Path) -> tuple[str, float, int]:
+def comment(path: Path) -> tuple[str, float, int]:
     """The lines that a preset carries, its total and its GPU's size in GB."""
     decoder, world_size, size = NAME.fullmatch(path.stem).groups()
     spec = decoder_spec(DECODERS[decoder])
-    rows = memory(load(path), ENCODERS["nllb600m"], spec, int(world_size))
+    rows = estimate(load(path), ENCODERS["nllb600m"], spec, int(world_size))
     lines = [f"#   {row.name:<22}{row.bytes / 1e9:7.2f}  {row.how}\n" for row in rows]
     lines.append(f"#   {'total':<22}{total(rows) / 1e9:7.2f}  of {size}; logits: none\n")
-    title = "# memory of a GPU, GB, as mtllm_engine/training/plan.py estimates it:\n"
+    title = "# memory of a GPU, GB, as mtllm_engine/training/memory.py estimates it:\n"
     return title + "".join(lines), total(rows) / 1e9, int(size)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_fits_its_gpu_and_says_how(path: Path):
-    lines, total_gb, size_gb = estimate(path)
+    lines, total_gb, size_gb = comment(path)
     text = path.read_text()
     assert text.startswith(("# planned: not measured on such a device\n", "# measured on "))
-    assert ESTIMATE.search(text).group() == lines, "run tests/training/test_plan.py"
+    assert ESTIMATE.search(text).group() == lines, "run tests/training/test_memory.py"
     assert total_gb < size_gb
     (row,) = (line for line in HANDBOOK.splitlines() if f"`{path.name}`" in line)
     assert f"| {total_gb:.0f} GB |" in row
@@ -164,7 +164,7 @@ def test_weights_are_counted_as_a_stack_holds_them(tmp_path: Path, quantization:
         if hasattr(linear, "members")
     ]
     encoder, decoder = read_models(config.model)
-    rows = {row.name: row.bytes for row in memory(config, encoder, decoder, 1)}
+    rows = {row.name: row.bytes for row in estimate(config, encoder, decoder, 1)}
     assert rows["trained"] == 16 * trained and rows["assumed"] == ASSUMED
     if quantization == "none":
         assert rows["LLM's linears"] + rows["other frozen weights"] == frozen
@@ -177,6 +177,6 @@ def test_weights_are_counted_as_a_stack_holds_them(tmp_path: Path, quantization:
 if __name__ == "__main__":
     for preset in PRESETS:
         preset.write_text(
-            ESTIMATE.sub(lambda _, preset=preset: estimate(preset)[0], preset.read_text())
+            ESTIMATE.sub(lambda _, preset=preset: comment(preset)[0], preset.read_text())
         )
-        print(preset, f"{estimate(preset)[1]:.1f} GB", file=sys.stderr)
+        print(preset, f"{comment(preset)[1]:.1f} GB", file=sys.stderr)
