@@ -276,6 +276,9 @@ class ZeroConfig:
 
     stage: Literal[0, 3] = 3
     """3: each GPU holds a slice of everything (DeepSpeed's ZeRO-3); 0: plain PyTorch on one GPU."""
+    secondary: Literal["none", "node"] = "none"
+    """With stage 3 on several nodes: "node" keeps all frozen weights on each node too, spread over
+    its GPUs, so that none of them crosses the network after it was read (DeepSpeed's hpZ)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -857,12 +860,12 @@ def _lora_rules(config: Config) -> Rules:
 
 
 def _other_rules(config: Config) -> Rules:
-    quantization = config.model.quantization
+    zero = config.zero
     return [
         Rule(
-            quantization == "none" or config.zero.stage == 0,
-            f"model.quantization={quantization!r} is not sharded: set zero.stage=0 (one GPU), or "
-            "model.quantization='none'",
+            zero.secondary == "none" or zero.stage != 0,
+            f"zero.secondary={zero.secondary!r} is for zero.stage=3: with 0 each GPU holds all "
+            "weights; set zero.secondary='none'",
         ),
         Rule(config.validation.every >= 1, "validation.every must be at least 1"),
         Rule(config.checkpoint.every >= 1, "checkpoint.every must be at least 1"),
