@@ -278,7 +278,8 @@ class ZeroConfig:
     """3: each GPU holds a slice of everything (DeepSpeed's ZeRO-3); 0: plain PyTorch on one GPU."""
     secondary: Literal["none", "node"] = "none"
     """With stage 3 on several nodes: "node" keeps all frozen weights on each node too, spread over
-    its GPUs, so that none of them crosses the network after it was read (DeepSpeed's hpZ)."""
+    its GPUs, so that after they were read none but small ones, such as norms, crosses the network
+    (DeepSpeed's hpZ)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -497,16 +497,16 @@ def collectives(folder: Path, world: World, *, is_real: bool) -> list[str]:
 
 
 QUANTISED = ("nf4", "fp8")
+TWOFOLD = ("none", "nf4")  # what is tried with a second copy on each machine
 
 
 def quantised(folder: Path, world: World) -> dict:
     """Steps on sharded payloads, with and without a second copy on each machine; and what is said
     where machines are unequal. Goes on where one rank stopped, and stops again."""
     seen: dict = {"refused": []}
-    for kind in ("none", *QUANTISED):
-        for secondary in ("node", "none"):
-            config = quantised_config(folder, "steps", kind, stage=3, secondary=secondary)
-            seen[f"{kind} {secondary}"] = sharded_steps(config, world)
+    for kind, secondary in (*itertools.product(TWOFOLD, ("node", "none")), ("fp8", "none")):
+        config = quantised_config(folder, "steps", kind, stage=3, secondary=secondary)
+        seen[f"{kind} {secondary}"] = sharded_steps(config, world)
     config = quantised_config(folder, "refused", "none", stage=3, secondary="node")
     for local_size in (1, 2 + world.rank % 2):
         try:
