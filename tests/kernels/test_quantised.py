@@ -196,6 +196,41 @@ def test_nf4_products_are_those_of_decoded_weights(
     assert_product(weight.input_gradient(dy_SF), dy_SF.double(), full_FD, dtype)
 
 
+@settings(max_examples=20)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 300),
+    st.integers(1, 120),
+    st.sampled_from(KINDS),
+    st.sampled_from(FP8_DTYPES),
+    st.integers(0, 10**6),
+)
+def test_a_payload_is_all_that_a_weight_has(
+    tokens: int, width: int, out_width: int, kind: str, dtype: torch.dtype, seed: int
+):
+    """It may go, and come again elsewhere, as ZeRO-3 moves it; products have the same bits."""
+    need(kind, DEVICE)
+    step = 16 if kind == "fp8" else 1
+    width, out_width = -(-width // step) * step, -(-out_width // step) * step
+    full_FD = randn(out_width, width, seed=seed, dtype=dtype).to(DEVICE)
+    x_SD, dy_SF = (
+        randn(tokens, size, seed=seed + size, dtype=dtype).to(DEVICE) for size in (width, out_width)
+    )
+    whole, sharded = held(full_FD, kind), quantise(full_FD, kind, sharded=True)
+    payload = sharded.payload
+    assert payload.dtype == torch.uint8 and payload.dim() == 1 and not payload.requires_grad
+    expected = [whole.product(x_SD), whole.input_gradient(dy_SF)]
+    content = payload.detach().clone()
+    payload.data.fill_(255)
+    payload.data = content
+    found = [sharded.product(x_SD), sharded.input_gradient(dy_SF)]
+    assert all(map(torch.equal, found, expected))
+    blocks = -(-full_FD.numel() // 64)
+    scales = 4 * out_width if kind == "fp8" else blocks + 4 * (-(-blocks // 256) + 1)
+    assert len(payload) == -(-full_FD.numel() // (1 if kind == "fp8" else 2)) + scales
+    assert sharded.num_bytes - sharded.other_bytes == len(payload) < whole.num_bytes
+
+
 @pytest.mark.parametrize(("kind", "most"), [("fp8", 0.04), ("nf4", 0.12)])
 def test_normal_weights_lose_what_the_format_loses(kind: str, most: float):
     weight_FD = torch.randn(256, 192, generator=torch.Generator().manual_seed(0))
