@@ -25,7 +25,7 @@ from mtllm_engine.data.batch import Batch, Tokens, Totals
 from mtllm_engine.kernels.lora_linear import check_available
 from mtllm_engine.model.decoder import DecoderLayer
 from mtllm_engine.model.encoder import EncoderLayer
-from mtllm_engine.model.lora import LoraLinear
+from mtllm_engine.model.lora import LoraLinear, quantised_weights
 from mtllm_engine.model.objective import Share
 from mtllm_engine.model.padded import PaddedEncoder
 from mtllm_engine.model.stack import LAYER_NORM_EPS, Stack
@@ -311,11 +311,12 @@ def deepspeed_config(config: Config, world: World, stack: Stack) -> dict[str, An
         ValueError: As `check_deepspeed`.
     """
     check_deepspeed(config.deepspeed)
-    # Of a quantised weight each byte counts as a number here: as many layers are live as in bf16,
-    # or more, in half the memory.
     adapters = [parameter for name, parameter in stack.named_parameters() if ".student." in name]
     layer = sum(_numel(parameter) for parameter in stack.decoder.layers[0].parameters())
-    live = max(1_000_000_000, 4 * layer)
+    # A byte of a payload counts as a number; as many are live as if the weights were full.
+    held = quantised_weights(stack.decoder.layers[0])
+    saved = sum(weight.shape.numel() - _numel(weight.payload) for weight in held)
+    live = max(1_000_000_000, 4 * (layer + saved))
     derived = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
