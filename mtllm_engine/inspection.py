@@ -398,6 +398,8 @@ class Inspection:
         def estimate() -> list[memory.Row]:
             chosen = layout.choose(config, encoder, spec, self.gpus, sizes)
             self.layout = chosen.words
+            if chosen.stage == layout.WHOLE and config.deepspeed:
+                self.warnings.append(f"weights are {chosen.words}; set zero.stage=3 to use it")
             settled = replace(config, zero=replace(config.zero, stage=chosen.stage))
             return memory.estimate(settled, encoder, spec, self.gpus)
 

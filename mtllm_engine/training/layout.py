@@ -52,11 +52,27 @@ def choose(
     Args:
         sizes: Bytes of the ranks' GPUs, of which the smallest counts; empty: they run on CPUs.
     """
+    stage, reason = _decide(config, encoder, decoder, world_size, sizes)
+    ranks = f"{world_size} {'GPU' if sizes else 'CPU rank'}{'s' if world_size > 1 else ''}"
+    each = "each of " if world_size > 1 else ""
+    where = f"sharded over {ranks}" if stage == SHARDED else f"whole on {each}{ranks}"
+    unused = "; [deepspeed] has no effect" if stage == WHOLE and config.deepspeed else ""
+    return Layout(stage, f"{where} ({reason}){unused}")
+
+
+def _decide(
+    config: Config,
+    encoder: PreTrainedConfig,
+    decoder: DecoderSpec,
+    world_size: int,
+    sizes: Sequence[int],
+) -> tuple[int, str]:
+    """The value of `zero.stage`, and why. Args: as `choose`."""
     asked = config.zero.stage
     if asked != "auto":
-        return Layout(asked, f"{_words(asked, world_size, sizes)} (zero.stage={asked})")
+        return asked, f"zero.stage={asked}"
     if not sizes:
-        return Layout(SHARDED, f"{_words(SHARDED, world_size, sizes)} (zero.stage=auto on CPUs)")
+        return SHARDED, "zero.stage=auto on CPUs"
     there, needed = min(sizes), {}
     for stage in (WHOLE, SHARDED):
         each = replace(config, zero=replace(config.zero, stage=stage))
@@ -69,11 +85,4 @@ def choose(
     if max(sizes) > there:
         reason += f", the least of these GPUs, which have up to {max(sizes) / 1e9:.1f}"
     reason += "; it may not fit" if needed[stage] > there else ""
-    return Layout(stage, f"{_words(stage, world_size, sizes)} (zero.stage=auto: {reason})")
-
-
-def _words(stage: int, world_size: int, sizes: Sequence[int]) -> str:
-    ranks = f"{world_size} {'GPU' if sizes else 'CPU rank'}{'s' if world_size > 1 else ''}"
-    if stage == SHARDED:
-        return f"sharded over {ranks}"
-    return f"whole on each of {ranks}" if world_size > 1 else f"whole on {ranks}"
+    return stage, f"zero.stage=auto: {reason}"

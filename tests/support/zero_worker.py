@@ -518,6 +518,7 @@ def padded_encoder(folder: Path, world: World) -> dict:
     read: Counter[str] = Counter()
     with counting_reads(read):
         run(padded_config(folder, f"padded_{world.size}"), world)
+    run(padded_config(folder, f"padded_{world.size}_whole", stage=0), world)
     pairs = [collectives(folder, world, is_real=is_real) for is_real in (True, False)]
     return {"read": read, "collectives": pairs}
 

@@ -10,8 +10,8 @@ from mtllm_engine.config import Config
 from mtllm_engine.model.build import read_models
 from mtllm_engine.training import memory
 from mtllm_engine.training.launch import launcher
-from mtllm_engine.training.layout import SHARDED, WHOLE, Layout, choose
-from mtllm_engine.world import check_gpus
+from mtllm_engine.training.layout import SHARDED, WHOLE, Layout, choose, settle
+from mtllm_engine.world import World, check_gpus
 from tests.support.tiny import build_config, build_decoder, build_encoder
 
 
@@ -42,7 +42,7 @@ def test_weights_are_whole_where_they_fit_to_the_byte(config: Config, world_size
     fits, tight = (chosen(config, world_size, [size] * world_size) for size in (whole, whole - 1))
     assert fits.stage == WHOLE and tight.stage == SHARDED
     there = f"whole takes an estimated {whole / 1e9:.1f} GB of {whole / 1e9:.1f}"
-    assert fits.words == f"whole on each of {world_size} GPUs (zero.stage=auto: {there})"
+    assert fits.words.startswith(f"whole on each of {world_size} GPUs (zero.stage=auto: {there})")
     assert f"sharded over {world_size} GPUs" in tight.words
     assert tight.words.endswith(f"{there}, sharded {sharded / 1e9:.1f} GB)")
 
@@ -58,7 +58,7 @@ def test_of_mixed_cards_the_smallest_counts_and_is_told(config: Config):
 def test_one_gpu_shares_with_nobody(config: Config):
     layout = chosen(config, 1, [1000])
     assert layout.stage == WHOLE
-    assert layout.words.startswith("whole on 1 GPU (") and layout.words.endswith("may not fit)")
+    assert layout.words.startswith("whole on 1 GPU (") and "may not fit)" in layout.words
     assert chosen(config, 2, [1000, 1000]).words.endswith("may not fit)")
 
 
@@ -73,7 +73,18 @@ def test_cpu_ranks_shard(config: Config, world_size: int):
 def test_what_is_asked_for_is_done(config: Config, stage: int, sizes: list[int]):
     asked = replace(config, zero=replace(config.zero, stage=stage))
     layout = chosen(asked, 2, sizes)
-    assert layout.stage == stage and layout.words.endswith(f"(zero.stage={stage})")
+    assert layout.stage == stage and f" (zero.stage={stage})" in layout.words
+
+
+def test_a_table_of_deepspeeds_that_is_not_read_is_told(config: Config):
+    alone = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    whole = replace(config, zero=replace(config.zero, stage=WHOLE))
+    words = "whole on 1 CPU rank (zero.stage=0)"
+    assert settle(whole, alone) == (whole, f"{words}; [deepspeed] has no effect")
+    plain = replace(whole, deepspeed={})
+    assert settle(plain, alone) == (plain, words)
+    settled, words = settle(config, alone)
+    assert settled.zero.stage == SHARDED and "no effect" not in words
 
 
 def test_more_ranks_than_gpus_are_refused_in_one_line(monkeypatch, tmp_path: Path):
