@@ -576,7 +576,7 @@ TWOFOLD = ("none", "nf4")  # what is tried with a second copy on each machine
 
 def quantised(folder: Path, world: World) -> dict:
     """Steps on sharded payloads, with and without a second copy on each machine; and what is said
-    where machines are unequal. Goes on where one rank stopped, and stops again."""
+    where machines are unequal. Goes on where one rank stopped, sharded and whole, and stops."""
     seen: dict = {"refused": []}
     for kind, secondary in (*itertools.product(TWOFOLD, ("node", "none")), ("fp8", "none")):
         config = quantised_config(folder, "steps", kind, stage=3, secondary=secondary)
@@ -587,15 +587,15 @@ def quantised(folder: Path, world: World) -> dict:
             shard(*build_stack(config), config, replace(world, local_size=local_size))
         except ValueError as raised:
             seen["refused"].append(str(raised))
-    for kind in QUANTISED:
-        run(quantised_config(folder, f"{kind}_exchanged", kind, stage=3), world, stop_at=2)
+    for kind, stage in itertools.product(QUANTISED, (3, 0)):
+        run(quantised_config(folder, f"{kind}_exchanged", kind, stage=stage), world, stop_at=2)
     return seen
 
 
 def quantised_config(
     folder: Path, name: str, kind: str, *, stage: int, secondary: str = "none"
 ) -> Config:
-    """Six steps with dropout, and validations. Every weight is released after its layer.
+    """Eight steps with dropout, and validations. Every weight is released after its layer.
 
     AdamW's eps is large: what rounding to fp8 makes of rounding in fp32 would else grow.
     """
@@ -607,7 +607,7 @@ def quantised_config(
         folder,
         run={"dir": str(folder / name)},
         model=model | {"quantization": kind, "dtype": dtype},
-        optim={"steps": 6, "lr": 1e-3, "warmup_ratio": 0.0, "eps": 1e-3},
+        optim={"steps": 8, "lr": 1e-3, "warmup_ratio": 0.0, "eps": 1e-3},
         validation={"corpus": str(folder / "held_out"), "every": 3},
         zero={"stage": stage, "secondary": secondary},
         deepspeed={"zero_optimization": released},
