@@ -411,11 +411,13 @@ class _Block:
 
     def _form(self, in_width: int, out_width: int, side: int) -> list[_Cost]:
         """What a quantised weight takes before its product."""
+        weights = in_width * out_width
         if self.form == "fp8":  # what comes in is read, and written in a byte
-            numbers = self.tokens * (out_width if side else in_width)
-            return [_pass(Cost(bytes=numbers * (self.dtype.itemsize + 1), flops=0))]
+            moved = self.tokens * (out_width if side else in_width) * (self.dtype.itemsize + 1)
+            if side and self.config.zero.stage == 3:  # and the weight's transpose is made
+                moved += 2 * weights
+            return [_pass(Cost(bytes=moved, flops=0))]
         if self.form == "nf4":  # made full, then read by the product like any other
-            weights = in_width * out_width
             return [_pass(Cost(bytes=int(weights * (BYTES["nf4"] + self.dtype.itemsize)), flops=0))]
         return []
 

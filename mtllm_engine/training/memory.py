@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from mtllm_engine.config import Config, LoraConfig
-from mtllm_engine.kernels.lora_linear.quantised import BYTES
+from mtllm_engine.kernels.lora_linear.quantised import BLOCK, BYTES
 from mtllm_engine.model.families import POST_NORMS, DecoderSpec
 from mtllm_engine.model.lora import LoraLinear
 from mtllm_engine.model.padded import PaddedEncoder
@@ -30,6 +31,7 @@ ZERO_TRAINED = 24
 # CUDA's context, NCCL, workspaces of libraries, and what fragmentation of the allocator costs.
 ASSUMED = 2 << 30
 REDUCE_BUCKET = 500_000_000  # DeepSpeed's own default, in numbers
+OUTER_BLOCK = 256  # NF4's 8-bit scales that share one in fp32
 
 HELD = ("LLM's linears", "other frozen weights", "frozen weights", "a copy in each node")
 HELD += ("encoder", "trained")
@@ -105,10 +107,10 @@ def rows(config: Config, models: Models, world_size: int, *, node_size: int = 0)
 
 
 def most_tokens(config: Config, world_size: int) -> int:
-    """Of a micro-batch: no more than a rank's packs have, and never less than one pack."""
+    """Of a micro-batch: no more than a rank's packs have."""
     data = config.data
     pack = data.pack_tokens or data.pack_documents * data.max_length
-    return min(max(config.memory.max_tokens, pack), math.ceil(data.lanes / world_size) * pack)
+    return min(config.memory.max_tokens, math.ceil(data.lanes / world_size) * pack)
 
 
 def total(rows: Sequence[Row]) -> int:
@@ -151,22 +153,30 @@ def pieces(config: Config, module: nn.Module) -> list[Piece]:
         for each in module.parameters()
         if id(each) not in quantised
     ]
-    for linear in linears if quantised else ():
-        found += _quantised(form, *linear.weight.shape)
+    found += [_quantised(form, *each.weight.shape) for each in linears if quantised]
     return found
 
 
 def zero_options(config: Config, stack: Stack, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's ZeRO-3, as these ranks would run it."""
+    """DeepSpeed's ZeRO-3, as these ranks would run it: its limits follow from a layer's parameters,
+    which are fewer where weights are quantised."""
     world = World(rank=0, size=world_size, local_rank=0, device=torch.device("cuda"))
-    return deepspeed_config(config, world, stack)["zero_optimization"]
+    layer = pieces(config, stack.decoder.layers[0])
+    sizes = [torch.empty(each.numbers, device="meta") for each in layer]
+    like: Any = SimpleNamespace(
+        named_parameters=stack.named_parameters,
+        decoder=SimpleNamespace(layers=[SimpleNamespace(parameters=lambda: sizes)]),
+    )
+    return deepspeed_config(config, world, like)["zero_optimization"]
 
 
-def _quantised(form: str, rows: int, columns: int) -> list[Piece]:
-    """A sharded linear's weight: one copy, and its scales."""
+def _quantised(form: str, rows: int, columns: int) -> Piece:
+    """A sharded linear's weight: one copy with its scales, as bytes."""
+    count = rows * columns
     if form == "fp8":
-        return [Piece(rows * columns, 1, False), Piece(4 * rows, 1, False)]
-    return [Piece(int(rows * columns * BYTES[form]), 1, False)]
+        return Piece(count + 4 * rows, 1, False)
+    blocks = -(-count // BLOCK)  # two weights in a byte, a scale for each block, scales of those
+    return Piece(-(-count // 2) + blocks + 4 * (-(-blocks // OUTER_BLOCK) + 1), 1, False)
 
 
 def _whole(config: Config, stack: Stack) -> list[Row]:

@@ -1,0 +1,90 @@
+"""What ZeRO-3 really holds and sends on this rank, beside what the plan says: `python -m
+tests.support.plan_worker FOLDER`."""
+
+import json
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from mtllm_engine.config import Config
+from mtllm_engine.data.stream import agree, build_stream
+from mtllm_engine.model.build import build_stack, build_tokenizer
+from mtllm_engine.training.engine import MOMENTS, ZeroEngine, shard
+from mtllm_engine.training.step import train_step
+from mtllm_engine.world import World, connect
+from tests.support.machine import HANG_S
+from tests.support.tiny import build_config
+
+BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "unsigned char": 1}
+RELEASED = {"stage3_max_live_parameters": 1000, "stage3_max_reuse_distance": 0}
+RELEASED |= {"stage3_param_persistence_threshold": 100}
+CASES = {"kept": ({}, "cheap"), "released": (RELEASED, "layer")}
+"""DeepSpeed's limits, by which all weights are kept for their backward or none, and
+memory.recompute."""
+
+
+def case_config(folder: Path, case: str) -> Config:
+    limits, recompute = CASES[case]
+    return build_config(
+        folder,
+        memory={"max_tokens": 160, "recompute": recompute},
+        zero={"stage": 3},
+        deepspeed={"zero_optimization": limits} if limits else {},
+    )
+
+
+def measured(config: Config, world: World) -> dict[str, int]:
+    """Bytes of the third step."""
+    stack, weights = build_stack(config)
+    stream = build_stream(config.data, build_tokenizer(config, stack), world, seed=0)
+    engine = ZeroEngine(config, shard(stack, weights, config, world), world)
+    for step in range(3):
+        batch = agree(stream, world, config.memory.max_tokens)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+            train_step(config, world, engine, batch, step)
+    stream.close()
+    return {"micro_batches": len(batch.micro_batches), **sent(profiled), **held(engine)}
+
+
+def sent(profiled: profile) -> dict[str, int]:
+    """Bytes that came to this rank."""
+    counts: Counter[str] = Counter()
+    for event in profiled.profiler.kineto_results.events():
+        name = event.name()
+        if name.startswith(("c10d::_allgather_base_", "c10d::_reduce_scatter_base_")):
+            (first, second), width = map(math.prod, event.shapes()[:2]), BYTES[event.dtypes()[0]]
+            kind = "gathered" if "gather" in name else "reduced"
+            counts[kind] += abs(first - second) * width
+    return counts
+
+
+def held(engine: ZeroEngine) -> dict[str, int]:
+    """Bytes of weights, and of what is trained with its states."""
+    counts: Counter[str] = Counter()
+    for parameter in engine.stack.parameters():
+        kind = "trained" if parameter.requires_grad else "frozen"
+        counts[kind] += parameter.ds_tensor.nbytes
+        counts["whole"] += parameter.ds_persist * parameter.ds_numel * parameter.element_size()
+    zero = engine.zero
+    counts["trained"] += sum(flat.nbytes for flat in zero.fp32_partitioned_groups_flat)
+    counts["trained"] += zero.grad_partitions_flat_buffer.nbytes
+    for state in engine.optimizer.state.values():
+        counts["trained"] += sum(state[key].nbytes for key in MOMENTS)
+    return counts
+
+
+def main(folder: Path) -> None:
+    world = connect(timeout_s=HANG_S)
+    for case in CASES:
+        result = measured(case_config(folder, case), world)
+        (folder / f"{case}_{world.size}_{world.rank}.json").write_text(json.dumps(result))
+    world.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

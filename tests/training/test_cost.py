@@ -1,0 +1,182 @@
+"""The plan's bytes are those that ranks send and hold; its estimates grow as they must."""
+
+import dataclasses
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.models import DECODERS, ENCODERS
+from mtllm_engine.config import Config
+from mtllm_engine.model.build import build_stack, read_models
+from mtllm_engine.model.families import decoder_spec
+from mtllm_engine.model.stack import Stack
+from mtllm_engine.training import cost, memory
+from mtllm_engine.training.cost import GPUS, Cluster, Step, Texts
+from mtllm_engine.training.memory import ZERO_TRAINED, Models
+from tests.support.machine import launch
+from tests.support.plan_worker import CASES, case_config
+from tests.support.tiny import build_config, build_corpus, build_decoder, build_encoder
+
+SIZE = 2
+RANKS = (1, 2, 3, 8, 64)
+TEXTS = Texts(90, 70)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Tiny models and a corpus, with what a world of ranks measured on them."""
+    folder = tmp_path_factory.mktemp("cost")
+    build_encoder(folder / "encoder")
+    build_decoder(folder / "decoder")
+    build_corpus(folder / "train", 120)
+    launch(SIZE, "tests.support.plan_worker", folder)
+    return folder
+
+
+def models_of(config: Config) -> Models:
+    encoder, decoder = read_models(config.model)
+    return Models(encoder=encoder, decoder=decoder, stack=build_stack(config)[0])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_are_those_that_ranks_send_and_hold(folder: Path, case: str):
+    config = case_config(folder, case)
+    models, cluster = models_of(config), Cluster(gpu=GPUS["h100"], gpus=SIZE)
+    rows = {row.name: row.bytes for row in memory.rows(config, models, SIZE)}
+    for rank in range(SIZE):
+        seen = json.loads((folder / f"{case}_{SIZE}_{rank}.json").read_text())
+        moved = cost.movements(config, models, cluster, seen["micro_batches"])
+        for kind in ("gathered", "reduced"):
+            assert sum(each.bytes for each in moved if each.kind == kind) == seen[kind], kind
+        assert rows["frozen weights"] == seen["frozen"]
+        assert rows["small ones kept whole"] == seen["whole"]
+        # The update has the gradients once more.
+        assert rows["trained"] * (ZERO_TRAINED - 4) == seen["trained"] * ZERO_TRAINED
+
+
+def test_whole_weights_send_the_gradients_alone(folder: Path):
+    config = replace(
+        case_config(folder, "kept"), zero=replace(case_config(folder, "kept").zero, stage=0)
+    )
+    models = models_of(config)
+    trained = sum(each.numel() for each in models.stack.parameters() if each.requires_grad)
+    for ranks in (1, 2, 3):
+        (moved,) = cost.movements(config, models, Cluster(gpu=GPUS["h100"], gpus=ranks), 5)
+        assert (moved.kind, moved.bytes) == ("reduced", 4 * trained * 2 * (ranks - 1) // ranks)
+
+
+SPEC = decoder_spec(DECODERS["tiny"])
+SETTINGS = st.fixed_dictionaries(
+    {
+        "stage": st.sampled_from([0, 3]),
+        "quantization": st.sampled_from(["none", "fp8", "nf4"]),
+        "recompute": st.sampled_from(["cheap", "mlp", "layer"]),
+        "max_tokens": st.integers(512, 9000),
+        "layers": st.integers(1, 5),
+        "gpus": st.sampled_from(RANKS),
+        "nodes": st.integers(1, 2),
+    }
+)
+
+
+def tiny(**drawn) -> tuple[Config, Models]:
+    """A configuration of tiny models with so many layers."""
+    config = build_config(
+        Path("nowhere"),
+        model={"dtype": "bfloat16"},
+        data={"lanes": 128, "pack_documents": 4, "max_length": 128},
+        memory={key: drawn[key] for key in ("max_tokens", "recompute")},
+    )
+    model = replace(config.model, quantization=drawn["quantization"])
+    config = replace(config, model=model, zero=replace(config.zero, stage=drawn["stage"]))
+    count = drawn["layers"]
+    decoder = dataclasses.replace(SPEC, num_layers=count, rope_of=SPEC.rope_of[:1] * count)
+    with torch.device("meta"):
+        stack = Stack(config, ENCODERS["tiny"], decoder)
+    return config, Models(encoder=ENCODERS["tiny"], decoder=decoder, stack=stack)
+
+
+def estimated(**drawn) -> tuple[int, Step]:
+    """Bytes and the step."""
+    config, models = tiny(**drawn)
+    cluster = Cluster(gpu=GPUS["h100"], gpus=drawn["gpus"], nodes=drawn["nodes"])
+    rows = memory.rows(config, models, cluster.size)
+    work = cost.work_of(config, TEXTS, cluster.size)
+    return memory.total(rows), cost.predict(config, models, cluster, work)
+
+
+@settings(max_examples=20)
+@given(SETTINGS, st.sampled_from(["max_tokens", "layers"]), st.integers(1, 4))
+def test_more_tokens_and_layers_never_need_less(drawn: dict, key: str, times: int):
+    more = drawn | {key: times * drawn[key]}
+    before, after = estimated(**drawn), estimated(**more)
+    assert after[0] >= before[0]
+    if key == "layers":
+        assert after[1].seconds >= before[1].seconds
+        assert after[1].traffic.gathered >= before[1].traffic.gathered
+    else:  # larger micro-batches do the same work in fewer turns
+        assert after[1].work.micro_batches <= before[1].work.micro_batches
+        assert after[1].traffic.gathered <= before[1].traffic.gathered
+
+
+@settings(max_examples=20)
+@given(SETTINGS, st.sampled_from(RANKS))
+def test_more_gpus_never_need_more_memory_each_nor_do_more_work(drawn: dict, gpus: int):
+    few, many = (drawn | {"gpus": count} for count in sorted((drawn["gpus"], gpus)))
+    (before, one), (after, other) = estimated(**few), estimated(**many)
+    assert after <= before
+    assert other.work.student <= one.work.student
+    assert sum(other.parts.values()) <= sum(one.parts.values()) * (1 + 1e-9)
+    assert other.pairs == pytest.approx(one.pairs)  # a step's, over all ranks
+
+
+@settings(max_examples=20)
+@given(SETTINGS)
+def test_a_step_is_the_sum_of_what_bounds_it(drawn: dict):
+    _, step = estimated(**drawn)
+    assert step.seconds >= sum(step.parts.values()) * (1 - 1e-9)
+    assert step.seconds == pytest.approx(sum(step.bounds.values())) and 0 < step.mfu < 1
+    if drawn["gpus"] * drawn["nodes"] == 1:
+        assert not any(step.traffic) and "network" not in step.bounds
+
+
+@pytest.mark.parametrize("kind", ["mlp", "layer"])
+def test_what_is_computed_again_takes_time(kind: str):
+    drawn = {"stage": 0, "quantization": "none", "max_tokens": 4096, "layers": 4}
+    drawn |= {"gpus": 1, "nodes": 1}
+    saved, again = (estimated(**drawn, recompute=each) for each in ("cheap", kind))
+    assert again[0] < saved[0] and again[1].parts["backward"] > saved[1].parts["backward"]
+
+
+def test_a_slow_network_bounds_what_is_gathered_over_it():
+    drawn = {"stage": 3, "quantization": "none", "max_tokens": 512, "layers": 4}
+    config, models = tiny(**drawn, recompute="cheap")
+    cluster = Cluster(gpu=GPUS["4090"]._replace(network_gbytes_per_s=1e-3), gpus=2, nodes=2)
+    work = cost.work_of(config, TEXTS, cluster.size)
+    plain = cost.predict(config, models, cluster, work)
+    copied = cost.predict(config, models, cluster, work, has_copies=True)
+    assert plain.bound.startswith("network") and copied.seconds < plain.seconds / 2
+    assert 0 < copied.traffic.gathered < plain.traffic.gathered
+
+
+def test_unknown_gpus_are_refused_and_those_here_are_known():
+    with pytest.raises(ValueError, match="--gpu h300: there is no such GPU; choose one of a100-40"):
+        cost.find_gpu("h300")
+    seen = {("NVIDIA A100-SXM4-40GB", 42e9): "a100-40", ("NVIDIA A100 80GB PCIe", 85e9): "a100-80"}
+    seen |= {("NVIDIA H200", 150e9): "h200", ("NVIDIA GeForce RTX 4090", 25.3e9): "4090"}
+    seen |= {("NVIDIA GeForce RTX 3090", 25.3e9): None}
+    assert {each: cost.gpu_of(*each) for each in seen} == seen
+
+
+def test_packs_are_filled_as_the_stream_fills_them():
+    config = build_config(Path("nowhere"), data={"lanes": 7, "pack_documents": 2})
+    work = cost.work_of(config, Texts(30, 15), 2)  # 4 packs of 60 tokens, 160 in a micro-batch
+    assert work == (4, 2, 8, 240, 120)
+    data = replace(config.data, pack_documents=0, pack_tokens=100)
+    packed = cost.work_of(replace(config, data=data), Texts(20, 20), 1)
+    assert packed.packs == 7 and packed.student == pytest.approx(7 * 90)
