@@ -13,7 +13,8 @@ from tests.support.stages import rows
 from tests.support.tiny import build_config, build_corpus, build_decoder, build_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-WORLDS = [0, 1, 2]  # plain PyTorch, and ZeRO-3 on so many ranks
+ALONE, SHARED, WHOLE = (0, 0), (2, 3), (2, 0)  # ranks, of which 0 is this process; zero.stage
+WORLDS = [ALONE, (1, 3), SHARED]
 STEPS, LR = 6, 1e-3
 
 
@@ -26,11 +27,12 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def configure(folder: Path, name: str, world_size: int, **sections) -> Config:
+def configure(folder: Path, name: str, world: tuple[int, int], **sections) -> Config:
     """Six steps, each of which is saved."""
-    options = {"zero": {"stage": 3 if world_size else 0}, "optim": {"steps": STEPS, "lr": LR}}
+    world_size, stage = world
+    options = {"zero": {"stage": stage}, "optim": {"steps": STEPS, "lr": LR}}
     options |= {"checkpoint": {"every": 1, "keep": 9}, "lora": {"dropout": 0.05}}
-    run = {"dir": str(folder / f"{name}-{world_size}"), **sections.pop("run", {})}
+    run = {"dir": str(folder / f"{name}-{world_size}-{stage}"), **sections.pop("run", {})}
     return build_config(folder, run=run, **options | sections)
 
 
@@ -47,15 +49,22 @@ def training_rows(config: Config) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "value"),
-    [(0, math.nan), (0, math.inf), (0, -math.inf), (1, math.inf), (2, math.nan), (2, math.inf)],
+    ("world", "value"),
+    [
+        (ALONE, math.nan),
+        (ALONE, math.inf),
+        (ALONE, -math.inf),
+        ((1, 3), math.inf),
+        (SHARED, math.nan),
+        (WHOLE, math.inf),
+    ],
 )
 def test_a_step_without_a_finite_gradient_makes_no_update(
-    folder: Path, world_size: int, value: float
+    folder: Path, world: tuple[int, int], value: float
 ):
     """Its documents and its place in the schedule are consumed, but none of AdamW's updates."""
-    config = configure(folder, f"one-{value}", world_size)
-    assert learn_on(world_size, config, {3: value}) == ""
+    config = configure(folder, f"one-{value}", world)
+    assert learn_on(world[0], config, {3: value}) == ""
     for name in ("adapter_model.safetensors", "projection.safetensors", "optimizer.safetensors"):
         before, after = (load_file(checkpoint(config, step) / name) for step in (2, 3))
         assert all((before[key] == after[key]).all() for key in before)
@@ -72,15 +81,15 @@ def test_a_step_without_a_finite_gradient_makes_no_update(
 
 
 def test_a_run_that_skipped_nothing_has_no_file_of_it(folder: Path):
-    config = configure(folder, "sound", 0, optim={"steps": 2})
+    config = configure(folder, "sound", ALONE, optim={"steps": 2})
     assert learn_on(0, config, {}) == "" and len(training_rows(config)) == 2
     assert not (Path(config.run.dir) / "skipped.jsonl").exists()
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_the_documents_of_a_bad_step_are_named(folder: Path, world_size: int):
-    config = configure(folder, "named", world_size)
-    learn_on(world_size, config, {2: math.nan, 5: math.inf})
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_documents_of_a_bad_step_are_named(folder: Path, world: tuple[int, int]):
+    config = configure(folder, "named", world)
+    learn_on(world[0], config, {2: math.nan, 5: math.inf})
     lines = (Path(config.run.dir) / "skipped.jsonl").read_text().splitlines()
     skipped = [json.loads(line) for line in lines]
     assert [each["step"] for each in skipped] == [2, 5]
@@ -89,13 +98,15 @@ def test_the_documents_of_a_bad_step_are_named(folder: Path, world_size: int):
     assert len(keys) == 2 * 8 * 2  # in one epoch each document is read once
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_stopped_between_two_bad_steps_and_resumed_is_never_stopped(folder: Path, world_size: int):
+@pytest.mark.parametrize("world", [ALONE, SHARED, WHOLE])
+def test_stopped_between_two_bad_steps_and_resumed_is_never_stopped(
+    folder: Path, world: tuple[int, int]
+):
     poison = {3: math.nan, 4: math.inf}
-    whole, cut = (configure(folder, name, world_size) for name in ("whole", "cut"))
-    assert learn_on(world_size, whole, poison) == ""
-    assert learn_on(world_size, cut, poison, stop_at=3) == ""
-    assert len(training_rows(cut)) == 3 and learn_on(world_size, cut, poison) == ""
+    whole, cut = (configure(folder, name, world) for name in ("whole", "cut"))
+    assert learn_on(world[0], whole, poison) == ""
+    assert learn_on(world[0], cut, poison, stop_at=3) == ""
+    assert len(training_rows(cut)) == 3 and learn_on(world[0], cut, poison) == ""
     assert state(cut, STEPS)["files"] == state(whole, STEPS)["files"]
     assert [row["loss"] for row in training_rows(cut)] == [
         row["loss"] for row in training_rows(whole)
@@ -104,16 +115,18 @@ def test_stopped_between_two_bad_steps_and_resumed_is_never_stopped(folder: Path
     assert files[0].read_text() == files[1].read_text()
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("stop_at", [0, 3])
-def test_too_many_bad_steps_in_a_row_end_the_run(folder: Path, world_size: int, stop_at: int):
+def test_too_many_bad_steps_in_a_row_end_the_run(
+    folder: Path, world: tuple[int, int], stop_at: int
+):
     """At the same step, also when it was stopped between the two."""
     limits = {"run": {"max_bad_steps": 2}}
-    config = configure(folder, f"many-{stop_at}", world_size, **limits)
+    config = configure(folder, f"many-{stop_at}", world, **limits)
     poison = {1: math.nan, 3: math.nan, 4: math.nan, 5: math.nan}
     if stop_at:
-        assert learn_on(world_size, config, poison, stop_at=stop_at) == ""
-    error = learn_on(world_size, config, poison)
+        assert learn_on(world[0], config, poison, stop_at=stop_at) == ""
+    error = learn_on(world[0], config, poison)
     assert "2 steps in a row, up to 4," in error and "skipped.jsonl" in error and "\n" not in error
     assert len(training_rows(config)) == 4
     latest = Path(config.run.dir) / "checkpoints" / "latest"
@@ -123,18 +136,18 @@ def test_too_many_bad_steps_in_a_row_end_the_run(folder: Path, world_size: int, 
     )
 
 
-@pytest.mark.parametrize("world_size", [0, 2])
-def test_no_update_at_all_is_saved_and_told(folder: Path, world_size: int):
-    config = configure(folder, "never", world_size, checkpoint={"every": 3})
-    assert learn_on(world_size, config, dict.fromkeys(range(1, STEPS + 1), math.nan)) == ""
+@pytest.mark.parametrize("world", [ALONE, SHARED])
+def test_no_update_at_all_is_saved_and_told(folder: Path, world: tuple[int, int]):
+    config = configure(folder, "never", world, checkpoint={"every": 3})
+    assert learn_on(world[0], config, dict.fromkeys(range(1, STEPS + 1), math.nan)) == ""
     assert state(config, STEPS)["updates"] == 0 and state(config, STEPS)["bad_steps"] == STEPS
 
 
-@pytest.mark.parametrize("world_size", [0, 2])
-def test_values_that_are_not_finite_are_not_saved(folder: Path, world_size: int):
+@pytest.mark.parametrize("world", [ALONE, SHARED])
+def test_values_that_are_not_finite_are_not_saved(folder: Path, world: tuple[int, int]):
     """A finite gradient times such a learning rate is none."""
     optim = {"steps": STEPS, "lr": 1e308, "warmup_ratio": 0.0}
-    config = configure(folder, "steep", world_size, optim=optim)
-    error = learn_on(world_size, config, {})
+    config = configure(folder, "steep", world, optim=optim)
+    error = learn_on(world[0], config, {})
     assert "is not finite after step 1; lower optim.lr" in error and "\n" not in error
     assert not list((Path(config.run.dir) / "checkpoints").glob("step-*"))
