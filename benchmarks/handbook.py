@@ -28,7 +28,8 @@ SMALLEST = {  # a configuration that is valid
 
 def main() -> int:
     """Writes the handbook's keys and the presets' plans anew."""
-    HANDBOOK.write_text(written(HANDBOOK.read_text("utf-8")), "utf-8")
+    text = plans.with_example(written(HANDBOOK.read_text("utf-8")))
+    HANDBOOK.write_text(text, "utf-8")
     plans.write()
     return 0
 

@@ -9,11 +9,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from mtllm_engine.kernels.lora_linear.quantised import BYTES
 
+from mtllm_engine import outlook
 from mtllm_engine.config import load
 from mtllm_engine.outlook import SHARDED, WHOLE, Estimate, Subject, chosen, examine, layouts_of
+from mtllm_engine.plan import plan
 from mtllm_engine.training import cost, memory
 from mtllm_engine.training.cost import GPUS, SHARES, Cluster, Step, Texts, Work
 
@@ -29,6 +32,7 @@ MACHINES = {  # of presets: GPUs of a node, nodes, and which GPUs there may be
     "llama3_8b_8x80gb": (8, 1, ("a100-80", "h100")),
     "llama3_70b_16x80gb": (8, 2, ("a100-80", "h100")),
 }
+EXAMPLE = "configs/presets/llama3_8b_8x80gb.toml"
 LENGTHS = Texts(350, 350)  # tokens of the documents of benchmarks.step
 COMMENT = re.compile(r"# memory of a GPU.*\n(?:#  .*\n)+")
 
@@ -65,6 +69,18 @@ def comment(path: Path) -> str:
 def with_comment(path: Path) -> str:
     """The preset's text as it must be."""
     return COMMENT.sub(lambda _: comment(path), path.read_text("utf-8"))
+
+
+def example() -> str:
+    """What the handbook shows, on a machine that has neither models nor corpora."""
+    with mock.patch.object(outlook, "_at_hand", lambda name: None):
+        return plan(str(ROOT / EXAMPLE), gpu="h100", gpus=8)
+
+
+def with_example(handbook: str) -> str:
+    """The handbook with what the command prints now."""
+    block = re.compile(rf"(mtllm plan {EXAMPLE} .*?\n```\n\n```text\n).*?(?=```)", re.DOTALL)
+    return block.sub(lambda found: f"{found[1]}{example()}\n", handbook)
 
 
 def rows_measured() -> list[tuple[str, float, float]]:

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedConfig
 
-from mtllm_engine.config import Config, LoraConfig, flatten
+from mtllm_engine.config import Config, LoraConfig
 from mtllm_engine.data.annotations import NO_ANNOTATIONS
 from mtllm_engine.data.shards import Corpus, Manifest
 from mtllm_engine.data.tokenizers import PairTokenizer
@@ -44,11 +44,6 @@ class Layout(NamedTuple):
     name: str
     stage: int
     has_copies: bool = False
-
-    def settings(self, config: Config) -> "Settings":
-        """What a configuration must set for it."""
-        stage = {"zero.stage": self.stage} if config.zero.stage != self.stage else {}
-        return stage | ({"zero.secondary": "node"} if self.has_copies else {})
 
 
 WHOLE = Layout("whole", 0)
@@ -117,11 +112,11 @@ def layouts_of(config: Config, cluster: Cluster) -> list[Layout]:
 
 
 def chosen(config: Config, estimates: Sequence[Estimate]) -> Estimate:
-    """The one that the configuration asks for: the first of its stage, or, where it leaves that
-    open, the fastest that fits."""
-    asked = [each for each in estimates if each.layout.stage == config.zero.stage]
-    fitting = [each for each in estimates if each.fits]
-    return asked[0] if asked else min(fitting or estimates, key=lambda each: each.step.seconds)
+    """The one that a run takes by its `zero.stage`: as `training.layout` decides."""
+    sharded = [each for each in estimates if each.layout.stage == SHARDED.stage]
+    if config.zero.stage == "auto":
+        return estimates[0] if estimates[0].fits or not sharded else sharded[0]
+    return next(each for each in estimates if each.layout.stage == config.zero.stage)
 
 
 def with_lanes(config: Config, cluster: Cluster, notes: list[str]) -> Config:
@@ -137,28 +132,35 @@ def with_lanes(config: Config, cluster: Cluster, notes: list[str]) -> Config:
     return replace(config, data=replace(config.data, lanes=cluster.size))
 
 
-def settings_of(estimate: Estimate, config: Config) -> Settings:
-    """What an estimate's configuration and layout set otherwise than a configuration."""
-    before, now = flatten(config), flatten(estimate.config)
-    changed = {key: value for key, value in now.items() if before.get(key) != value}
-    return changed | estimate.layout.settings(config)
-
-
-def fastest(subject: Subject, cluster: Cluster) -> Estimate | None:
-    """Of all layouts, sizes of micro-batches and kinds of recomputation the fastest that fits; of
-    about equally fast ones what changes least. None: nothing fits."""
+def fastest(subject: Subject, cluster: Cluster) -> tuple[Settings, Estimate] | None:
+    """Of all layouts, sizes of micro-batches and kinds of recomputation the fastest that fits, and
+    what must be set for it; of about equally fast ones what changes least. None: nothing fits."""
     found = []
-    for layout, size, kind in itertools.product(
-        layouts_of(subject.config, cluster), _sizes(subject.config, cluster), RECOMPUTE
-    ):
+    for size, kind in itertools.product(_sizes(subject.config, cluster), RECOMPUTE):
         options = replace(subject.config.memory, max_tokens=size, recompute=kind)
-        found.append(subject.estimate(cluster, layout, replace(subject.config, memory=options)))
-    fitting = [each for each in found if each.fits]
-    if not fitting:
+        config = replace(subject.config, memory=options)
+        layouts = layouts_of(config, cluster)
+        estimates = [subject.estimate(cluster, each, config) for each in layouts]
+        usual = chosen(config, estimates)
+        for each in filter(lambda each: each.fits, estimates):
+            found.append((_settings(subject.config, each, usual.layout), each))
+    if not found:
         return None
-    limit = SAME * min(each.step.seconds for each in fitting)
-    near = [each for each in fitting if each.step.seconds <= limit]
-    return min(near, key=lambda each: (len(settings_of(each, subject.config)), each.bytes))
+    limit = SAME * min(each.step.seconds for _, each in found)
+    near = [pair for pair in found if pair[1].step.seconds <= limit]
+    return min(near, key=lambda pair: (len(pair[0]), pair[1].bytes))
+
+
+def _settings(config: Config, estimate: Estimate, usual: Layout) -> Settings:
+    """What an estimate has otherwise. Args: usual: The layout that it would have by itself."""
+    memories = (vars(config.memory), vars(estimate.config.memory))
+    changed = {key: memories[1][key] for key, value in memories[0].items()}
+    settings: Settings = {
+        f"memory.{key}": value for key, value in changed.items() if memories[0][key] != value
+    }
+    if estimate.layout.stage != usual.stage:
+        settings["zero.stage"] = estimate.layout.stage
+    return settings | ({"zero.secondary": "node"} if estimate.layout.has_copies else {})
 
 
 def _sizes(config: Config, cluster: Cluster) -> list[int]:
@@ -173,20 +175,21 @@ def smallest_change(subject: Subject, cluster: Cluster, layout: Layout) -> Setti
     """What makes a run fit that does not: as few settings as possible, of these rather the first:
     recomputation, smaller micro-batches, smaller packs, sharding, quantisation, more GPUs ("gpus").
     """
-    config = subject.config
-    options = _changes(config, cluster, layout)
-    for count in range(1, len(options) + 1):
-        for chosen_options in itertools.combinations(options, count):
-            for values in itertools.product(*chosen_options):
-                settings = {key: value for each in values for key, value in each.items()}
-                if _fits(subject, cluster, layout, settings):
-                    return settings
-    return None
+    options = _changes(subject.config, cluster, layout)
+    tried = [
+        {key: value for each in values for key, value in each.items()}
+        for count in range(1, len(options) + 1)
+        for several in itertools.combinations(options, count)
+        for values in itertools.product(*several)
+    ]
+    fits = (each for each in sorted(tried, key=len) if _fits(subject, cluster, layout, each))
+    return next(fits, None)
 
 
 def _changes(config: Config, cluster: Cluster, layout: Layout) -> list[list[Settings]]:
     """The values of each change, the smallest first."""
     data, pack = config.data, config.data.pack_tokens
+    forms = ["fp8"] * bool(cluster.gpu.fp8_tflops) + ["nf4"]
     again = RECOMPUTE[RECOMPUTE.index(config.memory.recompute) + 1 :]
     sizes = [each for each in _sizes(config, cluster) if each < config.memory.max_tokens]
     smaller = [pack >> power for power in (1, 2, 3) if pack >> power >= data.max_length]
@@ -200,19 +203,10 @@ def _changes(config: Config, cluster: Cluster, layout: Layout) -> list[list[Sett
             for size in smaller
         ],
         [{"zero.stage": 3}] * (layout.stage == 0 and cluster.size > 1),
-        [
-            {"model.quantization": form}
-            for form in ("fp8", "nf4")
-            if form == "nf4" or _has_fp8(cluster)
-        ]
-        * (config.model.quantization == "none"),
+        [{"model.quantization": form} for form in forms if config.model.quantization == "none"],
         [{"gpus": count, "zero.stage": 3} for count in counts if count <= MOST_GPUS],
     ]
     return [each for each in changes if each]
-
-
-def _has_fp8(cluster: Cluster) -> bool:
-    return bool(cluster.gpu.fp8_tflops)
 
 
 def _fits(subject: Subject, cluster: Cluster, layout: Layout, settings: Settings) -> bool:
@@ -324,13 +318,15 @@ def _texts(config: Config, notes: list[str]) -> tuple[Texts, int | None]:
     unknown = Texts(longest, longest, is_known=False)
     try:
         tokenizer = _tokenizer(config)
-        sources = [*_task_texts(config), *_corpora(config)]
+        sources = [*_task_texts(config), *_corpora(config)] or [*_test_texts(config)]
+        if not sources:
+            raise ValueError("no corpus is named")
     except (ValueError, OSError) as error:
         said = " ".join(str(error).split())
         notes.append(f"{said}: texts are taken to be as long as data.max_length, an upper bound")
         return unknown, _count(config)
     counts = [count for count, _, _ in sources]
-    weights = config.data.mixture or counts
+    weights = config.data.mixture if len(config.data.mixture) == len(counts) else counts
     means = [_mean(tokenizer, texts, language) for _, texts, language in sources]
     student, teacher = (
         sum(weight * mean[side] for weight, mean in zip(weights, means)) / sum(weights)
@@ -359,6 +355,14 @@ def _task_texts(config: Config) -> Iterator[tuple[int, list[str], str]]:
     if config.task.train:
         dataset, folder = find_dataset(load_task(config.task.name), config.task.train)
         texts = [each.text for each in dataset.read(folder, "train", ENGLISH)]
+        yield len(texts), texts[:: max(1, len(texts) // SAMPLE)], ENGLISH
+
+
+def _test_texts(config: Config) -> Iterator[tuple[int, list[str], str]]:
+    """Of test sets, in English: what evaluation alone reads."""
+    for source in config.task.test:
+        dataset, folder = find_dataset(load_task(config.task.name), source)
+        texts = [each.text for each in dataset.read(folder, "test", ENGLISH)]
         yield len(texts), texts[:: max(1, len(texts) // SAMPLE)], ENGLISH
 
 

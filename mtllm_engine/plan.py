@@ -21,7 +21,6 @@ from mtllm_engine.outlook import (
     examine,
     fastest,
     layouts_of,
-    settings_of,
     smallest_change,
     with_lanes,
 )
@@ -144,7 +143,7 @@ def _order(name: str) -> int:
 
 
 def hours(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f}" if seconds >= 360 else f"{seconds / 3600:,.3f}"
+    return f"{seconds / 3600:,.1f}" if seconds >= 360 else f"{seconds / 3600:.4f}"
 
 
 def _gb(num_bytes: float | None) -> str:
@@ -172,15 +171,15 @@ def _advice(
     subject: Subject, cluster: Cluster, estimates: Sequence[Estimate], prefix: str = ""
 ) -> list[str]:
     """What would be faster, and what makes it fit. Args: prefix: Of keys, as a recipe has them."""
-    asked, best = chosen(subject.config, estimates), fastest(subject, cluster)
+    asked, found = chosen(subject.config, estimates), fastest(subject, cluster)
     lines = []
     if not asked.fits:
         change = smallest_change(subject, cluster, asked.layout)
         lines.append(
             ("to fit", _words(change, prefix) if change else "nothing that is tried helps")
         )
-    if best is not None:
-        settings = settings_of(best, subject.config)
+    if found:
+        settings, best = found
         gain = best.step.pairs_per_s / asked.step.pairs_per_s
         speed = f"{best.step.seconds:.3f} s a step, {best.step.pairs_per_s:,.0f} pairs/s"
         more = f", {gain:.2f} x" if settings and asked.fits else ""
@@ -217,7 +216,9 @@ def _plan_recipe(recipe: recipes.Recipe, cluster: Cluster) -> Iterator[str]:
         module = jobs[0].module.rpartition(".")[2]
         config = with_lanes(jobs[0].config, cluster, notes)
         command = {"targets": "targets", "evaluate": "read"}.get(module, "train")
-        subject = examine(config, notes, command=command, made=made)
+        own: list[str] = []
+        subject = examine(config, own, command=command, made=made)
+        notes += [each if each.startswith("model.") else f"{name}: {each}" for each in own]
         if command == "read":
             line = _evaluation(name, len(jobs), subject, cluster, notes)
         else:
@@ -238,7 +239,7 @@ def _plan_recipe(recipe: recipes.Recipe, cluster: Cluster) -> Iterator[str]:
             subject.estimate(cluster, each) for each in layouts_of(subject.config, cluster)
         ]
         advice = _advice(subject, cluster, estimates, prefix=f"{name}.")
-        yield from ["", f"{name}, the longest:", *advice]
+        yield from ["", f"the longest of them, {name}:", *advice]
 
 
 def _training(name: str, runs: int, subject: Subject, cluster: Cluster) -> _Line:

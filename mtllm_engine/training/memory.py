@@ -8,7 +8,7 @@ that training uses.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -63,7 +63,7 @@ class Piece(NamedTuple):
         return -(-self.numbers // world_size) * self.width
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Models:
     """Both models by their configurations, and the stack of them on the meta device, unsharded."""
 
@@ -142,19 +142,22 @@ def saved_bytes(decoder: DecoderSpec, lora: LoraConfig, dtype: torch.dtype, reco
     return (wide + low) * dtype.itemsize + 4 * decoder.num_heads
 
 
-def pieces(config: Config, module: nn.Module) -> list[Piece]:
-    """What ZeRO-3 holds of a module: its parameters, and in the place of a quantised weight what
-    stands for it."""
-    linears = [item for item in module.modules() if isinstance(item, LoraLinear)]
-    form = config.model.quantization
-    quantised = {id(each.weight) for each in linears} if form != "none" else set()
+def pieces(config: Config, module: nn.Module) -> tuple[Piece, ...]:
+    """What ZeRO-3 holds of a module, which is not sharded yet: its parameters, and in the place of
+    a quantised weight what stands for it."""
+    return _pieces(config.model.quantization, module)
+
+
+@lru_cache(maxsize=1024)  # a plan asks for the same layers again and again
+def _pieces(form: str, module: nn.Module) -> tuple[Piece, ...]:
+    linears = [item.weight for item in lora_linears(module) if form != "none"]
+    quantised = {id(weight) for weight in linears}
     found = [
         Piece(each.numel(), each.element_size(), each.requires_grad)
         for each in module.parameters()
         if id(each) not in quantised
     ]
-    found += [_quantised(form, *each.weight.shape) for each in linears if quantised]
-    return found
+    return (*found, *(_quantised(form, *weight.shape) for weight in linears))
 
 
 def zero_options(config: Config, stack: Stack, world_size: int) -> dict[str, Any]:

@@ -35,6 +35,11 @@ def test_presets_are_there():
     assert {path.stem for path in plans.PRESETS} == {*plans.MACHINES}
 
 
+def test_the_handbook_shows_what_the_command_prints():
+    assert plans.with_example(HANDBOOK) == HANDBOOK, "run python -m benchmarks.handbook"
+    assert plans.example() in HANDBOOK
+
+
 def test_steps_are_predicted_as_they_were_measured():
     assert plans.OUT.read_text() == plans.table(), "run python -m benchmarks.handbook"
     errors = {words: mine / seen - 1 for words, mine, seen in plans.rows_measured()}
