@@ -18,7 +18,8 @@ from mtllm_engine.config import load
 from mtllm_engine.outlook import SHARDED, WHOLE, Estimate, Subject, chosen, examine, layouts_of
 from mtllm_engine.plan import plan
 from mtllm_engine.training import cost, memory
-from mtllm_engine.training.cost import GPUS, SHARES, Cluster, Step, Texts, Work
+from mtllm_engine.training.cost import Step, Texts, Work
+from mtllm_engine.training.gpus import GPUS, SHARES, Cluster
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = sorted((ROOT / "configs" / "presets").glob("*.toml"))

@@ -27,8 +27,10 @@ from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.tensors import resolve
 from mtllm_engine.tasks import find_dataset, load_task
 from mtllm_engine.training import cost, memory
-from mtllm_engine.training.cost import Cluster, Step, Texts
+from mtllm_engine.training.cost import Step, Texts
+from mtllm_engine.training.gpus import Cluster
 from mtllm_engine.training.memory import Models, Row
+from mtllm_engine.training.traffic import Command
 
 SAMPLE = 200  # documents of a corpus that are tokenised for their mean length
 MOST_GPUS = 1024  # proposed for what does not fit on fewer
@@ -79,7 +81,7 @@ class Subject:
     texts: Texts
     num_documents: int | None
     """Of its corpora; None: they are not at hand."""
-    command: cost.Command
+    command: Command
 
     @property
     def num_steps(self) -> int | None:
@@ -231,7 +233,7 @@ def examine(
     config: Config,
     notes: list[str],
     *,
-    command: cost.Command = "train",
+    command: Command = "train",
     made: Sequence[Config] = (),
 ) -> Subject:
     """A run's models, texts and lengths, as far as they are at hand; what is not is noted.

@@ -25,8 +25,9 @@ from mtllm_engine.outlook import (
     with_lanes,
 )
 from mtllm_engine.tasks import find_dataset, load_task
-from mtllm_engine.training import cost, memory
-from mtllm_engine.training.cost import GPUS, Cluster
+from mtllm_engine.training import memory
+from mtllm_engine.training.gpus import GPUS, Cluster, Gpu, find_gpu, gpu_of
+from mtllm_engine.training.traffic import Command
 
 
 def plan(
@@ -51,7 +52,7 @@ def plan(
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, not {number}")
     tree = configs.read(path, overrides)
-    kind = cost.find_gpu(gpu) if gpu else _gpu_there()
+    kind = find_gpu(gpu) if gpu else _gpu_there()
     if "recipe" in tree:
         recipe = recipes.load(path, overrides)
         cluster = Cluster(gpu=kind, gpus=gpus or recipe.gpus, nodes=nodes)
@@ -61,13 +62,13 @@ def plan(
     return "\n".join(_plan_config(config, cluster))
 
 
-def _gpu_there() -> cost.Gpu:
+def _gpu_there() -> Gpu:
     """Raises: ValueError: There is none, or one that has no row."""
     known = f"name one by --gpu {'|'.join(GPUS)}"
     if not torch.cuda.is_available():
         raise ValueError(f"there is no GPU here that PyTorch sees; {known}")
     device = torch.cuda.get_device_properties(0)
-    name = cost.gpu_of(device.name, device.total_memory)
+    name = gpu_of(device.name, device.total_memory)
     if name is None:
         raise ValueError(f"the GPU here, {device.name}, is none that is known; {known}")
     return GPUS[name]
@@ -267,7 +268,7 @@ def _evaluation(
     seconds = 0.0
     documents = step.work.documents / step.work.packs * config.data.lanes
     for system in config.evaluate.systems:
-        reads: cost.Command = "read" if system in ("stack", "sum", "encoder") else "targets"
+        reads: Command = "read" if system in ("stack", "sum", "encoder") else "targets"
         own = replace(subject, command=reads).estimate(cluster, estimate.layout)
         seconds += count / documents * own.step.seconds
     if "translate_test" in config.evaluate.systems:

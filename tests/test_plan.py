@@ -10,7 +10,7 @@ import pytest
 from mtllm_engine import cli
 from mtllm_engine.config import dumps, load
 from mtllm_engine.outlook import SHARDED, WHOLE, examine, fastest, smallest_change
-from mtllm_engine.training.cost import GPUS, Cluster
+from mtllm_engine.training.gpus import GPUS, Cluster
 from tests.support.machine import ROOT
 from tests.support.recipes import TEXT
 from tests.support.stages import build_models, write_topics

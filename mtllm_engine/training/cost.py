@@ -1,20 +1,18 @@
-"""What a step takes on a GPU that need not be there: its time, what bounds it, and the bytes that
-ranks send one another. An estimate: a sum over the step's operations, each as long as its
-arithmetic or its memory traffic takes.
+"""How long a step takes on GPUs that need not be there, and what bounds it. An estimate: a sum over
+the step's operations, each as long as its arithmetic or its memory traffic takes.
 
-FLOPs and bytes are the kernels' own (`cost`). Peaks are the vendor's; which share of them is
-reached was measured on one H200, kernel by kernel, and is taken to be the same elsewhere (SHARES).
-Reading data, validation and checkpoints are not in it.
+FLOPs and bytes are the kernels' own (`Kernel.cost`). Peaks are the vendor's; which share of them is
+reached was measured on one H200, kernel by kernel, and is taken to be the same elsewhere. Reading
+data, validation and checkpoints are not in it.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from mtllm_engine.config import Config
 from mtllm_engine.kernels.attention import attention
@@ -26,93 +24,17 @@ from mtllm_engine.kernels.projection import projection
 from mtllm_engine.kernels.rms_norm import rms_norm
 from mtllm_engine.kernels.rope import rope
 from mtllm_engine.kernels.swiglu import swiglu
-from mtllm_engine.model.decoder import DecoderLayer
-from mtllm_engine.model.encoder import Encoder, EncoderLayer
 from mtllm_engine.model.families import DecoderSpec
 from mtllm_engine.model.padded import MAX_PADDING, PaddedEncoder
-from mtllm_engine.model.stack import Stack
+from mtllm_engine.training.gpus import SHARES, TILE, Cluster, Gpu
 from mtllm_engine.training.log import pair_tokens
-from mtllm_engine.training.memory import Models, Piece, pieces, zero_options
+from mtllm_engine.training.memory import Models, pieces
+from mtllm_engine.training.traffic import Command, Traffic, movements
 
-Command = Literal["train", "targets", "read"]
-"""What is done with texts: learned from, by whatever learns; read by the teacher; by the stack."""
-
-
-class Gpu(NamedTuple):
-    """One kind of GPU, as its vendor gives it: dense rates, one direction of a link."""
-
-    name: str
-    gbytes: float
-    tflops: float
-    """Of bf16 products."""
-    fp8_tflops: float
-    """0: it has none."""
-    gbytes_per_s: float
-    """Of its memory."""
-    link_gbytes_per_s: float
-    """To the other GPUs of its node."""
-    network_gbytes_per_s: float
-    """Of a node's network, for each of its GPUs."""
-    source: str
-
-
-GPUS = {
-    "a100-40": Gpu(
-        "A100-40GB", 40, 312, 0, 1555, 300, 25, "A100 datasheet (SXM); DGX A100: 200 Gb/s a GPU"
-    ),
-    "a100-80": Gpu(
-        "A100-80GB", 80, 312, 0, 2039, 300, 25, "A100 datasheet (SXM); DGX A100: 200 Gb/s a GPU"
-    ),
-    "h100": Gpu(
-        "H100", 80, 989, 1979, 3350, 450, 50, "H100 datasheet (SXM); DGX H100: 400 Gb/s a GPU"
-    ),
-    "h200": Gpu(
-        "H200", 141, 989, 1979, 4800, 450, 50, "H200 datasheet (SXM); DGX H200: 400 Gb/s a GPU"
-    ),
-    "b200": Gpu(
-        "B200", 180, 2250, 4500, 8000, 900, 50, "DGX B200 datasheet, an eighth; 400 Gb/s a GPU"
-    ),
-    "l40s": Gpu(
-        "L40S", 48, 362, 733, 864, 32, 12.5, "L40S datasheet; PCIe 4.0 x16; 100 Gb/s a GPU assumed"
-    ),
-    "4090": Gpu(
-        "4090",
-        24,
-        165,
-        330,
-        1008,
-        32,
-        1.6,
-        "Ada whitepaper 2.02, fp32 sums; PCIe 4.0 x16; 100 Gb/s for eight assumed",
-    ),
-}
-
-SHARES = {
-    # Frozen products of Llama-3-8B's layers, 16,384 tokens: 0.73 to 0.82, 0.75 by time.
-    "product": 0.75,
-    # No product in fp8 was measured alone; of CUTLASS's row-scaled ones 0.6 to 0.7 is reported.
-    "fp8 product": 0.65,
-    # FlashAttention 2, width 128, 512 tokens, bidirectional; 322 and 207 TFLOP/s of 989.
-    "attention": 0.33,
-    "attention backward": 0.21,
-    # Of the memory's bandwidth, a layer's norms, SwiGLU and rope together; a device copy 0.89.
-    "memory": 0.81,
-    # Likewise, what adapters add to a frozen product: 0.71 forward, 0.66 backward.
-    "adapters": 0.68,
-    # Of a link's, by rings: NCCL's all-gathers of layers are reported at 0.75 to 0.9 of it.
-    "link": 0.8,
-}
-"""The share of a peak that is reached. Source: benchmarks/results/h200/kernels.jsonl; fp8's
-and the link's are assumed."""
-TILE = 128
-"""FlashAttention's blocks of queries and keys: a document of 40 tokens costs what one of 128 does
-(in kernels.jsonl its time over that of 512 says the same)."""
 LAUNCH_S = 6e-6
 """The host's time for a kernel, assumed; the device waits where its kernels are shorter."""
 KERNELS = {"decoder": 120, "encoder": 14, "other": 60}
 """Of a layer and of the rest, in a micro-batch: 4,028 in step.jsonl, with 32 and 12 layers."""
-
-
 OPTIMIZER_BYTES = 32
 """Of a trained number: its gradient twice, value and moments read and written, gradient zeroed."""
 
@@ -141,13 +63,6 @@ class Work(NamedTuple):
     teacher: float
 
 
-class Traffic(NamedTuple):
-    """Bytes that reach a GPU in a step: weights, and others' gradients."""
-
-    gathered: int
-    reduced: int
-
-
 class Op(NamedTuple):
     """One operation: of what part of a step, what bounds its arithmetic, and what it takes."""
 
@@ -155,27 +70,6 @@ class Op(NamedTuple):
     kind: str
     flops: float
     bytes: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """Equal nodes of equal GPUs."""
-
-    gpu: Gpu
-    gpus: int = 1
-    """Of a node."""
-    nodes: int = 1
-
-    @property
-    def size(self) -> int:
-        return self.gpus * self.nodes
-
-    def bytes_per_s(self, group: int) -> float:
-        """What a GPU receives by a ring over so many. A ring crosses a node's border once, and each
-        GPU's share of the network carries one ring."""
-        gpu = self.gpu
-        across = self.gpus * gpu.network_gbytes_per_s if group > self.gpus else math.inf
-        return 1e9 * SHARES["link"] * min(gpu.link_gbytes_per_s, across)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,20 +106,6 @@ class Step:
         order = sorted(self.bounds, key=lambda name: -self.bounds[name])
         shares = {name: self.bounds[name] / self.seconds for name in order}
         return ", ".join(f"{name} {each:.0%}" for name, each in shares.items() if each >= 0.1)
-
-
-def find_gpu(name: str) -> Gpu:
-    """Raises: ValueError: There is no such name."""
-    if name not in GPUS:
-        raise ValueError(f"--gpu {name}: there is no such GPU; choose one of {', '.join(GPUS)}")
-    return GPUS[name]
-
-
-def gpu_of(device: str, num_bytes: int) -> str | None:
-    """The name of a device that PyTorch sees; None: it is none of GPUS."""
-    named = [key for key in GPUS if key.partition("-")[0].upper() in device.upper()]
-    fits = [key for key in named if 0.8 < num_bytes / (1e9 * GPUS[key].gbytes) < 1.25]
-    return fits[0] if fits else None
 
 
 def work_of(config: Config, texts: Texts, world_size: int) -> Work:
@@ -528,103 +408,3 @@ def _kernels(models: Models) -> int:
     encoder = models.encoder.num_hidden_layers if models.stack.reads_stack else 0
     layers = models.decoder.num_layers
     return KERNELS["decoder"] * layers + KERNELS["encoder"] * encoder + KERNELS["other"]
-
-
-class Movement(NamedTuple):
-    """What reaches a GPU in a step, of one kind and in one phase."""
-
-    phase: str
-    kind: Literal["gathered", "reduced"]
-    bytes: int
-    seconds: float
-
-
-def movements(
-    config: Config,
-    models: Models,
-    cluster: Cluster,
-    micro_batches: int,
-    *,
-    command: Command = "train",
-    has_copies: bool = False,
-) -> list[Movement]:
-    """Of a step. Under ZeRO-3 each micro-batch gathers weights and reduces gradients anew;
-    otherwise gradients are summed once, which sends them twice."""
-    world, found, ring = cluster.size, [], cluster.bytes_per_s(cluster.size)
-    learning = [each for each in pieces(config, models.stack) if each.learns]
-    learning = learning if command == "train" else []
-    if config.zero.stage == 0:
-        numbers = sum(each.numbers for each in learning)
-        size = 4 * numbers * 2 * (world - 1) // world
-        return [Movement("update", "reduced", size, size / ring)]
-    sizes: Counter[tuple[str, int]] = Counter()
-    for gather in gathers(config, models.stack, world, learns=bool(learning)):
-        group = cluster.gpus if has_copies and not gather.piece.learns else world
-        count = 1 if gather.is_once else micro_batches
-        sizes[gather.phase, group] += count * gather.piece.slice_bytes(group) * (group - 1)
-    for (phase, group), size in sizes.items():
-        found.append(Movement(phase, "gathered", size, size / cluster.bytes_per_s(group)))
-    size = micro_batches * sum(each.slice_bytes(world) * (world - 1) for each in learning)
-    return [*found, Movement("backward", "reduced", size, size / ring)]
-
-
-class Gather(NamedTuple):
-    """A parameter that ZeRO-3 gathers in a phase: in each micro-batch, or once a step."""
-
-    phase: str
-    piece: Piece
-    is_once: bool
-
-
-def gathers(
-    config: Config, stack: Stack, world_size: int, *, learns: bool = True
-) -> Iterator[Gather]:
-    """What ZeRO-3 gathers in a step; after the update that is what is kept whole."""
-    zero = zero_options(config, stack, world_size)
-    limit = zero["stage3_param_persistence_threshold"]
-    order = _order(stack, learns=learns)
-    for leaf in stack.leaves:
-        next_use = _kept_for(config, stack, order, leaf, zero["stage3_max_reuse_distance"])
-        for piece in pieces(config, leaf):
-            if piece.numbers <= limit:
-                if learns:
-                    yield Gather("update", piece, True)
-                continue
-            runs_again = order.count(leaf) > 1
-            yield Gather("forward", piece, next_use is not None and not runs_again)
-            if runs_again and next_use is None:
-                yield Gather("backward", piece, False)
-
-
-def _order(stack: Stack, *, learns: bool) -> list[nn.Module]:
-    """The modules in the order in which ZeRO-3 sees them in a micro-batch, those that hold others
-    too."""
-    decoder, below = stack.decoder, list[nn.Module]()
-    if isinstance(stack.encoder, Encoder):
-        below = [stack.encoder, stack.encoder.embedding, *stack.encoder.layers]
-    below += [stack.projection] if stack.reads_stack else []
-    forward = [stack, *below, decoder.embedding, decoder, *decoder.layers, stack.objective]
-    if not learns:
-        return forward
-    backward = [stack, stack.objective, decoder, *reversed(decoder.layers)]
-    return forward + backward + ([stack.projection] if stack.reads_stack else [])
-
-
-def _kept_for(
-    config: Config, stack: Stack, order: Sequence[nn.Module], leaf: nn.Module, reach: int
-) -> nn.Module | None:
-    """What a leaf's weights are kept for after its forward; None: they are released.
-
-    ZeRO-3 looks ahead for as long as the modules on the way have fewer numbers than `reach`, and
-    keeps what one of them has. For a layer a module counts with all that it holds; for the others,
-    with its own parameters.
-    """
-    is_layer, passed = isinstance(leaf, EncoderLayer | DecoderLayer), 0
-    for module in order[order.index(leaf) + 1 :]:
-        if passed >= reach:
-            return None
-        if module is leaf or (is_layer and leaf in module.modules()):
-            return module
-        own = pieces(config, module) if is_layer else module.parameters(recurse=False)
-        passed += sum(each.numbers if is_layer else each.numel() for each in own)
-    return None

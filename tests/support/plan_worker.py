@@ -22,9 +22,9 @@ from tests.support.tiny import build_config
 BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "unsigned char": 1}
 RELEASED = {"stage3_max_live_parameters": 1000, "stage3_max_reuse_distance": 0}
 RELEASED |= {"stage3_param_persistence_threshold": 100}
-CASES = {"kept": ({}, "cheap"), "released": (RELEASED, "layer")}
-"""DeepSpeed's limits, by which all weights are kept for their backward or none, and
-memory.recompute."""
+SOME = {"stage3_max_live_parameters": 60_000, "stage3_max_reuse_distance": 15_000}
+CASES = {"kept": ({}, "cheap"), "some": (SOME, "mlp"), "released": (RELEASED, "layer")}
+"""DeepSpeed's limits, by which weights are kept for their backward or not, and memory.recompute."""
 
 
 def case_config(folder: Path, case: str) -> Config:

@@ -16,8 +16,10 @@ from mtllm_engine.model.build import build_stack, read_models
 from mtllm_engine.model.families import decoder_spec
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.training import cost, memory
-from mtllm_engine.training.cost import GPUS, Cluster, Step, Texts
+from mtllm_engine.training.cost import Step, Texts
+from mtllm_engine.training.gpus import GPUS, Cluster, find_gpu, gpu_of
 from mtllm_engine.training.memory import ZERO_TRAINED, Models
+from mtllm_engine.training.traffic import movements
 from tests.support.machine import launch
 from tests.support.plan_worker import CASES, case_config
 from tests.support.tiny import build_config, build_corpus, build_decoder, build_encoder
@@ -50,7 +52,7 @@ def test_bytes_are_those_that_ranks_send_and_hold(folder: Path, case: str):
     rows = {row.name: row.bytes for row in memory.rows(config, models, SIZE)}
     for rank in range(SIZE):
         seen = json.loads((folder / f"{case}_{SIZE}_{rank}.json").read_text())
-        moved = cost.movements(config, models, cluster, seen["micro_batches"])
+        moved = movements(config, models, cluster, seen["micro_batches"])
         for kind in ("gathered", "reduced"):
             assert sum(each.bytes for each in moved if each.kind == kind) == seen[kind], kind
         assert rows["frozen weights"] == seen["frozen"]
@@ -66,7 +68,7 @@ def test_whole_weights_send_the_gradients_alone(folder: Path):
     models = models_of(config)
     trained = sum(each.numel() for each in models.stack.parameters() if each.requires_grad)
     for ranks in (1, 2, 3):
-        (moved,) = cost.movements(config, models, Cluster(gpu=GPUS["h100"], gpus=ranks), 5)
+        (moved,) = movements(config, models, Cluster(gpu=GPUS["h100"], gpus=ranks), 5)
         assert (moved.kind, moved.bytes) == ("reduced", 4 * trained * 2 * (ranks - 1) // ranks)
 
 
@@ -166,11 +168,11 @@ def test_a_slow_network_bounds_what_is_gathered_over_it():
 
 def test_unknown_gpus_are_refused_and_those_here_are_known():
     with pytest.raises(ValueError, match="--gpu h300: there is no such GPU; choose one of a100-40"):
-        cost.find_gpu("h300")
+        find_gpu("h300")
     seen = {("NVIDIA A100-SXM4-40GB", 42e9): "a100-40", ("NVIDIA A100 80GB PCIe", 85e9): "a100-80"}
     seen |= {("NVIDIA H200", 150e9): "h200", ("NVIDIA GeForce RTX 4090", 25.3e9): "4090"}
     seen |= {("NVIDIA GeForce RTX 3090", 25.3e9): None}
-    assert {each: cost.gpu_of(*each) for each in seen} == seen
+    assert {each: gpu_of(*each) for each in seen} == seen
 
 
 def test_packs_are_filled_as_the_stream_fills_them():
