@@ -29,6 +29,10 @@ from mtllm_engine.training import memory
 from mtllm_engine.training.gpus import GPUS, Cluster, Gpu, find_gpu, gpu_of
 from mtllm_engine.training.traffic import Command
 
+READS: dict[str, Command] = {"stack": "read", "sum": "read"}
+READS |= dict.fromkeys(("llm", "translate_test"), "targets")
+"""How systems read test sets; the encoder alone takes next to nothing."""
+
 
 def plan(
     path: str,
@@ -58,6 +62,8 @@ def plan(
         cluster = Cluster(gpu=kind, gpus=gpus or recipe.gpus, nodes=nodes)
         return "\n".join(_plan_recipe(recipe, cluster))
     config = configs.from_dict(tree)
+    if not (config.optim.steps or config.optim.epochs):
+        raise ValueError(f"nothing is trained by {path}: plan a recipe, or set optim.steps")
     cluster = Cluster(gpu=kind, gpus=gpus or 1, nodes=nodes)
     return "\n".join(_plan_config(config, cluster))
 
@@ -267,8 +273,7 @@ def _evaluation(
         return _Line(name, runs, estimate, None, None)
     seconds = 0.0
     documents = step.work.documents / step.work.packs * config.data.lanes
-    for system in config.evaluate.systems:
-        reads: Command = "read" if system in ("stack", "sum", "encoder") else "targets"
+    for reads in [READS[system] for system in config.evaluate.systems if system in READS]:
         own = replace(subject, command=reads).estimate(cluster, estimate.layout)
         seconds += count / documents * own.step.seconds
     if "translate_test" in config.evaluate.systems:

@@ -1,22 +1,18 @@
-"""What ZeRO-3 really holds and sends on this rank, beside what the plan says: `python -m
-tests.support.plan_worker FOLDER`."""
+"""What ZeRO-3 really holds and sends on a rank, to be set beside what the plan says."""
 
-import json
 import math
-import sys
 from collections import Counter
 from pathlib import Path
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mtllm_engine.config import Config
 from mtllm_engine.data.stream import agree, build_stream
-from mtllm_engine.model.build import build_stack, build_tokenizer
+from mtllm_engine.model.build import build_stack, build_tokenizer, read_models
 from mtllm_engine.training.engine import MOMENTS, ZeroEngine, shard
+from mtllm_engine.training.memory import Models
 from mtllm_engine.training.step import train_step
-from mtllm_engine.world import World, connect
-from tests.support.machine import HANG_S
+from mtllm_engine.world import World
 from tests.support.tiny import build_config
 
 BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "unsigned char": 1}
@@ -37,15 +33,21 @@ def case_config(folder: Path, case: str) -> Config:
     )
 
 
+def models_of(config: Config) -> Models:
+    """What the plan is made of."""
+    encoder, decoder = read_models(config.model)
+    return Models(encoder=encoder, decoder=decoder, stack=build_stack(config)[0])
+
+
 def measured(config: Config, world: World) -> dict[str, int]:
-    """Bytes of the third step."""
+    """Bytes of the second step: in the first ZeRO-3 learns the order of the modules."""
     stack, weights = build_stack(config)
     stream = build_stream(config.data, build_tokenizer(config, stack), world, seed=0)
     engine = ZeroEngine(config, shard(stack, weights, config, world), world)
-    for step in range(3):
-        batch = agree(stream, world, config.memory.max_tokens)
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-            train_step(config, world, engine, batch, step)
+    train_step(config, world, engine, agree(stream, world, config.memory.max_tokens), 0)
+    batch = agree(stream, world, config.memory.max_tokens)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        train_step(config, world, engine, batch, 1)
     stream.close()
     return {"micro_batches": len(batch.micro_batches), **sent(profiled), **held(engine)}
 
@@ -75,16 +77,3 @@ def held(engine: ZeroEngine) -> dict[str, int]:
     for state in engine.optimizer.state.values():
         counts["trained"] += sum(state[key].nbytes for key in MOMENTS)
     return counts
-
-
-def main(folder: Path) -> None:
-    world = connect(timeout_s=HANG_S)
-    for case in CASES:
-        result = measured(case_config(folder, case), world)
-        (folder / f"{case}_{world.size}_{world.rank}.json").write_text(json.dumps(result))
-    world.close()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
