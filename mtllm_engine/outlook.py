@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -44,8 +44,13 @@ class Layout(NamedTuple):
     """How weights lie on the GPUs."""
 
     name: str
-    stage: int
+    stage: Literal[0, 3]
     has_copies: bool = False
+
+    @property
+    def secondary(self) -> Literal["none", "node"]:
+        """The value of `zero.secondary`."""
+        return "node" if self.has_copies else "none"
 
 
 WHOLE = Layout("whole", 0)
@@ -96,7 +101,8 @@ class Subject:
     def estimate(self, cluster: Cluster, layout: Layout, config: Config | None = None) -> Estimate:
         """Args: config: Another than its own, of the same models."""
         config = config or self.config
-        config = replace(config, zero=replace(config.zero, stage=layout.stage))
+        zero = replace(config.zero, stage=layout.stage, secondary=layout.secondary)
+        config = replace(config, zero=zero)
         copies = {"has_copies": layout.has_copies}
         work = cost.work_of(config, self.texts, cluster.size)
         node = cluster.gpus if layout.has_copies else 0
@@ -116,9 +122,11 @@ def layouts_of(config: Config, cluster: Cluster) -> list[Layout]:
 def chosen(config: Config, estimates: Sequence[Estimate]) -> Estimate:
     """The one that a run takes by its `zero.stage`: as `training.layout` decides."""
     sharded = [each for each in estimates if each.layout.stage == SHARDED.stage]
+    asked = [each for each in sharded if each.layout.secondary == config.zero.secondary]
+    sharded = asked or sharded
     if config.zero.stage == "auto":
         return estimates[0] if estimates[0].fits or not sharded else sharded[0]
-    return next(each for each in estimates if each.layout.stage == config.zero.stage)
+    return sharded[0] if config.zero.stage == SHARDED.stage else estimates[0]
 
 
 def with_lanes(config: Config, cluster: Cluster, notes: list[str]) -> Config:
@@ -162,7 +170,9 @@ def _settings(config: Config, estimate: Estimate, usual: Layout) -> Settings:
     }
     if estimate.layout.stage != usual.stage:
         settings["zero.stage"] = estimate.layout.stage
-    return settings | ({"zero.secondary": "node"} if estimate.layout.has_copies else {})
+    if estimate.layout.secondary != config.zero.secondary:
+        settings["zero.secondary"] = estimate.layout.secondary
+    return settings
 
 
 def _sizes(config: Config, cluster: Cluster) -> list[int]:

@@ -5,6 +5,7 @@ Sizes come from the stack itself, built on the meta device, and from the DeepSpe
 that training uses.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from mtllm_engine.config import Config, LoraConfig
-from mtllm_engine.kernels.lora_linear.quantised import BLOCK, BYTES
+from mtllm_engine.kernels.lora_linear.quantised import BLOCK, BYTES, OUTER_BLOCK, Fp8
 from mtllm_engine.model.families import POST_NORMS, DecoderSpec
 from mtllm_engine.model.lora import LoraLinear
 from mtllm_engine.model.padded import PaddedEncoder
@@ -31,7 +32,6 @@ ZERO_TRAINED = 24
 # CUDA's context, NCCL, workspaces of libraries, and what fragmentation of the allocator costs.
 ASSUMED = 2 << 30
 REDUCE_BUCKET = 500_000_000  # DeepSpeed's own default, in numbers
-OUTER_BLOCK = 256  # NF4's 8-bit scales that share one in fp32
 
 HELD = ("LLM's linears", "other frozen weights", "frozen weights", "a copy in each node")
 HELD += ("encoder", "trained")
@@ -161,16 +161,28 @@ def _pieces(form: str, module: nn.Module) -> tuple[Piece, ...]:
 
 
 def zero_options(config: Config, stack: Stack, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's ZeRO-3, as these ranks would run it: its limits follow from a layer's parameters,
-    which are fewer where weights are quantised."""
+    """DeepSpeed's ZeRO-3, as these ranks would run it: its limits follow from a layer, quantised as
+    it will be."""
     world = World(rank=0, size=world_size, local_rank=0, device=torch.device("cuda"))
-    layer = pieces(config, stack.decoder.layers[0])
-    sizes = [torch.empty(each.numbers, device="meta") for each in layer]
-    like: Any = SimpleNamespace(
-        named_parameters=stack.named_parameters,
-        decoder=SimpleNamespace(layers=[SimpleNamespace(parameters=lambda: sizes)]),
-    )
+    layers = [_as_held(config, stack.decoder.layers[0])]
+    decoder = SimpleNamespace(layers=layers)
+    like: Any = SimpleNamespace(named_parameters=stack.named_parameters, decoder=decoder)
     return deepspeed_config(config, world, like)["zero_optimization"]
+
+
+def _as_held(config: Config, layer: nn.Module) -> nn.Module:
+    """A copy on the meta device with payloads in the place of quantised weights."""
+    if config.model.quantization == "none":
+        return layer
+    layer = copy.deepcopy(layer)
+    for linear in lora_linears(layer):
+        shape = linear.weight.shape
+        size = _quantised(config.model.quantization, *shape).numbers
+        payload = torch.empty(size, dtype=torch.uint8, device="meta")
+        linear.payload = nn.Parameter(payload, requires_grad=False)
+        del linear.weight
+        linear.weight = Fp8(shape=shape, payload=linear.payload, transposed_DF=None)  # or Nf4
+    return layer
 
 
 def _quantised(form: str, rows: int, columns: int) -> Piece:
@@ -217,8 +229,8 @@ def _sharded(config: Config, stack: Stack, world_size: int, node_size: int) -> l
     name = config.model.quantization.replace("none", config.model.dtype)
     rows = [Row("frozen weights", sum(slices), f"{share} {weights:,} numbers, {name}")]
     if node_size:
-        copy = sum(each.slice_bytes(node_size) for each in frozen)
-        rows.append(Row("a copy in each node", copy, f"1/{node_size} of them once more"))
+        copies = sum(each.slice_bytes(node_size) for each in every)
+        rows.append(Row("a copy in each node", copies, f"1/{node_size} of all once more"))
     rows += [
         Row("gathered weights", live, f"{counted:,} numbers live at most"),
         Row("trained", states, f"{share} {trained:,} with their states"),

@@ -19,14 +19,21 @@ BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "unsigned char": 1}
 RELEASED = {"stage3_max_live_parameters": 1000, "stage3_max_reuse_distance": 0}
 RELEASED |= {"stage3_param_persistence_threshold": 100}
 SOME = {"stage3_max_live_parameters": 60_000, "stage3_max_reuse_distance": 15_000}
-CASES = {"kept": ({}, "cheap"), "some": (SOME, "mlp"), "released": (RELEASED, "layer")}
-"""DeepSpeed's limits, by which weights are kept for their backward or not, and memory.recompute."""
+CASES = {
+    "kept": ({}, "cheap", "none"),
+    "some": (SOME, "mlp", "none"),
+    "released": (RELEASED, "layer", "none"),
+    "nf4": (RELEASED, "cheap", "nf4"),
+}
+"""DeepSpeed's limits, by which weights are kept for their backward or not, memory.recompute and
+model.quantization."""
 
 
 def case_config(folder: Path, case: str) -> Config:
-    limits, recompute = CASES[case]
+    limits, recompute, form = CASES[case]
     return build_config(
         folder,
+        model={"quantization": form},
         memory={"max_tokens": 160, "recompute": recompute},
         zero={"stage": 3},
         deepspeed={"zero_optimization": limits} if limits else {},
