@@ -153,6 +153,13 @@ def hours(seconds: float) -> str:
     return f"{seconds / 3600:,.1f}" if seconds >= 360 else f"{seconds / 3600:.4f}"
 
 
+def _duration(seconds: float) -> str:
+    for unit, name in ((3600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:.3f} s"
+
+
 def _gb(num_bytes: float | None) -> str:
     return "-" if num_bytes is None else f"{num_bytes / 1e9:,.2f}"
 
@@ -298,7 +305,7 @@ def _num_examples(config: Config, notes: list[str]) -> int | None:
 
 
 def _recipe_table(lines: Sequence[_Line], cluster: Cluster) -> list[str]:
-    head = ["step", "runs", "steps", "layout", "GB of a GPU", "s a step", "hours", "GPU-hours"]
+    head = ["step", "runs", "steps", "layout", "GB of a GPU", "s a step", "time", "GPU-hours"]
     table = [head]
     for each in lines:
         estimate, known = each.estimate, each.seconds is not None
@@ -311,10 +318,10 @@ def _recipe_table(lines: Sequence[_Line], cluster: Cluster) -> list[str]:
                 estimate.layout.name,
                 f"{estimate.bytes / 1e9:.1f}{'' if estimate.fits else ' (too much)'}",
                 f"{estimate.step.seconds:.3f}",
-                hours(spent) if known else "-",
+                _duration(spent) if known else "-",
                 hours(spent * cluster.size) if known else "-",
             ]
         )
     spent = sum(each.seconds or 0.0 for each in lines)
-    table.append(["together", "", "", "", "", "", hours(spent), hours(spent * cluster.size)])
+    table.append(["together", "", "", "", "", "", _duration(spent), hours(spent * cluster.size)])
     return _aligned(table)

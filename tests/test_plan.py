@@ -9,7 +9,16 @@ import pytest
 
 from mtllm_engine import cli
 from mtllm_engine.config import dumps, load
-from mtllm_engine.outlook import SHARDED, WHOLE, examine, fastest, smallest_change
+from mtllm_engine.outlook import (
+    COPIED,
+    SHARDED,
+    WHOLE,
+    chosen,
+    examine,
+    fastest,
+    layouts_of,
+    smallest_change,
+)
 from mtllm_engine.training.gpus import GPUS, Cluster
 from tests.support.machine import ROOT
 from tests.support.recipes import TEXT
@@ -138,9 +147,17 @@ def test_a_recipe_is_planned_step_by_step(folder: Path, tmp_path: Path, capsys):
     assert row(out, "finetune")[:2] == ["2", "5"]  # 12 examples 3 times, 8 in a step, two seeds
     assert row(out, "stage2")[:2] == ["2", "8"]
     assert row(out, "evaluate")[:2] == ["2", "2"]  # 4 and 6 examples
-    hours = [float(row(out, name)[-2]) for name in ("stage1", "finetune", "stage2", "evaluate")]
-    assert float(row(out, "together")[-2]) == pytest.approx(sum(hours), abs=3e-4)
+    names = ("stage1", "finetune", "stage2", "evaluate", "together")
+    *seconds, total = (float(row(out, name)[-2].removesuffix(" s")) for name in names)
+    assert all(seconds) and total == pytest.approx(sum(seconds), abs=3e-3)
     assert not (tmp_path / "out").exists()
+    systems = 'evaluate.systems=["llm", "translate_test", "stack"]'
+    words = ["stage2.data.teacher_states=states", systems, "--gpus", "1", "--gpu", "h100"]
+    more = printed(capsys, path, *words)
+    assert "1 x H100" in more and "translation is not counted" in more
+    assert row(more, "targets")[:2] == ["2", "2"]  # 12 examples, 8 in a step
+    longer, shorter = (float(row(text, "evaluate")[-2].removesuffix(" s")) for text in (more, out))
+    assert longer > shorter  # three systems on one GPU, and not one on two
 
 
 @pytest.mark.parametrize(
@@ -166,3 +183,15 @@ def test_a_recipe_without_its_models_is_one_line(tmp_path: Path, capsys):
     assert cli.main(["plan", str(path), "--gpu", "h100"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("mtllm: error: model.encoder: nllb is not here")
+
+
+def test_a_slow_network_asks_for_a_copy_on_each_node():
+    slow = GPUS["h100"]._replace(network_gbytes_per_s=0.3)
+    cluster = Cluster(gpu=slow, gpus=8, nodes=2)
+    settings, best = fastest(examine(load(SEVENTY), []), cluster)
+    assert settings["zero.secondary"] == "node" and best.layout == COPIED
+    words = [f"{key}={value}" for key, value in settings.items()]
+    pasted = examine(load(SEVENTY, words), [])
+    estimates = [pasted.estimate(cluster, each) for each in layouts_of(pasted.config, cluster)]
+    assert chosen(pasted.config, estimates).layout == COPIED
+    assert fastest(pasted, cluster)[0] == {}

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from mtllm_engine.config import Config
+from mtllm_engine.data.stream import GlobalBatch
 from mtllm_engine.kernels.attention import attention
 from mtllm_engine.kernels.contract import Cost
 from mtllm_engine.kernels.distill_loss import distill_loss
@@ -125,6 +126,14 @@ def work_of(config: Config, texts: Texts, world_size: int) -> Work:
         student=packs * documents * texts.student,
         teacher=packs * documents * texts.teacher,
     )
+
+
+def work_of_batch(config: Config, batch: GlobalBatch, world_size: int) -> Work:
+    """Of a step that is there, shared out evenly."""
+    sizes = (batch.totals.documents, batch.student_tokens, batch.teacher_tokens)
+    packs = math.ceil(config.data.lanes / world_size)
+    share = packs / config.data.lanes
+    return Work(packs, len(batch.micro_batches), *(share * size for size in sizes))
 
 
 def predict(

@@ -81,9 +81,14 @@ def estimate(
     config: Config, encoder: PreTrainedConfig, decoder: DecoderSpec, world_size: int
 ) -> list[Row]:
     """`rows` of models that are not at hand as a stack."""
+    return rows(config, unfilled(config, encoder, decoder), world_size)
+
+
+def unfilled(config: Config, encoder: PreTrainedConfig, decoder: DecoderSpec) -> Models:
+    """Both models, and their stack without weights."""
     with torch.device("meta"):
         stack = Stack(config, encoder, decoder)
-    return rows(config, Models(encoder=encoder, decoder=decoder, stack=stack), world_size)
+    return Models(encoder=encoder, decoder=decoder, stack=stack)
 
 
 def rows(config: Config, models: Models, world_size: int, *, node_size: int = 0) -> list[Row]:

@@ -4,6 +4,7 @@ tests/training/test_zero.py."""
 import dataclasses
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,3 +145,12 @@ def test_packs_are_filled_as_the_stream_fills_them():
     data = replace(config.data, pack_documents=0, pack_tokens=100)
     packed = cost.work_of(replace(config, data=data), Texts(20, 20), 1)
     assert packed.packs == 7 and packed.student == pytest.approx(7 * 90)
+
+
+def test_a_step_that_is_there_is_shared_out():
+    config = build_config(Path("nowhere"), data={"lanes": 8, "pack_documents": 2})
+    totals = SimpleNamespace(documents=16)
+    batch = SimpleNamespace(
+        totals=totals, student_tokens=800, teacher_tokens=400, micro_batches=[[], []]
+    )
+    assert cost.work_of_batch(config, batch, 3) == (3, 2, 6, 300, 150)

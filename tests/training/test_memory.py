@@ -151,7 +151,7 @@ def test_a_stack_saves_what_the_estimate_says(tmp_path: Path, monkeypatch):
     choose = lambda kernel, *given, **named: kernel._choice("cuda")[1](*given, **named)  # noqa: E731
     monkeypatch.setattr(Kernel, "__call__", choose)
     build_encoder(tmp_path / "encoder")
-    build_decoder(tmp_path / "decoder", layers=8)
+    build_decoder(tmp_path / "decoder", layers=4)
     config = build_config(tmp_path, data={"lanes": 1, "pack_documents": 1}, zero={"stage": 0})
     stack, weights = build_stack(config)
     shard(stack, weights, config, build_world())
