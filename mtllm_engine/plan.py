@@ -45,7 +45,7 @@ def plan(
     """The plan of a configuration or a recipe, as it is printed.
 
     Args:
-        gpu: One of `cost.GPUS`; "": the one that is there.
+        gpu: One of `gpus.GPUS`; "": the one that is there.
         gpus: Of a node; None: one, or as many as a recipe says.
 
     Raises:
