@@ -234,14 +234,17 @@ class ZeroEngine:
                 config=deepspeed_config(config, world, stack),
                 dist_init_required=False,
             )
+        if self.optimizer is not None:
+            # DeepSpeed averages over ranks, of which the sum is wanted. Its loss scale, 1 / W, is
+            # for that: a factor W in the loss would be one of all gradients, which fp8 rounds.
+            self.zero.override_loss_scale(1 / world.size)
 
     def __call__(self, batch: Batch, totals: Totals) -> Share:
         return self.engine(batch, totals)
 
     def backward(self, loss_share: torch.Tensor) -> None:
-        """Adds the gradients of a share of the global mean; DeepSpeed averages over ranks, hence
-        the factor.
-        """
+        """Adds the gradients of a share of the global mean; the factor and DeepSpeed's loss scale
+        cancel."""
         self.engine.backward(loss_share * self.world.size, scale_wrt_gas=False)
 
     def step(self, lr: float) -> torch.Tensor:
