@@ -57,7 +57,7 @@ GPUS = {
 SHARES = {
     # Frozen products of Llama-3-8B's layers, 16,384 tokens: 0.73 to 0.82, 0.75 by time.
     "product": 0.75,
-    # No product in fp8 was measured alone; of CUTLASS's row-scaled ones 0.6 to 0.7 is reported.
+    # Assumed: no product in fp8 was measured alone. With bf16's share a step came out 20 % short.
     "fp8 product": 0.65,
     # FlashAttention 2, width 128, 512 tokens, bidirectional; 322 and 207 TFLOP/s of 989.
     "attention": 0.33,
@@ -66,7 +66,7 @@ SHARES = {
     "memory": 0.81,
     # Likewise, what adapters add to a frozen product: 0.71 forward, 0.66 backward.
     "adapters": 0.68,
-    # Of a link's, by rings: NCCL's all-gathers of layers are reported at 0.75 to 0.9 of it.
+    # Assumed: of a link's, by rings.
     "link": 0.8,
 }
 """The share of a peak that is reached. Source: benchmarks/results/h200/kernels.jsonl; fp8's
