@@ -173,8 +173,8 @@ REMARKS = (
     "",
     "- The step is predicted too short, most of all its backward, where gradients are added up in",
     "  more passes than are counted; in a step the chip is warmer than under one kernel.",
-    "- In fp8 no product was measured alone. Its share of the peak is assumed; with bf16's, which was",
-    "  tried first, the step came out 20 % too short, so that this row is no test of it.",
+    "- In fp8 no product was measured alone. Its share of the peak is assumed; with bf16's, which",
+    "  was tried first, the step came out 20 % too short, so that this row is no test of it.",
     "- For the reference two things decide: that a padded loop reaches the same share of the peak",
     "  on an A100 as on an H200, and whether backward runs the student again, which is not said.",
 )
