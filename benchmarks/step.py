@@ -313,9 +313,7 @@ def run(bench: Bench) -> int:
     arguments = bench.arguments
     measured = linear if arguments.linear else compare
     parts = [functools.partial(measured, bench, text) for text in arguments.lengths.split(",")]
-    corpora = [Path(path) for path in bench.config.data.train]
-    is_real = not (arguments.linear or arguments.random_weights)
-    if is_real and all(path.is_dir() for path in corpora):
+    if not arguments.linear and _has_data(bench.config):
         parts.append(functools.partial(included, bench))
     rows: list[dict[str, Any]] = []
     for part in parts:
@@ -327,6 +325,13 @@ def run(bench: Bench) -> int:
         return 0
     show = tables.show_linear if arguments.linear else tables.show
     return show(rows, arguments.out)
+
+
+def _has_data(config: Config) -> bool:
+    """Corpora, and tokenizers to read them with: the latter beside random weights too, where
+    `model.encoder` and `model.decoder` are folders of smaller vocabularies."""
+    needed = [*config.data.train, config.model.encoder, config.model.decoder]
+    return bool(config.data.train) and all(Path(path).is_dir() for path in needed)
 
 
 def build_bench(arguments: argparse.Namespace, config: Config, world: World) -> Bench:

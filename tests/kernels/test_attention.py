@@ -19,6 +19,8 @@ from mtllm_engine.kernels.attention import attention, measured, mixed, select
 from mtllm_engine.kernels.attention import library as attentions
 from torch.torch_version import TorchVersion
 
+from benchmarks import attention as ranks
+
 CUDNN = "mtllm_engine.kernels.attention.cudnn"
 
 
@@ -198,3 +200,53 @@ def test_mixed_lengths_are_a_full_pack_around_their_median(median, least):
     middle = sorted(lengths)[len(lengths) // 2]
     assert 16384 - 512 < sum(lengths) <= 16384 and max(lengths) <= 512
     assert least <= middle <= median + 5 and len(set(lengths)) > 10
+
+
+def test_the_table_is_made_of_a_benchmarks_rows(tmp_path, monkeypatch, capsys):
+    """Of what agreed everywhere; new lengths count for a layer's share; other devices stay."""
+    flash, cudnn = "torch varlen_attn, FlashAttention 2", "torch cuDNN"
+
+    def rows(provider, width, lengths, first_ms, *median_ms):
+        about = {"op": "attention", "device": "Card", "driver": "1", "torch": "2.14"}
+        about |= {"commit": "c", "shape": {"width": width, "lengths": lengths}}
+        if not median_ms:
+            return [about | {"provider": provider, "status": "ArithmeticError: off"}]
+        passes = zip(("forward", "backward"), median_ms)
+        return [
+            about
+            | {"provider": provider, "status": "ok", "pass": name}
+            | {"median_ms": ms, "first_ms": first_ms}
+            for name, ms in passes
+        ]
+
+    made = [
+        *rows(flash, 128, [512], 3.2, 1.0, 2.0),
+        *rows(flash, 128, [40], 3.2, 1.0, 1.0),
+        *rows(cudnn, 128, [512], 32.0, 0.5, 1.0),
+        *rows(cudnn, 128, [40], 32.0, 0.5, 0.5),
+        *rows("eager", 128, [40], 32.0, 0.1, 0.1),
+        *rows(flash, 64, [512], 0.0, 1.0, 1.0),
+        *rows(flash, 64, [40], 0.0, 1.0, 1.0),
+        *rows(cudnn, 64, [512], 0.0, 0.1, 0.1),
+        *rows(cudnn, 64, [40], 0.0),
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    before = [{"device": name, "width": 64, "ms": {"old": 1.0}} for name in ("Other", "Card")]
+    monkeypatch.setattr(measured, "FILE", tmp_path / "measured.json")
+    measured.FILE.write_text(json.dumps(before))
+    measured.read.cache_clear()
+    try:
+        assert ranks.main([str(tmp_path / "rows.jsonl")]) == 0
+    finally:
+        measured.read.cache_clear()
+    table = {
+        (row["device"], row["width"]): row["ms"] for row in json.loads(measured.FILE.read_text())
+    }
+    assert table == {
+        ("Card", 64): {flash: 4.0},
+        ("Card", 128): {flash: 5.2, cudnn: 4.5},
+        ("Other", 64): {"old": 1.0},
+    }
+    assert f"Card, heads of 128: {cudnn}, {flash}" in capsys.readouterr().out
+    (tmp_path / "rows.jsonl").write_text(json.dumps(made[0] | {"driver": None}) + "\n")
+    assert ranks.main([str(tmp_path / "rows.jsonl")]) == 1
