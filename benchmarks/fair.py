@@ -5,7 +5,6 @@ What does not fit into memory, or does not compile, is reported as such and cann
 
 import dataclasses
 import functools
-import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from mtllm_engine.world import World
 DOCUMENTS = (8, 16, 32, 64)  # of a padded micro-batch
 SHARES = (4, 2, 1)  # of memory.max_tokens, where nothing is padded
 STEPS = 2  # timed, after one that is not
+Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,24 +29,10 @@ class Setting:
     compiled: bool = False
 
 
-def settings(baseline: Baseline, most_documents: int, max_tokens: int) -> Iterator[Setting]:
-    """What may be the best for it; compiling is for GPUs, and pays where nothing is padded."""
-    batches = [max_tokens // share for share in SHARES]
-    if not baseline.packed:  # what is above the most is the same again
-        below = [size for size in DOCUMENTS if size < most_documents]
-        batches = [*below, next((s for s in DOCUMENTS if s >= most_documents), DOCUMENTS[-1])]
-        batches = list(dict.fromkeys(batches))
-    compiles = baseline.packed and baseline.world.device.type == "cuda"
-    for compiled, checkpointing, batch in itertools.product(
-        (False, True) if compiles else (False,), (False, True), batches
-    ):
-        yield Setting(batch, checkpointing, compiled)
-
-
 def sweep(
     baseline: Baseline, global_batches: Sequence[GlobalBatch], max_tokens: int, world: World
-) -> list[dict[str, Any]]:
-    """A row for each setting; the baseline is left at the best.
+) -> Iterator[Row]:
+    """A row for each setting; in the end the baseline is left at the best.
 
     Args:
         global_batches: 1 + STEPS of them.
@@ -55,16 +41,37 @@ def sweep(
         ValueError: No setting runs.
     """
     most = max(sum(map(len, each.micro_batches)) for each in global_batches)
-    rows, best = [], None
-    for setting in settings(baseline, most, max_tokens):
-        row = _measured(baseline, setting, global_batches, world)
-        rows.append({"variant": baseline.name, **dataclasses.asdict(setting), **row})
-        if "step_s" in row and (best is None or row["step_s"] < best[0]):
-            best = row["step_s"], setting
-    if best is None:
-        raise ValueError(f"{baseline.name} runs in no setting: {rows[0]['status']}")
-    _apply(baseline, best[1])
-    return rows
+    sizes = _sizes(baseline, most, max_tokens)
+    compiles = baseline.packed and world.device.type == "cuda"  # padded lengths are ever new ones
+    best: dict[Setting, float] = {}
+    status = ""
+    for compiled in (False, True) if compiles else (False,):
+        for checkpointing in (False, True):
+            for setting in (Setting(size, checkpointing, compiled) for size in sizes):
+                if checkpointing and setting.batch < _largest_paying(best, compiled):
+                    continue
+                row = _measured(baseline, setting, global_batches, world)
+                status = row["status"]
+                if "step_s" in row:
+                    best[setting] = row["step_s"]
+                yield {"variant": baseline.name, **dataclasses.asdict(setting), **row}
+    if not best:
+        raise ValueError(f"{baseline.name} runs in no setting: {status}")
+    _apply(baseline, min(best, key=best.__getitem__))
+
+
+def _sizes(baseline: Baseline, most_documents: int, max_tokens: int) -> list[int]:
+    """Micro-batches that differ: one that holds all documents is the largest."""
+    if baseline.packed:
+        return [max_tokens // share for share in SHARES]
+    holds_all = next((size for size in DOCUMENTS if size >= most_documents), DOCUMENTS[-1])
+    return [size for size in DOCUMENTS if size <= holds_all]
+
+
+def _largest_paying(taken_s: dict[Setting, float], compiled: bool) -> int:
+    """Below the best micro-batch without it checkpointing only adds work."""
+    plain = [each for each in taken_s if each.compiled == compiled and not each.checkpointing]
+    return min(plain, key=taken_s.__getitem__).batch if plain else 0
 
 
 def _apply(baseline: Baseline, setting: Setting) -> None:
@@ -74,7 +81,7 @@ def _apply(baseline: Baseline, setting: Setting) -> None:
 
 def _measured(
     baseline: Baseline, setting: Setting, global_batches: Sequence[GlobalBatch], world: World
-) -> dict[str, Any]:
+) -> Row:
     _apply(baseline, setting)
     try:
         seconds = []

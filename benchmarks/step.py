@@ -13,11 +13,12 @@ is one line, and no figure.
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def _rates(counts: Sequence[float], seconds: Sequence[float]) -> dict[str, float
     return measure.spread([count / taken_s for count, taken_s in zip(counts, seconds)])
 
 
-def compare(bench: Bench, text: str) -> list[dict[str, Any]]:
+def compare(bench: Bench, text: str) -> Iterator[dict[str, Any]]:
     """A row for each variant at one distribution of lengths, and before them those of a sweep.
 
     Raises:
@@ -179,32 +180,29 @@ def compare(bench: Bench, text: str) -> list[dict[str, Any]]:
     """
     lengths = parse_lengths(text, bench.config.data.max_length)
     global_batches = bench.draw(lengths, WARM_UP + bench.arguments.steps)
-    swept = _swept(bench, text) if bench.arguments.sweep else []
+    if bench.arguments.sweep:
+        yield from _swept(bench, text)
     for variant in bench.variants:
         _make_fit(variant, global_batches[0], bench.world)
     check = _build_check(bench)
     seconds = measure.rounds(bench.variants, global_batches, bench.world, check)
-    rows = []
     for variant in bench.variants:
         row = bench.row(variant, global_batches[WARM_UP:], seconds[variant.name][WARM_UP:], check)
         row |= {"data": "excluded", "lengths": text}
-        rows.append(row | _inside(bench, variant, global_batches[-1], row["step_s"]["median"]))
-    return swept + rows
+        yield row | _inside(bench, variant, global_batches[-1], row["step_s"]["median"])
 
 
-def _swept(bench: Bench, text: str) -> list[dict[str, Any]]:
+def _swept(bench: Bench, text: str) -> Iterator[dict[str, Any]]:
     """Sets each baseline to what is best for it, and says what was tried."""
     lengths = parse_lengths(text, bench.config.data.max_length)
     tried = bench.draw(lengths, 1 + STEPS)
     about = {**bench.machine, "data": "sweep", "lengths": text}
     pairs = [pair_tokens(each.student_tokens, each.teacher_tokens) for each in tried[1:]]
-    rows = []
     for variant in bench.variants:
         if isinstance(variant, Baseline):
             for row in sweep(variant, tried, bench.config.memory.max_tokens, bench.world):
                 rate = sum(pairs) / len(pairs) / row["step_s"] if "step_s" in row else None
-                rows.append(about | row | {"pairs_per_s": rate})
-    return rows
+                yield about | row | {"pairs_per_s": rate}
 
 
 def _build_check(bench: Bench) -> Check:
@@ -308,7 +306,7 @@ def linear(bench: Bench, text: str) -> list[dict[str, Any]]:
 
 
 def run(bench: Bench) -> int:
-    """Measures what the command line asks for; rank 0 writes each part when it is there, and prints
+    """Measures what the command line asks for; rank 0 writes each row when it is there, and prints
     them all."""
     arguments = bench.arguments
     measured = linear if arguments.linear else compare
@@ -316,11 +314,15 @@ def run(bench: Bench) -> int:
     if not arguments.linear and _has_data(bench.config):
         parts.append(functools.partial(included, bench))
     rows: list[dict[str, Any]] = []
-    for part in parts:
-        rows += part()
-        if bench.world.is_main and arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = arguments.out if bench.world.is_main else None
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("")
+    for row in itertools.chain.from_iterable(part() for part in parts):
+        rows.append(row)
+        if out is not None:
+            with out.open("a") as file:
+                print(json.dumps(row), file=file)
     if not bench.world.is_main:
         return 0
     show = tables.show_linear if arguments.linear else tables.show
