@@ -68,15 +68,19 @@ def shown(rows: Sequence[Row]) -> list[dict[str, str]]:
     return lines
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry of `python -m benchmarks.evaluation`."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks.evaluation")
     parser.add_argument(
         "config", type=Path, metavar="CONFIG", help="evaluate-SEED.toml of a recipe"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a JSON line per language")
-    arguments = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of `python -m benchmarks.evaluation`."""
+    arguments = build_parser().parse_intermixed_args(argv)
     world = None
     try:
         world = connect()
