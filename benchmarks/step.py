@@ -395,7 +395,7 @@ def _configure(arguments: argparse.Namespace) -> Config:
     # Variants take turns in one pool; the profiler tells of each start and stop; PEFT warns.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    deprecated = "`is_gradient_checkpointing`"
+    deprecated = "`(is_)?gradient_checkpointing"
     warnings.filterwarnings("ignore", category=FutureWarning, message=deprecated)
     stage = 3 if "RANK" in os.environ else 0
     ours = [f"zero.stage={stage}", "lora.dropout=0.0"]
