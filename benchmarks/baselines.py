@@ -219,7 +219,8 @@ def build_baseline(name: str, config: Config, models: Models, world: World) -> B
     packed = name == "unpadded"
     linear = nn.functional.linear  # DeepSpeed sets its own, for the whole process
     module, patches = build_distillation(config, models, world, packed=packed)
-    engine = PlainEngine(config, module) if config.zero.stage == 0 else _Zero(config, module, world)
+    kind = PlainEngine if config.zero.stage == 0 else _Zero
+    engine = kind(config, module, world)
     patches.append((nn.functional, "linear", nn.functional.linear))
     nn.functional.linear = linear
     batch = config.memory.max_tokens if packed else BATCH

@@ -3,6 +3,7 @@
     python -m benchmarks.step CONFIG [section.key=value ...] --baseline all \\
         --lengths 350,40,equal --out step.jsonl
     deepspeed --num_gpus 8 --module benchmarks.step CONFIG ...     # the same under ZeRO-3
+    deepspeed --num_gpus 8 --module benchmarks.step CONFIG --layouts   # and with whole weights
     python -m benchmarks.step --scaling step-1.jsonl step-8.jsonl  # efficiency over rank counts
 
 The learning rate is 0: the optimizer does all its work, yet every variant sees the same weights in
@@ -94,7 +95,8 @@ class Check:
         """Raises: ValueError: They differ; on every rank alike."""
         values = [self.world.sum(result[0].clone()).item(), result[1].item()]
         other, expected = self.first.setdefault(step, (name, values))
-        tolerance = self.tolerance_of_ours if "ours" in (name, other) else self.tolerance
+        is_ours = [each.startswith("ours") for each in (name, other)]
+        tolerance = self.tolerance_of_ours if any(is_ours) else self.tolerance
         for kind, value, wanted in zip(("loss", "gradient norm"), values, expected):
             error = abs(value - wanted) / abs(wanted)
             self.worst[name] = max(self.worst.get(name, 0.0), error)
@@ -151,6 +153,7 @@ class Bench:
         return {
             "variant": variant.name,
             **self.machine,
+            "zero_stage": getattr(variant, "config", self.config).zero.stage,
             "batch": getattr(variant, "batch", self.config.memory.max_tokens),
             "checkpointing": getattr(variant, "checkpointing", False),
             "compiled": getattr(variant, "compiled", False),
@@ -337,12 +340,13 @@ def _has_data(config: Config) -> bool:
 
 
 def build_bench(arguments: argparse.Namespace, config: Config, world: World) -> Bench:
-    models = world.together(lambda: build_models(config, arguments.random_weights, world))
-    engine = build_engine(config, models.stack, world)
-    engine.load_trained_state(models.trained, updates=0)
+    ours, models = _build_ours(config, arguments.random_weights, world)
+    variants: list[Variant] = [ours]
+    if arguments.layouts:
+        whole = dataclasses.replace(config, zero=dataclasses.replace(config.zero, stage=0))
+        variants.append(_build_ours(whole, arguments.random_weights, world, "ours, whole")[0])
     choice = "" if arguments.linear else arguments.baseline
     baselines = build_baselines(choice, config, models, world)
-    ours = Ours(config=config, world=world, engine=engine, module=models.stack)
     dtype = getattr(torch, config.model.dtype)
     machine = environment(world) | {
         "driver": measure.driver(world.device),
@@ -359,7 +363,17 @@ def build_bench(arguments: argparse.Namespace, config: Config, world: World) -> 
         layer_bytes = models.matmul_parameters // models.decoder.num_hidden_layers * dtype.itemsize
         machine["all_gather_gbytes_per_s"] = measure.all_gather_gbytes_per_s(layer_bytes, world)
     parts = {"config": config, "world": world, "models": models, "machine": machine}
-    return Bench(**parts, variants=[ours, *baselines], arguments=arguments)
+    return Bench(**parts, variants=[*variants, *baselines], arguments=arguments)
+
+
+def _build_ours(
+    config: Config, weights: str, world: World, name: str = "ours"
+) -> tuple[Ours, Models]:
+    """Ours with starts at which every adapter works. Args: weights: As `build_models`' shape."""
+    models = world.together(lambda: build_models(config, weights, world))
+    engine = build_engine(config, models.stack, world)
+    engine.load_trained_state(models.trained, updates=0)
+    return Ours(config=config, world=world, engine=engine, module=models.stack, name=name), models
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -386,6 +400,8 @@ def _configure(arguments: argparse.Namespace) -> Config:
         raise ValueError("name a CONFIG, such as configs/nllb600m_llama3_8b.toml")
     if arguments.baseline not in ("", *BASELINES):
         raise ValueError(f"--baseline {arguments.baseline}: write padded, unpadded or all")
+    if arguments.layouts and "RANK" not in os.environ:
+        raise ValueError("--layouts compares ranks that share weights: start them with deepspeed")
     if arguments.steps < 1:
         raise ValueError(f"--steps must be at least 1, not {arguments.steps}")
     if arguments.device == "cpu":
@@ -425,6 +441,8 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=5, metavar="N", help=steps)
     add("--tokens", type=int, metavar="N", help="a step's tokens, each side, over all ranks")
     add("--random-weights", default="", metavar="SHAPE", help="such as llama3_8b+nllb600m")
+    both = "with sharded weights (zero.stage=3), and with whole ones beside (0)"
+    add("--layouts", action="store_true", help=both)
     packs = "our cost per token at packs of 2k to 32k tokens"
     add("--linear", action="store_true", help=packs)
     add("--out", type=Path, metavar="FILE", help="a JSON line per variant, and a chart beside it")

@@ -275,8 +275,9 @@ class MemoryConfig:
 class ZeroConfig:
     """How weights are spread over GPUs."""
 
-    stage: Literal[0, 3] = 3
-    """3: each GPU holds a slice of everything (DeepSpeed's ZeRO-3); 0: plain PyTorch on one GPU."""
+    stage: Literal["auto", 0, 3] = "auto"
+    """0: whole on each GPU, in plain PyTorch; 3: a slice of everything on each GPU (DeepSpeed's
+    ZeRO-3); "auto": 0 where the estimate of memory says that it fits, else 3, and 3 on CPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -625,7 +626,7 @@ def _convert(value: Any, hint: Any, dotted: str) -> Any:
     if origin is Annotated:  # a PathText
         return hint.__metadata__[0](_convert(value, arguments[0], dotted))
     if origin is Literal:
-        if value not in arguments or type(value) is not type(arguments[0]):
+        if (type(value), value) not in [(type(each), each) for each in arguments]:
             raise ValueError(
                 f"{dotted} must be one of {', '.join(map(repr, arguments))}, not {value!r}"
             )

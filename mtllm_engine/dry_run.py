@@ -25,6 +25,7 @@ from mtllm_engine.model.build import read_models
 from mtllm_engine.train import assemble, prepare
 from mtllm_engine.training import memory
 from mtllm_engine.training.launch import run_command
+from mtllm_engine.training.layout import settle
 from mtllm_engine.training.log import environment, header, pair_tokens, print_table
 from mtllm_engine.training.step import train_step
 from mtllm_engine.world import World
@@ -63,11 +64,11 @@ def _link_corpora(run: Path, folder: Path) -> None:
 def _step(asked: Config, config: Config, world: World) -> None:
     """Args: asked: The configuration with its own run.dir."""
     start_s, libraries = time.perf_counter(), _peak_bytes(world)
-    config = world.on_main(lambda: prepare(config))
+    config, layout = settle(world.on_main(lambda: prepare(config)), world)
     assembled = assemble(config, world)
     if world.is_main:
         about = (config, world, assembled.stack, assembled.tokenizer)
-        rows = header(*about, 0, assembled.fit, device=environment(world)["device"])
+        rows = header(*about, 0, assembled.fit, layout, device=environment(world)["device"])
         print_table({key: row.replace(config.run.dir, asked.run.dir) for key, row in rows.items()})
     batch = agree(assembled.stream, world, config.memory.max_tokens)
     assembled.stream.close()

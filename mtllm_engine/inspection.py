@@ -77,6 +77,7 @@ class Inspection:
         self.stack: Stack | None = None
         self.tokenizer: PairTokenizer | None = None
         self.memory: Memory | None = None
+        self.layout = ""
         self.disk_bytes = 0
 
     def looked(self) -> "Inspection":
@@ -106,13 +107,11 @@ class Inspection:
         if gpus < 1:
             self.problems.append(f"--gpus must be at least 1, not {gpus}")
         lanes = f"{gpus} ranks need at least as many data.lanes; there are {config.data.lanes}"
-        stage = f"zero.stage=0 runs on one rank, not {gpus}; set zero.stage=3"
         kind = 'objective.kind = "finetune": that is `mtllm finetune`, this distils'
         states = "data.teacher_states is empty: name the states that are to be written"
         finetunes = config.objective.kind == "finetune"
         for is_wrong, message, *keys in (
             (gpus > config.data.lanes, lanes, "data.lanes"),
-            (gpus > 1 and config.zero.stage == 0, stage, "zero.stage"),
             (self.command == "train" and finetunes, kind, "objective.kind"),
             (
                 self.command == "targets" and not config.data.teacher_states,
@@ -388,13 +387,25 @@ class Inspection:
             self._look_at_earlier(settled)
 
     def _look_at_sizes(self, encoder: "PreTrainedConfig", spec: "DecoderSpec") -> None:
-        from mtllm_engine.training import memory
+        from mtllm_engine.training import layout, memory
         from mtllm_engine.world import device_type
 
         config = self.settled
         if self.gpus < 1 or not self.knows("memory", "data", "zero"):
             return
-        rows = memory.estimate(config, encoder, spec, self.gpus)
+        sizes = [memory_bytes()] if device_type() == "cuda" else []
+
+        def estimate() -> list[memory.Row]:
+            chosen = layout.choose(config, encoder, spec, self.gpus, sizes)
+            self.layout = chosen.words
+            if chosen.stage == layout.WHOLE and config.deepspeed:
+                self.warnings.append(f"weights are {chosen.words}; set zero.stage=3 to use it")
+            settled = replace(config, zero=replace(config.zero, stage=chosen.stage))
+            return memory.estimate(settled, encoder, spec, self.gpus)
+
+        rows = self.ask(estimate)  # DeepSpeed's table is read for it
+        if rows is None:
+            return
         held, needed, there = memory.held(rows), memory.total(rows), memory_bytes()
         where = "a GPU"
         if device_type() == "cpu":  # which all ranks share
@@ -492,7 +503,7 @@ class Inspection:
         earlier = checkpoint.latest(Path(self.config.run.dir) / "checkpoints")
         start = checkpoint.step_of(earlier) if earlier else 0
         about = (self.settled, world, self.stack, self.tokenizer, start, None)
-        rows = log.header(*about, device=machine["device"])
+        rows = log.header(*about, self.layout, device=machine["device"])
         rows |= {"memory": self.memory.row()} if self.memory else {}
         if self.disk_bytes:
             free = shutil.disk_usage(nearest_folder(Path(self.config.run.dir))).free

@@ -26,6 +26,7 @@ from mtllm_engine.train import find_task, prepare
 from mtllm_engine.training import checkpoint
 from mtllm_engine.training.engine import PlainEngine, ZeroEngine, build_engine, shard
 from mtllm_engine.training.launch import run_command
+from mtllm_engine.training.layout import settle
 from mtllm_engine.training.lock import sole_owner
 from mtllm_engine.training.origins import check_origins
 from mtllm_engine.world import World
@@ -59,6 +60,7 @@ def write_targets(config: Config, world: World) -> None:
             lambda: [path for path in corpora if not _is_there(path, name, maker)]
         )
         if missing:
+            config, _ = settle(config, world)
             teacher = _build_teacher(config, world)
             for corpus in missing:
                 _write(config, world, teacher, corpus, maker)

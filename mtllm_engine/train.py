@@ -32,6 +32,7 @@ from mtllm_engine.training.engine import (
     shard,
 )
 from mtllm_engine.training.launch import run_command, stop_requests, wait_if_abandoned
+from mtllm_engine.training.layout import settle as settle_layout
 from mtllm_engine.training.lock import sole_owner
 from mtllm_engine.training.log import RunLog, write_header
 from mtllm_engine.training.origins import check_origins
@@ -67,10 +68,10 @@ def learn(config: Config, world: World) -> None:
         ValueError: Something the user can mend; the message names it and the fix.
     """
     with sole_owner(Path(config.run.dir), world):
-        config = world.on_main(lambda: prepare(config))
+        config, layout = settle_layout(world.on_main(lambda: prepare(config)), world)
         done = world.on_main(lambda: checkpoint.steps_done(config))
         if done < config.optim.steps:
-            _run(config, world)
+            _run(config, world, layout)
         else:
             world.on_main(lambda: _tell_done(config, done))
 
@@ -92,7 +93,7 @@ def assemble(config: Config, world: World) -> Assembled:
     """Reads the models and opens the corpora; nothing of an earlier run is loaded.
 
     Args:
-        config: As `prepare` returns it.
+        config: As `prepare` returns it, its layout settled.
 
     Raises:
         ValueError: As `learn`.
@@ -110,13 +111,13 @@ def assemble(config: Config, world: World) -> Assembled:
     return Assembled(stack, tokenizer, stream, measure_probe, fit, flops, engine)
 
 
-def _run(config: Config, world: World) -> None:
-    """Trains to the last step, or until it is asked to stop."""
+def _run(config: Config, world: World, layout: str) -> None:
+    """Trains to the last step, or until it is asked to stop. Args: layout: In words."""
     run_dir = Path(config.run.dir)
     stack, tokenizer, stream, measure_probe, fit, flops, engine = assemble(config, world)
     progress = checkpoint.restore(config, world, engine, stream)
     start = progress.step
-    world.on_main(lambda: write_header(config, world, stack, tokenizer, start, fit))
+    world.on_main(lambda: write_header(config, world, stack, tokenizer, start, fit, layout))
     with (
         RunLog(config, world, stack.objective.measures, flops, progress=progress) as log,
         stop_requests(run_dir) as stop_requested,

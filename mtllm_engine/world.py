@@ -116,12 +116,16 @@ def device_type() -> str:
 def connect(*, timeout_s: float = 1800.0) -> World:
     """Joins the ranks that the launcher's environment describes (RANK, WORLD_SIZE, LOCAL_RANK), or
     stands alone.
+
+    Raises:
+        ValueError: This machine has more ranks than GPUs.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     device = torch.device("cuda", local_rank) if device_type() == "cuda" else torch.device("cpu")
     if device.type == "cuda":
+        check_gpus(local_size)
         torch.cuda.set_device(device)
     else:
         _share_cores(local_size)
@@ -147,6 +151,18 @@ def connect(*, timeout_s: float = 1800.0) -> World:
         local_size=local_size,
         host_group=host_group,
     )
+
+
+def check_gpus(count: int) -> None:
+    """Whether each of so many ranks of this machine has a GPU of its own, if they run on GPUs.
+
+    Raises:
+        ValueError: There are fewer.
+    """
+    there = torch.cuda.device_count()
+    if device_type() == "cuda" and count > there:
+        found = "there is one" if there == 1 else f"there are {there}"
+        raise ValueError(f"{count} ranks need a GPU each, and {found}: use --gpus {there}")
 
 
 def _share_cores(local_size: int) -> None:

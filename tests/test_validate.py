@@ -157,10 +157,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     ),
     "ranks": (
         {"gpus": 9},
-        ["zero.stage=0", "deepspeed.optimizer.type=Adam"],
+        ["zero.stage=1", "deepspeed.optimizer.type=Adam"],
         [
+            "zero.stage must be one of 'auto', 0, 3, not 1",
             "9 ranks need at least as many data.lanes; there are 4",
-            "zero.stage=0 runs on one rank, not 9; set zero.stage=3",
             'deepspeed.optimizer.type = "Adam": leave it out: use optim.lr, optim.betas, optim.eps '
             "and optim.weight_decay (it is AdamW)",
         ],

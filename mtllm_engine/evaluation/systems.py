@@ -30,6 +30,7 @@ from mtllm_engine.model.tensors import resolve
 from mtllm_engine.model.weights import checkpoint_tensors, has_head
 from mtllm_engine.tasks import Dataset, Example, Task, digest_of, find_dataset, load_task, pack
 from mtllm_engine.training.engine import build_engine, shard
+from mtllm_engine.training.layout import settle
 from mtllm_engine.training.origins import check_origins, summed_in
 from mtllm_engine.world import AgreedError, World
 
@@ -94,7 +95,7 @@ class Reader:
         lora = world.together(lambda: sum_of([read_lora(Path(each)) for each in checkpoints]))
         model = replace(config.model, init_from=tuple(checkpoints), teacher="")
         objective = replace(config.objective, kind="finetune", reader=kind)
-        self.config = replace(config, model=model, objective=objective, lora=lora)
+        self.config, _ = settle(replace(config, model=model, objective=objective, lora=lora), world)
         self.world, head = world, task.head_size
         world.on_main(lambda: check_origins(self.config))
         stack, weights = world.together(lambda: build_stack(self.config, head=head, learns=False))

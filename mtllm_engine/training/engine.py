@@ -1,5 +1,5 @@
-"""How a step's gradients meet and the weights move: ZeRO-3 by DeepSpeed, or plain PyTorch on one
-rank.
+"""How a step's gradients meet and the weights move: weights whole on every rank, in plain PyTorch,
+or ZeRO-3 by DeepSpeed.
 
 The only file that imports deepspeed. Both engines offer the same few methods, so the training loop
 has one form.
@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -55,7 +55,7 @@ INSTEAD = {
     "prescale_gradients": _GRADIENTS,
     "gradient_predivide_factor": _GRADIENTS,
     "gradient_allreduce_op": _GRADIENTS,
-    "zero_optimization.stage": "use zero.stage, which is 3 or 0",
+    "zero_optimization.stage": "use zero.stage, which is auto, 0 or 3",
     "zero_optimization.offload_optimizer": _MEMORY,
     "zero_optimization.cpu_offload": _MEMORY,
     "zero_optimization.cpu_offload_use_pin_memory": _MEMORY,
@@ -129,23 +129,22 @@ def shard(stack: Stack, weights: Weights, config: Config, world: World) -> Stack
 
 
 def build_engine(config: Config, stack: Stack, world: World) -> "PlainEngine | ZeroEngine":
-    """Raises: ValueError: `zero.stage` is 0 on more than one rank."""
-    if config.zero.stage == 3:
-        return ZeroEngine(config, stack, world)
-    if world.size > 1:
-        raise AgreedError(
-            ValueError(f"zero.stage=0 runs on one rank, not {world.size}; set zero.stage=3")
-        )
-    return PlainEngine(config, stack)
+    """The engine of a layout. Args: config: As `layout.settle` returns it."""
+    assert config.zero.stage in (0, 3), "layout.settle decides what auto is"
+    return (ZeroEngine if config.zero.stage == 3 else PlainEngine)(config, stack, world)
 
 
 class PlainEngine:
-    """One process, the whole model: the same methods as `ZeroEngine`."""
+    """The whole model on every rank: the same methods as `ZeroEngine`.
 
-    def __init__(self, config: Config, stack: Stack) -> None:
-        self.stack = stack
+    What is trained is small, so that its gradients meet in one fp32 sum over the ranks a step.
+    """
+
+    def __init__(self, config: Config, stack: Stack, world: World) -> None:
+        self.stack, self.world = stack, world
         self.clip = config.optim.clip
         self.optimizer = _build_optimizer(stack, config.optim)
+        self.gradients = _flat_gradients(_trained(stack).values(), world.device)
 
     def __call__(self, batch: Batch, totals: Totals) -> Share:
         return self.stack(batch, totals)
@@ -155,14 +154,15 @@ class PlainEngine:
         loss_share.backward()
 
     def step(self, lr: float) -> torch.Tensor:
-        """Clips, updates and forgets the gradients; returns their norm before clipping. Where that
-        is not finite there is no update."""
+        """Sums the ranks' gradients, clips, updates and forgets them; returns their norm before
+        clipping. Where that is not finite there is no update, on any rank."""
         _set_lr(self.optimizer, lr)
+        self.world.sum(self.gradients)
         norm = nn.utils.clip_grad_norm_(_trained(self.stack).values(), self.clip or float("inf"))
         # AdamW then leaves values, moments and its own count as they are, without a host wait.
         self.optimizer.found_inf = (~norm.isfinite()).float()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.gradients.zero_()
         return norm.detach()
 
     @contextlib.contextmanager
@@ -179,20 +179,37 @@ class PlainEngine:
         return _updates(self.optimizer)
 
     def trained_state(self) -> TrainedState:
-        """What is trained, with its moments."""
+        """What is trained, with its moments: returned on rank 0 (elsewhere empty).
+
+        Raises:
+            ValueError: The ranks hold different numbers, which only a broken device makes.
+        """
+        trained = _trained(self.stack)
+        self._compare(trained.values())
         return {
             name: {"value": parameter.detach().cpu().clone()}
             | {key: self.optimizer.state[parameter][key].cpu().clone() for key in MOMENTS}
-            for name, parameter in _trained(self.stack).items()
+            for name, parameter in trained.items()
+            if self.world.is_main
         }
 
     @torch.no_grad()
     def load_trained_state(self, state: TrainedState, updates: int) -> None:
-        """Continues from `trained_state` after so many updates."""
+        """Continues from `trained_state` after so many updates; every rank passes it whole."""
         for name, parameter in _trained(self.stack).items():
             parameter.copy_(state[name]["value"])
             moments = {key: state[name][key].to(parameter.device, copy=True) for key in MOMENTS}
             self.optimizer.state[parameter] = _adamw_state(updates, moments)
+
+    def _compare(self, trained: Iterable[nn.Parameter]) -> None:
+        """All ranks made the same updates of the same sums, so that all bits must be the same."""
+        bits = [each.detach().view(torch.int32).sum(dtype=torch.int64) for each in trained]
+        sums = [each for (each,) in self.world.gather_ints([int(sum(bits))])]
+        if len(set(sums)) > 1:
+            odd = next(rank for rank, each in enumerate(sums) if each != sums[0])
+            reason = f"rank {odd} has trained other numbers than rank 0, from the same gradients"
+            fix = "look at that GPU; the earlier checkpoints are intact"
+            raise AgreedError(ValueError(f"{reason}: {fix}"))
 
 
 class ZeroEngine:
@@ -472,6 +489,16 @@ def fill(parameter: nn.Parameter, name: str, weights: Weights, world: World) -> 
     for start in range(offset, stop, CHUNK):
         end = min(start + CHUNK, stop)
         target[start - offset : end - offset].copy_(weights.read(name, start, end))
+
+
+def _flat_gradients(trained: Iterable[nn.Parameter], device: torch.device) -> torch.Tensor:
+    """The gradients, fp32, as one tensor of zeros: backward adds to its parts."""
+    parameters = list(trained)
+    sizes = [parameter.numel() for parameter in parameters]
+    flat = torch.zeros(sum(sizes), device=device)
+    for parameter, part in zip(parameters, flat.split(sizes), strict=True):
+        parameter.grad = part.view_as(parameter)
+    return flat
 
 
 def _build_optimizer(stack: Stack, optim: OptimConfig) -> torch.optim.AdamW | None:

@@ -16,7 +16,7 @@ from mtllm_engine import config as configs
 from mtllm_engine.config import Config
 from mtllm_engine.files import process_stat
 from mtllm_engine.training.lock import started
-from mtllm_engine.world import AgreedError, World, connect
+from mtllm_engine.world import AgreedError, World, check_gpus, connect
 
 LAUNCHERS = {"deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch"}
 LAUNCHERS |= {"torchrun", "torch.distributed.run", "torch.distributed.launch"}
@@ -29,7 +29,12 @@ _stopping = threading.Event()  # a signal asked for a stop in order
 
 
 def launcher(module: str, gpus: int) -> list[str]:
-    """The command that starts a module's ranks on this node; sets what their environment needs."""
+    """The command that starts a module's ranks on this node; sets what their environment needs.
+
+    Raises:
+        ValueError: There are fewer GPUs.
+    """
+    check_gpus(gpus)
     if not os.path.exists("/dev/nvidiactl"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Ranks that share cores must not spin while they wait.

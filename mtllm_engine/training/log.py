@@ -205,18 +205,21 @@ def write_header(
     tokenizer: PairTokenizer,
     start: int,
     fit: Fit | None,
+    layout: str,
 ) -> None:
     """Writes config.toml and environment.json, and prints what the run is.
 
     Args:
         start: Steps done before.
         fit: The projection's start, where it was solved for.
+        layout: How weights lie on the ranks, in words.
     """
     folder, machine = Path(config.run.dir), environment(world)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.toml", dumps(config))
     write_text(folder / "environment.json", json.dumps(machine, indent=1))
-    print_table(header(config, world, stack, tokenizer, start, fit, device=machine["device"]))
+    about = (config, world, stack, tokenizer, start, fit, layout)
+    print_table(header(*about, device=machine["device"]))
 
 
 def header(
@@ -226,6 +229,7 @@ def header(
     tokenizer: PairTokenizer,
     start: int,
     fit: Fit | None,
+    layout: str,
     *,
     device: str,
 ) -> dict[str, str]:
@@ -248,7 +252,8 @@ def header(
         "texts": tokenizer.around,
         "projection": str(fit or ""),
         "parameters": _parameters(config, stack),
-        "device": f"{world.size} x {device}, ZeRO stage {config.zero.stage}",
+        "device": f"{world.size} x {device}",
+        "weights": layout,
         "step": f"{data.lanes} packs of {pack}, {micro_batches}",
         "corpora": ", ".join(data.train),
         "licences": _licences(config, stack),

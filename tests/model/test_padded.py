@@ -205,7 +205,7 @@ def test_three_steps_are_those_of_a_padded_loop(folder: Path, kind: str):
     config = configure(folder, kind, lora={"dropout": 0.0, "rank": 4, "alpha": 8.0})
     stack = build(config)
     pair = Pair(kind, config, stack, read_by_transformers(folder / kind, kind))
-    engine, linear, llm = PlainEngine(config, stack), nn.Linear(16, 48), load_llm(config)
+    engine, linear, llm = PlainEngine(config, stack, ALONE), nn.Linear(16, 48), load_llm(config)
     documents, losses = pair.documents(EXTREMES), []
     totals = Totals(documents=len(documents), spans=len(documents))
     for _ in range(3):

@@ -1,12 +1,13 @@
 """Trains on this rank of a world, with gradients that are not finite in some steps: `python -m
-tests.support.poison_worker PATH`, a configuration in PATH.toml, its poison in PATH.json.
+tests.support.poison_worker PATH`, the runs in PATH.json, one after another.
 """
 
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -16,43 +17,54 @@ from mtllm_engine.config import Config, dumps, load
 from mtllm_engine.training import step as steps
 from mtllm_engine.world import World, connect
 from tests.support.machine import HANG_S, launch
+from tests.support.stages import rows
 
 POISONED = "projection.weight"
 
 
-def learn_on(
-    world_size: int, config: Config, poison: Mapping[int, float], *, stop_at: int = 0
-) -> str:
-    """A run, in this process (0) or on ranks of their own; returns its error, if it has one.
+class Run(NamedTuple):
+    """A run, or a part of one."""
 
-    Args:
-        poison: Step -> what one number of one gradient is there, on the last rank.
-        stop_at: The step that is to be the last one, if any.
-    """
+    config: Config
+    poison: Mapping[int, float]
+    """Step -> what one number of one gradient is there, on the last rank."""
+    stop_at: int = 0
+    """The step that is to be the last one, if any."""
+
+
+class Outcome(NamedTuple):
+    """What became of a run, and how many steps its folder tells of."""
+
+    error: str
+    steps: int
+
+
+def learn_on(world_size: int, runs: Sequence[Run], folder: Path) -> list[Outcome]:
+    """Runs, in this process (0) or on ranks that are started once for all of them."""
     if world_size == 0:
         alone = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-        return _learn(config, alone, poison, stop_at)
-    path = Path(f"{config.run.dir}.toml")
-    path.write_text(dumps(config))
+        return [_learn(run, alone) for run in runs]
+    path = folder / "runs"
+    for number, run in enumerate(runs):
+        path.with_suffix(f".{number}.toml").write_text(dumps(run.config))
     # NaN and infinity as Python's JSON writes and reads them.
-    path.with_suffix(".json").write_text(json.dumps([dict(poison), stop_at]))
+    path.with_suffix(".json").write_text(json.dumps([run[1:] for run in runs]))
     launch(world_size, "tests.support.poison_worker", path)
-    return path.with_suffix(".error").read_text()
+    return [Outcome(*each) for each in json.loads(path.with_suffix(".outcomes").read_text())]
 
 
-def _learn(config: Config, world: World, poison: Mapping[int, float], stop_at: int) -> str:
-    with _poisoned(world, poison, Path(config.run.dir) / "STOP", stop_at):
+def _learn(run: Run, world: World) -> Outcome:
+    folder, error = Path(run.config.run.dir), ""
+    with _poisoned(world, run, folder / "STOP"):
         try:
-            training.learn(config, world)
-        except ValueError as error:
-            return str(error)
-    return ""
+            training.learn(run.config, world)
+        except ValueError as raised:
+            error = str(raised)
+    return Outcome(error, sum("loss" in row for row in rows(folder)) if world.is_main else 0)
 
 
 @contextlib.contextmanager
-def _poisoned(
-    world: World, poison: Mapping[int, float], stop: Path, stop_at: int
-) -> Iterator[None]:
+def _poisoned(world: World, run: Run, stop: Path) -> Iterator[None]:
     number = 0
     build_engine, train_step = training.build_engine, steps.train_step
 
@@ -62,15 +74,15 @@ def _poisoned(
         return engine
 
     def spoil(gradient: torch.Tensor) -> torch.Tensor:
-        if number in poison and world.rank == world.size - 1:
+        if number in run.poison and world.rank == world.size - 1:
             gradient = gradient.clone()
-            gradient.view(-1)[3] = poison[number]
+            gradient.view(-1)[3] = run.poison[number]
         return gradient
 
     def counted_step(config: Config, world: World, engine, global_batch, index: int):
         nonlocal number
         number = index + 1
-        if number == stop_at - 1 and world.is_main:
+        if number == run.stop_at - 1 and world.is_main:
             stop.touch()  # ranks look for it when they start a step
         return train_step(config, world, engine, global_batch, index)
 
@@ -84,9 +96,11 @@ def _poisoned(
 if __name__ == "__main__":
     path = Path(sys.argv[1])
     world = connect(timeout_s=HANG_S)
-    poison, stop_at = json.loads(path.with_suffix(".json").read_text())
-    poison = {int(step): value for step, value in poison.items()}
-    error = _learn(load(path), world, poison, stop_at)
+    outcomes = []
+    for number, (poison, stop_at) in enumerate(json.loads(path.with_suffix(".json").read_text())):
+        poison = {int(step): value for step, value in poison.items()}
+        run = Run(load(path.with_suffix(f".{number}.toml")), poison, stop_at)
+        outcomes.append(_learn(run, world))
     if world.is_main:
-        path.with_suffix(".error").write_text(error)
+        path.with_suffix(".outcomes").write_text(json.dumps(outcomes))
     world.close()

@@ -164,6 +164,7 @@ def build_config(folder: Path, **sections) -> Config:
         "data": {"train": str(folder / "train"), "lanes": 8, "pack_documents": 2, "max_length": 64},
         "optim": {"steps": 10, "lr": 1e-3},
         "memory": {"max_tokens": 160},
+        "zero": {"stage": 3},
     }
     for section, values in sections.items():
         tree[section] = tree.get(section, {}) | values

@@ -84,6 +84,61 @@ def ten_steps(folder: Path, world: World) -> dict:
     return {"keys": run(build_config(folder, **options, **ADAPTERS), world)}
 
 
+def whole(folder: Path, world: World) -> dict:
+    """Ten steps with the weights whole on each rank: what is summed over the ranks in each, and
+    what these hold in the end.
+    """
+    options = {"run": {"dir": str(folder / f"whole_{world.size}")}, "zero": {"stage": 0}}
+    with recorded_sums() as sums:
+        keys = run(build_config(folder, **options, **ADAPTERS), world)
+    return {"keys": keys, "sums": sums}
+
+
+@contextlib.contextmanager
+def recorded_sums():
+    """(numbers, bytes of one, floating point) of all that ranks add up."""
+    sums, reduce = [], torch.distributed.all_reduce
+
+    def recording(tensor: torch.Tensor, *rest, **options):
+        sums.append((tensor.numel(), tensor.element_size(), tensor.is_floating_point()))
+        return reduce(tensor, *rest, **options)
+
+    torch.distributed.all_reduce = recording
+    try:
+        yield sums
+    finally:
+        torch.distributed.all_reduce = reduce
+
+
+def relay(folder: Path, world: World) -> dict:
+    """A run that worlds of 1 to 4 ranks hand on, in turns sharded and whole."""
+    stage, steps = ((3, 2), (0, 3), (3, 3), (0, 0))[world.size - 1]
+    options = {"run": {"dir": str(folder / "relay")}, "zero": {"stage": stage}}
+    return {"keys": run(build_config(folder, **options, **ADAPTERS), world, stop_at=steps)}
+
+
+def broken_rank(folder: Path, world: World) -> dict:
+    """The last rank's device computed another number: nobody saves."""
+    options = {"run": {"dir": str(folder / "broken")}, "zero": {"stage": 0}}
+    config = build_config(folder, optim={"steps": 1}, **options)
+    save = training.checkpoint.save
+
+    def spoilt(config, world, engine, *rest):
+        if world.rank == world.size - 1:
+            with torch.no_grad():
+                engine.stack.projection.weight[0, 0].mul_(1 + 2**-23)
+        return save(config, world, engine, *rest)
+
+    training.checkpoint.save = spoilt
+    try:
+        run(config, world)
+        return {"error": ""}
+    except ValueError as raised:
+        return {"error": str(raised)}
+    finally:
+        training.checkpoint.save = save
+
+
 def recompute(folder: Path, world: World) -> dict:
     """Activation checkpointing: the recomputed student sees the same dropout."""
     options = {"run": {"dir": str(folder / "recompute")}, "memory": {"recompute": "layer"}}
@@ -156,7 +211,7 @@ def full_disk(folder: Path, world: World) -> dict:
 
 
 def task_runs(folder: Path, world: World) -> dict:
-    """The LLM learns a task, its states are stored, stage 2 learns from them; some ranks idle.
+    """As `learn_task`, sharded.
 
     Weights are released after each layer, as they are of models that do not fit: backward has to
     gather them again, of the LLM's first layer too, whose input has no gradient of its own.
@@ -164,14 +219,25 @@ def task_runs(folder: Path, world: World) -> dict:
     released = dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), 1)
     released |= {"stage3_param_persistence_threshold": 100}
     zero = {"zero": {"stage": 3}, "deepspeed": {"zero_optimization": released}}
+    return {"keys": learn_task(folder, world, f"{world.size}_ranks", zero)}
+
+
+def whole_task_runs(folder: Path, world: World) -> dict:
+    """As `learn_task`, and its evaluation, with the weights whole on each rank."""
+    keys = learn_task(folder, world, f"{world.size}_whole", {"zero": {"stage": 0}})
+    scores = evaluated_topics(folder, f"evaluate_{world.size}_whole", world, stage=0)
+    return {"keys": keys, "scores": scores}
+
+
+def learn_task(folder: Path, world: World, name: str, zero: dict) -> list[list[str]]:
+    """The LLM learns a task, its states are stored, stage 2 learns from them; some ranks idle."""
     finetune, stage2 = (
-        {"run": {"dir": str(folder / f"{step}_{world.size}_ranks")}, **zero}
-        for step in ("finetune", "stage2")
+        {"run": {"dir": str(folder / f"{step}_{name}")}, **zero} for step in ("finetune", "stage2")
     )
     run(finetuning_config(folder, "sib200", **finetune, **UNDROPPED), world)
     config = stage2_config(folder, "sib200", data={"teacher_states": "states"}, **stage2)
     write_targets(config, world)
-    return {"keys": run(config, world)}
+    return run(config, world)
 
 
 def texts_in_parts(folder: Path, world: World) -> dict:
@@ -289,6 +355,13 @@ def evaluated(folder: Path, name: str, world: World, *, stage: int) -> dict:
             world,
         )
         evaluate(evaluation_config(folder, "xquad", f"xquad:{folder}/squad", **spans), world)
+    return scores
+
+
+def evaluated_topics(folder: Path, name: str, world: World, *, stage: int) -> dict:
+    options = {"run": {"dir": str(folder / name)}, "zero": {"stage": stage}}
+    with recorded_scores() as scores:
+        evaluate(evaluation_config(folder, "sib200", f"sib200:{folder}/topics", **options), world)
     return scores
 
 
@@ -445,6 +518,7 @@ def padded_encoder(folder: Path, world: World) -> dict:
     read: Counter[str] = Counter()
     with counting_reads(read):
         run(padded_config(folder, f"padded_{world.size}"), world)
+    run(padded_config(folder, f"padded_{world.size}_whole", stage=0), world)
     pairs = [collectives(folder, world, is_real=is_real) for is_real in (True, False)]
     return {"read": read, "collectives": pairs}
 

@@ -14,7 +14,7 @@ from mtllm_engine.config import dumps
 from mtllm_engine.train import train
 from mtllm_engine.training.launch import launchers
 from mtllm_engine.training.lock import NAME, started
-from tests.support.machine import ROOT
+from tests.support.machine import HANG_S, ROOT
 from tests.support.stages import losses, rows
 from tests.support.tiny import build_config, build_corpus, build_decoder, build_encoder, build_world
 
@@ -98,6 +98,31 @@ def test_ranks_leave_with_a_killed_launcher_and_the_same_command_goes_on(models:
     train(plain, build_world())
     assert [row["step"] for row in rows(run)] == list(range(1, last + 3))
     assert not (run / NAME).exists() and len(losses(run)) == last + 2
+
+
+def test_a_dead_rank_takes_the_others_along_where_weights_are_whole(models: Path):
+    """As where they are sharded; what was saved stays, and the same command goes on."""
+    run = models / "lost"
+    sections = {"optim": {"steps": STEPS, "lr": 1e-3}, "checkpoint": {"every": 3, "keep": STEPS}}
+    config = build_config(models, run={"dir": str(run)}, zero={"stage": 0}, **sections)
+    (models / "lost.toml").write_text(dumps(config))
+    command = [sys.executable, "-m", "mtllm_engine.cli", "train", str(models / "lost.toml")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([*command, "--gpus", "2"], env=environ, **pipes) as launcher:
+        while launcher.poll() is None and not list(run.glob("checkpoints/step-*3")):
+            time.sleep(0.05)
+        ranks = {rank: started(rank) for rank in ranks_of(launcher.pid)}
+        assert len(ranks) == 2
+        os.kill(max(ranks), signal.SIGKILL)
+        launcher.communicate(timeout=HANG_S)
+    assert launcher.returncode
+    assert not any(started(rank) == start for rank, start in ranks.items())
+    last = int(sorted(run.glob("checkpoints/step-*"))[-1].name[5:])
+    assert 3 <= last < STEPS
+    sections["optim"] |= {"steps": last + 1, "warmup_ratio": 0.0}
+    train(build_config(models, run={"dir": str(run)}, zero={"stage": 0}, **sections), build_world())
+    assert [row["step"] for row in rows(run)] == list(range(1, last + 2))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""ZeRO-3 on 1 to 4 ranks against plain PyTorch: same packs and losses, exact resume, no traffic."""
+"""Weights sharded over 1 to 4 ranks, and whole on them, against plain PyTorch on one: same packs,
+losses, exact resume, no traffic.
+"""
 
 import contextlib
 import json
@@ -59,13 +61,14 @@ RESUME = ["stop_and_resume", "resume_other"]
 VARIANTS = ["recompute", "bf16"]
 DAMAGE = ["damaged_shard", "full_disk"]
 TRAFFIC = ["joint_forward", "two_passes"]
+EVERYWHERE = ["ten_steps", "whole", "relay"]
 TASK = ["task_runs", "evaluation"]
 MEASURED = {"loss", "grad_norm", "accuracy", "validation_accuracy", "validation_fvu"}
 FAMILIES = ("gemma3_text", "olmo2", "phi3")
 EXTRA = {
     1: ["evaluation", "texts_in_parts", "sums", "families"],
-    2: [*VARIANTS, *RESUME, *DAMAGE, *TRAFFIC, "task_runs"],
-    3: [*TASK, "texts_in_parts", "sums", "families"],
+    2: [*VARIANTS, *RESUME, *DAMAGE, *TRAFFIC, "task_runs", "broken_rank"],
+    3: [*TASK, "whole_task_runs", "texts_in_parts", "sums", "families"],
     4: ["evaluation"],
 }
 
@@ -131,7 +134,7 @@ def cut_corpus(folder: Path) -> None:
 def worlds(folder: Path) -> Path:
     """The folder, once worlds of 1 to 4 ranks have run their scenarios in it."""
     for size, extra in EXTRA.items():
-        launch(size, WORKER, folder, "ten_steps", *extra)
+        launch(size, WORKER, folder, *EVERYWHERE, *extra)
     return folder
 
 
@@ -155,16 +158,44 @@ def test_ranks_run_the_code_of_this_checkout(tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_any_number_of_ranks_trains_as_plain_pytorch_does(worlds: Path, size: int):
-    assert keys_by_step(worlds, "ten_steps", size) == keys_by_step(worlds, "ten_steps", 0)
+@pytest.mark.parametrize("layout", ["ten_steps", "whole"])
+def test_any_number_of_ranks_trains_as_plain_pytorch_does(worlds: Path, layout: str, size: int):
+    assert keys_by_step(worlds, layout, size) == keys_by_step(worlds, "ten_steps", 0)
     expected = losses(worlds / "ten_steps_0")
-    assert losses(worlds / f"ten_steps_{size}") == pytest.approx(expected, rel=1e-5)
+    assert losses(worlds / f"{layout}_{size}") == pytest.approx(expected, rel=1e-5)
     assert len(expected) == 10 and len(set(expected)) == 10
-    counts = [
-        sum(row.get("flops", 0) for row in rows(worlds / f"ten_steps_{count}"))
-        for count in (0, size)
-    ]
+    folders = (worlds / "ten_steps_0", worlds / f"{layout}_{size}")
+    counts = [sum(row.get("flops", 0) for row in rows(each)) for each in folders]
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_what_is_trained_is_summed_once_a_step_in_fp32(worlds: Path, size: int):
+    """A ring moves 2 (W - 1) / W of these bytes. What else is summed is for the log, in fp64."""
+    latest = worlds / f"whole_{size}" / "checkpoints" / "latest"
+    files = ("adapter_model.safetensors", "projection.safetensors")
+    values = [each for name in files for each in load_file(latest / name).values()]
+    trained = sum(each.numel() for each in values)
+    for result in results(worlds, "whole", size):
+        in_fp32 = [numbers for numbers, width, is_float in result["sums"] if is_float and width < 8]
+        assert in_fp32 == [trained] * 10
+        others = sum(numbers for numbers, width, _ in result["sums"] if width == 8)
+        assert others < 10 * 100
+
+
+def test_worlds_hand_a_run_on_whether_weights_are_whole_or_sharded(worlds: Path):
+    """In steps 2, 5 and 8, to one more rank and the other layout."""
+    assert losses(worlds / "relay") == pytest.approx(losses(worlds / "ten_steps_0"), rel=1e-5)
+    steps = [step for size in range(1, 5) for step in keys_by_step(worlds, "relay", size)]
+    assert steps == keys_by_step(worlds, "ten_steps", 0)
+    assert [len(keys_by_step(worlds, "relay", size)) for size in range(1, 5)] == [2, 3, 3, 2]
+
+
+def test_ranks_that_trained_other_numbers_save_nothing(worlds: Path):
+    for result in results(worlds, "broken_rank", 2):
+        assert "rank 1 has trained other numbers than rank 0" in result["error"]
+        assert "\n" not in result["error"]
+    assert not list((worlds / "broken" / "checkpoints").glob("step-*"))
 
 
 def test_activation_checkpointing_changes_nothing(worlds: Path):
@@ -267,15 +298,15 @@ def test_two_passes_would_gather_three_times(worlds: Path):
         assert min(result["ratios"]) >= 2.8
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("ranks", ["2_ranks", "3_ranks", "3_whole"])
 @pytest.mark.parametrize("step", ["finetune", "stage2"])
 def test_any_number_of_ranks_learns_a_task_as_plain_pytorch_does(
-    worlds: Path, step: str, size: int
+    worlds: Path, step: str, ranks: str
 ):
     """Stage 2 learns from states that these ranks stored, plain PyTorch from the live teacher."""
-    plain, sharded = rows(worlds / f"{step}-sib200"), rows(worlds / f"{step}_{size}_ranks")
-    assert len(sharded) == len(plain) == 5  # validation, three steps, validation
-    for before, after in zip(plain, sharded):
+    plain, parallel = rows(worlds / f"{step}-sib200"), rows(worlds / f"{step}_{ranks}")
+    assert len(parallel) == len(plain) == 5  # validation, three steps, validation
+    for before, after in zip(plain, parallel):
         for key in before.keys() & MEASURED:
             assert after[key] == pytest.approx(before[key], rel=1e-5), key
 
@@ -386,6 +417,20 @@ def test_any_number_of_ranks_scores_every_document_once(
     ]
     # 2 say nothing, 1 is a cache of translations.
     assert saved[0] == saved[1] and len(saved[0]) == 7 + 4 + 6 + 2 + 1
+
+
+def test_ranks_with_whole_weights_score_every_document_once(
+    worlds: Path, plain_scores: dict[str, dict]
+):
+    for result in results(worlds, "whole_task_runs", 3):
+        recorded = result["scores"]
+        assert len(recorded) == 3 + 2 + 2
+        for corpus, scores in recorded.items():
+            expected = plain_scores[corpus]
+            assert scores["keys"] == expected["keys"] and scores["labels"] == expected["labels"]
+            difference = torch.tensor(scores["scores"]) - torch.tensor(expected["scores"])
+            largest = torch.tensor(expected["scores"]).abs().max()
+            assert difference.abs().max() <= 1e-5 * largest
 
 
 def answers(path: Path) -> list[dict]:

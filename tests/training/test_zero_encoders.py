@@ -1,4 +1,4 @@
-"""ZeRO-3 under an encoder that is whole on each rank, against plain PyTorch."""
+"""Several ranks under an encoder that is whole on each of them, against plain PyTorch on one."""
 
 from pathlib import Path
 
@@ -31,10 +31,11 @@ def worlds(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_any_number_of_ranks_trains_as_plain_pytorch_does(worlds: Path, size: int):
-    """From a projection that all of them solved for."""
+@pytest.mark.parametrize("end", ["", "_whole"])
+def test_any_number_of_ranks_trains_as_plain_pytorch_does(worlds: Path, size: int, end: str):
+    """From a projection that all of them solved for, whether the LLM is sharded or whole."""
     expected = losses(worlds / "padded_0")
-    assert losses(worlds / f"padded_{size}") == pytest.approx(expected, rel=1e-5)
+    assert losses(worlds / f"padded_{size}{end}") == pytest.approx(expected, rel=1e-5)
     assert len(expected) == len(set(expected)) == 3
 
 
