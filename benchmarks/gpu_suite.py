@@ -13,8 +13,9 @@ rest is cut off.
 | use | evaluating, translate-test, vectors, and steps with the data's own cost |
 
 Needs a checkout and its dependencies (pytest and hypothesis too), no installed project, no network
-and no weights: models have random ones. DIR gets a log and the JSON lines of each stage, row by
-row, and summary.json after every stage.
+and no weights: models have random ones. `use` makes a small land with sentencepiece, or takes one
+that lies in DIR/land already; NF4 needs bitsandbytes. DIR gets a log and the JSON lines of each
+stage, row by row, and summary.json after every stage.
 """
 
 import argparse
@@ -62,6 +63,11 @@ class Suite:
     fp8: bool
     """The GPU multiplies it."""
 
+    @property
+    def dtype(self) -> str:
+        """A GPU's attention is in half precision alone."""
+        return "float32" if self.tiny else "bfloat16"
+
     def attention(self) -> Iterator[Stage]:
         files = ("test_attention.py", "test_kernels.py")
         yield self._tests("attention-tests", files, only="attention", limit_s=140)
@@ -92,7 +98,7 @@ class Suite:
         land, run = self.out / "land", self.out / "run"
         command = ("-m", "benchmarks.land", str(land))
         yield Stage(name="use-land", command=command, limit_s=90)
-        recipe = (str(ROOT / "configs" / "quickstart.toml"), *_in(land, run))
+        recipe = (str(ROOT / "configs" / "quickstart.toml"), *_in(land, run, self.dtype))
         yield Stage(name="use-recipe", command=(*CLI, "run", *recipe), limit_s=100)
         command = ("-m", "benchmarks.evaluation", str(run / "evaluate-0.toml"))
         yield Stage(name="use-evaluation", command=self._saved(command, "evaluation"), limit_s=80)
@@ -101,7 +107,7 @@ class Suite:
             name="use-export", command=(*CLI, "export", str(run), "--out", exported), limit_s=30
         )
         few = ("--texts", "16", "--repeats", "1") if self.tiny else ("--texts", "4096")
-        command = ("-m", "benchmarks.encode", exported, *few)
+        command = ("-m", "benchmarks.encode", exported, "--dtype", self.dtype, *few)
         yield Stage(name="use-encode", command=self._saved(command, "encode"), limit_s=90)
         data = (f"model.encoder={land / 'mt'}", f"model.decoder={land / 'llm'}")
         data += (f'data.train=["{land / "shards" / "train"}"]',)
@@ -144,7 +150,7 @@ SLICES: dict[str, Callable[[Suite], Iterator[Stage]]] = {
 }
 
 
-def _in(land: Path, run: Path) -> list[str]:
+def _in(land: Path, run: Path, dtype: str) -> list[str]:
     """The quickstart's recipe in another folder, with steps that are enough for every file."""
     task = f"sib200:{land / 'sib200'}"
     return [
@@ -160,6 +166,7 @@ def _in(land: Path, run: Path) -> list[str]:
         f"recipe.dir={run}",
         "recipe.gpus=1",
         "zero.stage=0",
+        f"model.dtype={dtype}",
         "stage1.optim.steps=4",
         "finetune.optim.epochs=1.0",
         "stage2.optim.steps=4",

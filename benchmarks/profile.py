@@ -42,6 +42,7 @@ _KINDS = [(kind, re.compile(rf"(torch_attn::|autograd::\S+ )?({p})")) for kind, 
 ADAPTERS, FROZEN, OTHER = "adapters", "frozen products", "other"
 PRODUCTS = (FROZEN, "other products")
 PRODUCT = re.compile(r"aten::(addmm_?|mm|bmm|_scaled_mm)$|mtllm::\w*product\w*")
+QUANTISES = re.compile("quanti[sz]e", re.IGNORECASE)  # a kernel of fp8 or NF4
 IN_BACKWARD = "autograd::engine::evaluate_function"
 MOST_ADAPTERS = 3  # share a product: those of q, k and v
 OPS = {  # whose bound is the `cost` of their calls
@@ -168,13 +169,18 @@ def by_kind(events: Sequence[Any], *, on_gpu: bool, rank: int) -> dict[Key, dict
     for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU:
             continue  # a kernel: what launched it has it too
-        times_us = [kernel.duration for kernel in event.kernels]
         if not on_gpu:
-            times_us = [event.self_cpu_time_total]
-        if times_us:
             entry = kinds[_kind(event, rank)]
-            entry["s"] += sum(times_us) / 1e6
-            entry["count"] += len(times_us) if on_gpu else event.name.startswith("aten::")
+            entry["s"] += event.self_cpu_time_total / 1e6
+            entry["count"] += event.name.startswith("aten::")
+            continue
+        for kernel in event.kernels:
+            kind, direction = _kind(event, rank)
+            if kind == ADAPTERS and QUANTISES.search(kernel.name):
+                kind = "quantising"
+            entry = kinds[kind, direction]
+            entry["s"] += kernel.duration / 1e6
+            entry["count"] += 1
     return dict(kinds)
 
 

@@ -155,11 +155,14 @@ def test_kernels_of_a_gpu_count_for_what_launched_them():
     """The innermost name decides; what a linear launches beside its products is its adapters'."""
 
     def event(name: str, around=None, shapes=(), *kernels_us: float):
-        launched = [SimpleNamespace(duration=taken_us) for taken_us in kernels_us]
+        launched = [
+            SimpleNamespace(duration=taken_us, name="_quantise_rows" if taken_us > 50 else "any")
+            for taken_us in kernels_us
+        ]
         about = {"name": name, "cpu_parent": around, "input_shapes": list(shapes)}
         return SimpleNamespace(device_type=torch.autograd.DeviceType.CPU, kernels=launched, **about)
 
-    linear = event("_LoraLinear", None, (), 3.0)
+    linear = event("_LoraLinear", None, (), 3.0, 51.0)
     engine = event("autograd::engine::evaluate_function: _LoraLinearBackward")
     backward = event("_LoraLinearBackward", engine)
     again = event("_RmsNorm", backward, (), 5.0)
@@ -180,6 +183,7 @@ def test_kernels_of_a_gpu_count_for_what_launched_them():
     assert found == {
         ("frozen products", "forward"): (7, 1),
         ("adapters", "forward"): (5, 3),
+        ("quantising", "forward"): (51, 1),
         ("frozen products", "backward"): (11, 1),
         ("norms", "backward"): (5, 1),
         ("attention", "forward"): (13, 1),
