@@ -353,6 +353,7 @@ def build_bench(arguments: argparse.Namespace, config: Config, world: World) -> 
         "zero_stage": config.zero.stage,
         "dtype": config.model.dtype,
         "quantization": config.model.quantization,
+        "attention": models.stack.attention.label(world.device.type),
         "parts": config.data.parts,
         "tolerance": max(TOLERANCE[config.model.dtype], QUANTISED[config.model.quantization]),
         "weights": arguments.random_weights or f"{config.model.decoder}+{config.model.encoder}",
