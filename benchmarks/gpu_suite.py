@@ -111,8 +111,9 @@ class Suite:
         yield Stage(name="use-encode", command=self._saved(command, "encode"), limit_s=90)
         data = (f"model.encoder={land / 'mt'}", f"model.decoder={land / 'llm'}")
         data += (f'data.train=["{land / "shards" / "train"}"]',)
+        data += (f"data.lanes={2 if self.tiny else 16}",)
         # The tiny shapes have too few embeddings for these tokenizers: the land's own models then
-        own = ("--random-weights", "") if self.tiny else ()
+        own = ("--random-weights", "", "model.adapters=[]") if self.tiny else ()
         yield self._step("use-data", "--lengths", "40", *own, *data, limit_s=150)
 
     def _tests(self, name: str, files: Sequence[str], *, only: str, limit_s: float) -> Stage:
