@@ -162,7 +162,7 @@ def trace(
 
 def kept_bytes(variant: Variant) -> int:
     """What lives between steps on this rank: weights, and AdamW's two moments of the trained."""
-    total = sum(weight.num_bytes for weight in quantised_weights(variant.module))
+    total = sum(weight.other_bytes for weight in quantised_weights(variant.module))
     for parameter in variant.module.parameters():
         held = getattr(parameter, "ds_tensor", parameter)
         total += held.numel() * (held.element_size() + 8 * parameter.requires_grad)

@@ -278,6 +278,10 @@ class ZeroConfig:
     stage: Literal["auto", 0, 3] = "auto"
     """0: whole on each GPU, in plain PyTorch; 3: a slice of everything on each GPU (DeepSpeed's
     ZeRO-3); "auto": 0 where the estimate of memory says that it fits, else 3, and 3 on CPUs."""
+    secondary: Literal["none", "node"] = "none"
+    """With stage 3 on several nodes: "node" keeps all frozen weights on each node too, spread over
+    its GPUs, so that after they were read none but small ones, such as norms, crosses the network
+    (DeepSpeed's hpZ)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -859,12 +863,12 @@ def _lora_rules(config: Config) -> Rules:
 
 
 def _other_rules(config: Config) -> Rules:
-    quantization = config.model.quantization
+    zero = config.zero
     return [
         Rule(
-            quantization == "none" or config.zero.stage == 0,
-            f"model.quantization={quantization!r} is not sharded: set zero.stage=0 (one GPU), or "
-            "model.quantization='none'",
+            zero.secondary == "none" or zero.stage != 0,
+            f"zero.secondary={zero.secondary!r} is for zero.stage=3: with 0 each GPU holds all "
+            "weights; set zero.secondary='none'",
         ),
         Rule(config.validation.every >= 1, "validation.every must be at least 1"),
         Rule(config.checkpoint.every >= 1, "checkpoint.every must be at least 1"),

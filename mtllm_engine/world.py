@@ -122,7 +122,8 @@ def connect(*, timeout_s: float = 1800.0) -> World:
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    # As torchrun says it, or DeepSpeed's launcher
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
     device = torch.device("cuda", local_rank) if device_type() == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         check_gpus(local_size)

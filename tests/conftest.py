@@ -20,6 +20,7 @@ from tests.support.machine import threads
 SLOW = (
     "test_zero",
     "test_zero_encoders",
+    "test_zero_quantised",
     "test_compile",
     "test_kernels",
     "test_recipe",

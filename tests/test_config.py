@@ -139,8 +139,8 @@ def trees(draw):
         table = tree.setdefault(section, {})
         if name in SMALLEST.get(section, {}) or key == "memory.max_tokens" or draw(st.booleans()):
             table[name] = draw(values(key))
-    if tree["model"].get("quantization", "none") != "none":
-        tree["zero"]["stage"] = 0  # a quantised base is not sharded
+    if tree["zero"].get("secondary", "none") != "none":
+        tree["zero"]["stage"] = 3  # only what is sharded can be held once more
     return tree | {"deepspeed": draw(st.dictionaries(st.text(), FREE, max_size=3))}
 
 
@@ -359,11 +359,11 @@ def test_later_overrides_win_and_new_sections_appear(override):
 
 
 def test_deepspeed_table_is_passed_through(override, tmp_path):
-    keys = "zero_optimization = { zero_hpz_partition_size = 8 }\nwall_clock_breakdown = true\n"
+    keys = "zero_optimization = { reduce_bucket_size = 8 }\nwall_clock_breakdown = true\n"
     text = dumps(from_dict(SMALLEST)).replace("[deepspeed]\n", f"[deepspeed]\n{keys}")
     overrides = ["deepspeed.zero_optimization.offload=['cpu']", "deepspeed.new.x=1e400"]
     config = read(text, *overrides, folder=tmp_path)
-    zero = {"zero_hpz_partition_size": 8, "offload": ["cpu"]}
+    zero = {"reduce_bucket_size": 8, "offload": ["cpu"]}
     expected = {"zero_optimization": zero, "wall_clock_breakdown": True, "new": {"x": math.inf}}
     assert config.deepspeed == expected
     assert read(dumps(config), folder=tmp_path) == config

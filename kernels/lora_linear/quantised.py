@@ -1,9 +1,11 @@
 """Frozen weights in 8 or 4 bits.
 
 A linear needs two products of its weight: x W^T in forward, dy W in backward. A quantised weight
-stands in the weight's place in `lora_linear`, and is nobody's parameter: it is made once, from the
-full weight, and never changes. Both products are of the same quantised W, so dy W is the gradient
-of what was computed.
+stands in the weight's place in `lora_linear`; it is made once, from the full weight, and never
+changes. Both products are of the same quantised W, so dy W is the gradient of what was computed.
+
+All numbers of a weight lie in one flat uint8 parameter, its payload: ZeRO-3 spreads, gathers and
+releases it as it does any parameter. Codes and scales are views, made where they are used.
 """
 
 import contextlib
@@ -16,14 +18,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 FP8 = torch.float8_e4m3fn
 FP8_CAPABILITY = (8, 9)  # the first NVIDIA GPUs that multiply fp8: Ada, then Hopper
 FP8_MULTIPLE = 16  # widths that `_scaled_mm` takes on CUDA
 BLOCK = 64  # NF4's weights that share a scale, itself 8 bits; 256 of those share an fp32 one
-# Of a weight, scales of rows left out
-BYTES = {"fp8": 2.0, "nf4": 0.5 + 1 / BLOCK + 4 / (256 * BLOCK)}
+OUTER_BLOCK = 256
+GATHERED = {"fp8": 1.0, "nf4": 0.5 + 1 / BLOCK + 4 / (OUTER_BLOCK * BLOCK)}
+"""Bytes of a weight's payload, which ZeRO-3 spreads and gathers; scales of rows left out."""
+BYTES = {"fp8": 2.0, "nf4": GATHERED["nf4"]}
+"""Bytes of a weight that is whole on the GPU: of fp8 there is a transposed copy too."""
 
 
 class Quantised(ABC):
@@ -33,11 +39,22 @@ class Quantised(ABC):
     """
 
     shape: torch.Size
+    payload: nn.Parameter  # uint8, flat
+
+    @property
+    def num_bytes(self) -> int:
+        """Held on this rank for as long as the weight lives."""
+        return getattr(self.payload, "ds_tensor", self.payload).nbytes + self.other_bytes
 
     @property
     @abstractmethod
-    def num_bytes(self) -> int:
-        """Held for as long as the weight lives."""
+    def other_bytes(self) -> int:
+        """Of what is held beside the payload."""
+
+    def _part(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """So many numbers of the payload, from a byte on."""
+        part = self.payload[start : start + count * dtype.itemsize]
+        return (part.clone() if start % dtype.itemsize else part).view(dtype)
 
     @abstractmethod
     def product(self, x_SD: torch.Tensor) -> torch.Tensor:
@@ -68,20 +85,27 @@ def input_gradient(dy_SF: torch.Tensor, weight_FD: torch.Tensor | Quantised) -> 
 def split(
     weight_FD: torch.Tensor | Quantised, *, needed: bool
 ) -> tuple[Quantised | None, torch.Tensor | None]:
-    """What is kept for dy W: a quantised weight, which nobody releases, or a tensor to save."""
+    """What is kept for dy W: a quantised weight, which refers to its parameter and to nothing that
+    was gathered, or a tensor to save."""
     if not needed:
         return None, None
     return (weight_FD, None) if isinstance(weight_FD, Quantised) else (None, weight_FD)
 
 
-def quantise(weight_FD: torch.Tensor, kind: str) -> Quantised:
+def quantise(weight_FD: torch.Tensor, kind: str, *, sharded: bool = False) -> Quantised:
     """The weight as it is held.
 
     Args:
-        kind: "fp8" (two copies of a byte a weight, for speed) or "nf4" (about half a byte, for
-            memory).
+        kind: "fp8" (a byte a weight, for speed) or "nf4" (about half a byte, for memory).
+        sharded: The payload will be spread over ranks. Or else fp8 keeps its transpose too.
     """
-    return Fp8.quantise(weight_FD) if kind == "fp8" else Nf4.quantise(weight_FD)
+    return Fp8.quantise(weight_FD, sharded=sharded) if kind == "fp8" else Nf4.quantise(weight_FD)
+
+
+def _payload(*parts: torch.Tensor) -> nn.Parameter:
+    """Their bytes, one after another."""
+    flat = [part.reshape(-1).view(torch.uint8) for part in parts]
+    return nn.Parameter(torch.cat(flat), requires_grad=False)
 
 
 def check_available(kind: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -118,7 +142,7 @@ def check_available(kind: str, device: torch.device, dtype: torch.dtype) -> None
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Fp8(Quantised):
-    """W = scale_F Q, Q in e4m3, and Q once more, transposed.
+    """W = scale_F Q, Q in e4m3; and Q once more, transposed, where memory is not what counts.
 
     `_scaled_mm` sums over the last axis of both operands. Activations are quantised where they are
     used, a scale for each token. In y_sf = sum_d x_sd W_fd the weight's scale depends on f, which
@@ -127,12 +151,11 @@ class Fp8(Quantised):
     """
 
     shape: torch.Size
-    weight_FD: torch.Tensor
-    transposed_DF: torch.Tensor
-    scale_F: torch.Tensor  # fp32
+    payload: nn.Parameter  # Q, then scale_F in fp32
+    transposed_DF: torch.Tensor | None  # None: made for each product
 
     @classmethod
-    def quantise(cls, weight_FD: torch.Tensor) -> "Fp8":
+    def quantise(cls, weight_FD: torch.Tensor, *, sharded: bool = False) -> "Fp8":
         """Raises: ValueError: A width is none that fp8 products take."""
         if any(width % FP8_MULTIPLE for width in weight_FD.shape):
             widths = " x ".join(map(str, weight_FD.shape))
@@ -143,21 +166,33 @@ class Fp8(Quantised):
         quantised_FD, scale_F = quantise_rows(weight_FD)
         return cls(
             shape=weight_FD.shape,
-            weight_FD=quantised_FD,
-            transposed_DF=quantised_FD.T.contiguous(),
-            scale_F=scale_F,
+            payload=_payload(quantised_FD, scale_F),
+            transposed_DF=None if sharded else quantised_FD.T.contiguous(),
         )
 
     @property
-    def num_bytes(self) -> int:
-        return self.weight_FD.nbytes + self.transposed_DF.nbytes + self.scale_F.nbytes
+    def weight_FD(self) -> torch.Tensor:
+        """Q."""
+        return self._part(0, self.shape.numel(), FP8).view(self.shape)
+
+    @property
+    def scale_F(self) -> torch.Tensor:
+        """fp32."""
+        return self._part(self.shape.numel(), self.shape[0], torch.float32)
+
+    @property
+    def other_bytes(self) -> int:
+        return 0 if self.transposed_DF is None else self.transposed_DF.nbytes
 
     def product(self, x_SD: torch.Tensor) -> torch.Tensor:
         return _scaled_product(x_SD, self.weight_FD, self.scale_F)
 
     def input_gradient(self, dy_SF: torch.Tensor) -> torch.Tensor:
-        ones_D = self.scale_F.new_ones(self.shape[1])
-        return _scaled_product(dy_SF, self.transposed_DF, ones_D, self.scale_F)
+        scale_F, transposed_DF = self.scale_F, self.transposed_DF
+        if transposed_DF is None:
+            transposed_DF = self.weight_FD.T.contiguous()
+        ones_D = scale_F.new_ones(self.shape[1])
+        return _scaled_product(dy_SF, transposed_DF, ones_D, scale_F)
 
 
 def quantise_rows(
@@ -208,8 +243,11 @@ class Nf4(Quantised):
     """
 
     shape: torch.Size
-    codes: torch.Tensor  # uint8, two weights each
-    state: Any  # bitsandbytes.functional.QuantState: scales of blocks, and scales of those
+    payload: nn.Parameter
+    """Codes of two weights in a byte; blocks' scales in 8 bits; in fp32 the scales of those, and
+    their mean, which was taken off them."""
+    dtype: torch.dtype  # the full weight's
+    table: torch.Tensor  # (256,) fp32, what the 8 bits mean; the same for all weights
 
     @classmethod
     def quantise(cls, weight_FD: torch.Tensor) -> "Nf4":
@@ -221,12 +259,41 @@ class Nf4(Quantised):
             quant_type="nf4",
             compress_statistics=True,
         )
-        return cls(shape=weight_FD.shape, codes=codes, state=state)
+        outer = state.state2
+        return cls(
+            shape=weight_FD.shape,
+            payload=_payload(codes, state.absmax, outer.absmax, state.offset),
+            dtype=weight_FD.dtype,
+            table=outer.code,
+        )
 
     @property
-    def num_bytes(self) -> int:
-        state, outer = self.state, self.state.state2
-        return sum(each.nbytes for each in (self.codes, state.absmax, outer.absmax, outer.code))
+    def codes(self) -> torch.Tensor:
+        """uint8, (-1, 1) as bitsandbytes has them."""
+        return self._part(0, _ceil(self.shape.numel(), 2), torch.uint8)[:, None]
+
+    @property
+    def state(self) -> Any:
+        """bitsandbytes' QuantState: scales of blocks, and scales of those."""
+        count = self.shape.numel()
+        blocks, start = _ceil(count, BLOCK), _ceil(count, 2)
+        outer = self._part(start + blocks, _ceil(blocks, OUTER_BLOCK) + 1, torch.float32)
+        build = _bitsandbytes().functional.QuantState
+        return build(
+            absmax=self._part(start, blocks, torch.uint8),
+            shape=torch.Size([count]),
+            dtype=self.dtype,
+            blocksize=BLOCK,
+            quant_type="nf4",
+            offset=outer[-1],
+            state2=build(
+                absmax=outer[:-1], code=self.table, blocksize=OUTER_BLOCK, dtype=torch.float32
+            ),
+        )
+
+    @property
+    def other_bytes(self) -> int:
+        return self.table.nbytes
 
     def product(self, x_SD: torch.Tensor) -> torch.Tensor:
         return functional.linear(x_SD, self.full())
@@ -237,6 +304,10 @@ class Nf4(Quantised):
     def full(self) -> torch.Tensor:
         """(F, D), in the dtype that the weight had."""
         return _bitsandbytes().functional.dequantize_4bit(self.codes, self.state).view(self.shape)
+
+
+def _ceil(count: int, size: int) -> int:
+    return -(-count // size)
 
 
 def _bitsandbytes():

@@ -110,11 +110,16 @@ class LoraLinear(nn.Module):
         return added
 
     @torch.no_grad()
-    def quantise(self, kind: str) -> None:
-        """Holds the weight, once it is filled, as "fp8" or "nf4"; it is no parameter any more."""
+    def quantise(self, kind: str, *, sharded: bool) -> None:
+        """Holds the weight, once it is filled, as "fp8" or "nf4"; the payload is a parameter then.
+
+        Args:
+            sharded: The payload will be spread over ranks.
+        """
         weight_FD = self.weight
         del self.weight
-        self.weight = quantise(weight_FD, kind)
+        self.weight = quantise(weight_FD, kind, sharded=sharded)
+        self.payload = self.weight.payload
 
     def forward(
         self, x_SD: torch.Tensor, *, adapters: str | None, seeds_S: torch.Tensor
@@ -131,7 +136,7 @@ class LoraLinear(nn.Module):
 
 
 def quantised_weights(module: nn.Module) -> list[Quantised]:
-    """What of a module's frozen weights is no parameter."""
+    """A module's weights in 8 or 4 bits, whose payloads are parameters of its linears."""
     linears = (item for item in module.modules() if isinstance(item, LoraLinear))
     return [linear.weight for linear in linears if isinstance(linear.weight, Quantised)]
 

@@ -25,11 +25,12 @@ from mtllm_engine.data.batch import Batch, Tokens, Totals
 from mtllm_engine.kernels.lora_linear import check_available
 from mtllm_engine.model.decoder import DecoderLayer
 from mtllm_engine.model.encoder import EncoderLayer
-from mtllm_engine.model.lora import LoraLinear
+from mtllm_engine.model.lora import LoraLinear, quantised_weights
 from mtllm_engine.model.objective import Share
 from mtllm_engine.model.padded import PaddedEncoder
 from mtllm_engine.model.stack import LAYER_NORM_EPS, Stack
 from mtllm_engine.model.weights import Weights
+from mtllm_engine.progress import warn
 from mtllm_engine.world import AgreedError, World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by its own names
@@ -38,7 +39,7 @@ CHUNK = 1 << 26  # elements read from a checkpoint at once
 _PRECISION = "model.dtype says it of the frozen weights; what is trained is in fp32"
 _BATCHES = "data.lanes and data.pack_documents size a step, memory.max_tokens its micro-batches"
 _MEMORY = "what is trained, and its moments, is small: to save memory use memory.recompute, "
-_MEMORY += "a lower memory.max_tokens, model.quantization (with zero.stage=0) or more GPUs"
+_MEMORY += "a lower memory.max_tokens, model.quantization or more GPUs"
 _GRADIENTS = "gradients are averaged in fp32"
 INSTEAD = {
     "optimizer": "use optim.lr, optim.betas, optim.eps and optim.weight_decay (it is AdamW)",
@@ -60,6 +61,7 @@ INSTEAD = {
     "zero_optimization.cpu_offload": _MEMORY,
     "zero_optimization.cpu_offload_use_pin_memory": _MEMORY,
     "zero_optimization.zenflow": _MEMORY,
+    "zero_optimization.zero_hpz_partition_size": 'use zero.secondary = "node"',
 }
 """Keys of DeepSpeed's that people set from habit, and what says it here."""
 HARMLESS = {
@@ -69,6 +71,7 @@ HARMLESS = {
     "zero_optimization.stage": (3,),
     "zero_optimization.offload_optimizer": ({"device": "none"},),
     "zero_optimization.cpu_offload": (False,),
+    "zero_optimization.zero_hpz_partition_size": (1,),
 }
 """Values of them that say what is so anyway; `enabled = false` is another."""
 EXPERT = ("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers")
@@ -104,13 +107,15 @@ def shard(stack: Stack, weights: Weights, config: Config, world: World) -> Stack
     """Fills a stack built on the meta device, leaf by leaf; under ZeRO-3 each rank reads and keeps
     only its slices, and of a padded encoder all.
 
-    A quantised base is made full one layer at a time.
+    A quantised base is made full one layer at a time, on every rank: a slice's scales would not be
+    the whole weight's.
 
     Raises:
-        ValueError: `model.quantization` asks for what this machine does not have, or a weight is
-            not finite.
+        ValueError: `model.quantization` or `zero.secondary` asks for what these machines do not
+            have, or a weight is not finite.
     """
     check_available(config.model.quantization, world.device, getattr(torch, config.model.dtype))
+    _check_nodes(config, world)
     decoder = stack.decoder
     decoder.frequencies = tuple(each.to(world.device) for each in decoder.frequencies)
     if isinstance(stack.encoder, PaddedEncoder):
@@ -118,13 +123,13 @@ def shard(stack: Stack, weights: Weights, config: Config, world: World) -> Stack
     names = {id(module): name for name, module in stack.named_modules()}
     for leaf in stack.leaves:
         _materialise(leaf, world.device)
+        # A rank that meets a damaged weight takes the others along.
+        if config.model.quantization != "none":
+            world.together(partial(_quantise, leaf, names[id(leaf)], weights, config, world))
         if config.zero.stage == 3:
             with _named_refusals(config):
                 _partition(leaf, deepspeed_config(config, world, stack))
-        # A rank that meets a damaged weight in its slice takes the others along.
         world.together(partial(_fill_all, leaf, names[id(leaf)], weights, world))
-        if config.model.quantization != "none":
-            _quantise(leaf, config.model.quantization)
     return stack
 
 
@@ -229,14 +234,17 @@ class ZeroEngine:
                 config=deepspeed_config(config, world, stack),
                 dist_init_required=False,
             )
+        if self.optimizer is not None:
+            # DeepSpeed averages over ranks, of which the sum is wanted. Its loss scale, 1 / W, is
+            # for that: a factor W in the loss would be one of all gradients, which fp8 rounds.
+            self.zero.override_loss_scale(1 / world.size)
 
     def __call__(self, batch: Batch, totals: Totals) -> Share:
         return self.engine(batch, totals)
 
     def backward(self, loss_share: torch.Tensor) -> None:
-        """Adds the gradients of a share of the global mean; DeepSpeed averages over ranks, hence
-        the factor.
-        """
+        """Adds the gradients of a share of the global mean; the factor and DeepSpeed's loss scale
+        cancel."""
         self.engine.backward(loss_share * self.world.size, scale_wrt_gas=False)
 
     def step(self, lr: float) -> torch.Tensor:
@@ -325,7 +333,10 @@ def deepspeed_config(config: Config, world: World, stack: Stack) -> dict[str, An
     check_deepspeed(config.deepspeed)
     adapters = [parameter for name, parameter in stack.named_parameters() if ".student." in name]
     layer = sum(_numel(parameter) for parameter in stack.decoder.layers[0].parameters())
-    live = max(1_000_000_000, 4 * layer)
+    # A byte of a payload counts as a number; as many are live as if the weights were full.
+    held = quantised_weights(stack.decoder.layers[0])
+    saved = sum(weight.shape.numel() - _numel(weight.payload) for weight in held)
+    live = max(1_000_000_000, 4 * (layer + saved))
     derived = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -347,7 +358,34 @@ def deepspeed_config(config: Config, world: World, stack: Stack) -> dict[str, An
         },
         "steps_per_print": 1 << 60,
     }
+    if _keeps_on_node(config, world):
+        derived["zero_optimization"]["zero_hpz_partition_size"] = world.local_size
     return _merge(derived, config.deepspeed)
+
+
+def _keeps_on_node(config: Config, world: World) -> bool:
+    """Whether each of several machines holds all frozen weights, over its GPUs."""
+    return config.zero.secondary == "node" and 1 < world.local_size < world.size
+
+
+def _check_nodes(config: Config, world: World) -> None:
+    """Whether the machines are such that each can hold all frozen weights, if they shall.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if config.zero.secondary == "none" or config.zero.stage == 0:
+        return
+    sizes, key = world.gather(world.local_size), 'zero.secondary="node"'
+    if len(set(sizes)) > 1 or world.size % world.local_size:
+        numbers = ", ".join(map(str, sorted(set(sizes))))
+        message = f"{key}: machines run {numbers} of {world.size} ranks, and must run equally many"
+        raise AgreedError(ValueError(f'{message}; set zero.secondary="none"'))
+    if world.local_size == 1 < world.size:
+        message = f"{key}: each machine has one rank, which would hold all of it; set zero.stage=0"
+        raise AgreedError(ValueError(message))
+    if world.local_size == world.size and world.is_main:
+        warn(f"{key} changes nothing: all ranks are on one machine")
 
 
 def check_deepspeed(table: Mapping[str, Any]) -> None:
@@ -429,20 +467,33 @@ def _materialise(leaf: nn.Module, device: torch.device) -> None:
 
 
 def _partition(leaf: nn.Module, config: Mapping[str, Any]) -> None:
-    import_deepspeed().zero.Init(
-        module=leaf, config_dict_or_path=dict(config), mem_efficient_linear=False
+    """What is in the leaf already, rank 0 has: it sends that to all before each keeps its slice."""
+    deepspeed = import_deepspeed()
+    from deepspeed.utils import groups
+
+    is_twofold = "zero_hpz_partition_size" in config["zero_optimization"]
+    # The first leaf makes the group of a machine's ranks; DeepSpeed would fail on a second one.
+    group = groups._get_zero_param_intra_parallel_group() if is_twofold else None
+    deepspeed.zero.Init(
+        module=leaf,
+        config_dict_or_path=dict(config),
+        mem_efficient_linear=False,
+        zero_param_parallel_group=group,
     )
 
 
-def _quantise(leaf: nn.Module, kind: str) -> None:
-    for module in leaf.modules():
+def _quantise(leaf: nn.Module, prefix: str, weights: Weights, config: Config, world: World) -> None:
+    """Reads the leaf's linears whole, and holds them as `model.quantization` says."""
+    for name, module in leaf.named_modules():
         if isinstance(module, LoraLinear):
-            module.quantise(kind)
+            fill(module.weight, f"{prefix}.{name}.weight", weights, world)
+            module.quantise(config.model.quantization, sharded=config.zero.stage == 3)
 
 
 def _fill_all(leaf: nn.Module, prefix: str, weights: Weights, world: World) -> None:
     for name, parameter in leaf.named_parameters():
-        fill(parameter, f"{prefix}.{name}", weights, world)
+        if not name.endswith(".payload"):  # a quantised weight's, which is there already
+            fill(parameter, f"{prefix}.{name}", weights, world)
 
 
 def fill_padded(encoder: PaddedEncoder, weights: Weights, world: World) -> None:
@@ -477,18 +528,21 @@ def encoder_alone(stack: Stack, weights: Weights, world: World) -> Callable[[Tok
 
 @torch.no_grad()
 def fill(parameter: nn.Parameter, name: str, weights: Weights, world: World) -> None:
-    """Copies this rank's flat slice (the whole, when unsharded), a chunk at a time, casting on the
+    """Copies this rank's flat slices (the whole, when unsharded), a chunk at a time, casting on the
     way in.
     """
-    target, offset, size = parameter.data.view(-1), 0, parameter.numel()
+    size, slices = _numel(parameter), [(parameter.data.view(-1), 0)]
     if hasattr(parameter, "ds_tensor"):
-        target, size = parameter.ds_tensor, parameter.ds_numel
-        offset = target.numel() * world.rank
+        slices = [(parameter.ds_tensor, world.rank)]
+        if parameter.ds_secondary_tensor is not None:  # of what its machine holds once more
+            slices.append((parameter.ds_secondary_tensor, world.rank % world.local_size))
+    for target, number in slices:
+        offset = target.numel() * number
+        stop = min(offset + target.numel(), size)
         target[max(0, size - offset) :].zero_()  # the last ranks' padding
-    stop = min(offset + target.numel(), size)
-    for start in range(offset, stop, CHUNK):
-        end = min(start + CHUNK, stop)
-        target[start - offset : end - offset].copy_(weights.read(name, start, end))
+        for start in range(offset, stop, CHUNK):
+            end = min(start + CHUNK, stop)
+            target[start - offset : end - offset].copy_(weights.read(name, start, end))
 
 
 def _flat_gradients(trained: Iterable[nn.Parameter], device: torch.device) -> torch.Tensor:

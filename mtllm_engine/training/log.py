@@ -302,14 +302,16 @@ def _licences(config: Config, stack: Stack) -> str:
 
 
 def _parameters(config: Config, stack: Stack) -> str:
-    sizes = {True: 0, False: 0}
+    sizes, weights = {True: 0, False: 0}, quantised_weights(stack)
+    payloads = {id(each.payload) for each in weights}  # of bytes, not of numbers
     for parameter in stack.parameters():
-        sizes[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
+        if id(parameter) not in payloads:
+            sizes[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
     if isinstance(stack.encoder, PaddedEncoder):
         sizes[False] += stack.encoder.num_weights
     trained = f"{sizes[True]:,} trained in fp32"
     frozen = f"{sizes[False]:,} frozen in {config.model.dtype}"
-    quantised = sum(each.shape.numel() for each in quantised_weights(stack))
+    quantised = sum(each.shape.numel() for each in weights)
     form = f", {quantised:,} in {config.model.quantization}" if quantised else ""
     return f"{trained}, {frozen}{form}"
 

@@ -30,18 +30,23 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def launch(world_size: int, module: str, *arguments: str | Path) -> list[str]:
+def launch(world_size: int, module: str, *arguments: str | Path, local_size: int = 0) -> list[str]:
     """Runs `python -m MODULE ARGUMENTS` as the ranks of a world, to their end; what each said. A
-    failing rank's output is the error."""
+    failing rank's output is the error.
+
+    Args:
+        local_size: As if machines had so many ranks each; 0: all are on one.
+    """
+    local_size = local_size or world_size
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
+    shared |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(local_size)}
     # Or another checkout's code might run, which the environment has installed.
     shared["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-m", module, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     ranks = []
-    for rank in map(str, range(world_size)):
-        own = {"RANK": rank, "LOCAL_RANK": rank}
+    for rank in range(world_size):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank % local_size)}
         ranks.append(subprocess.Popen(command, env=os.environ | shared | own, **pipes))
     try:
         outputs = [rank.communicate(timeout=HANG_S)[0] for rank in ranks]

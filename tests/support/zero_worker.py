@@ -2,6 +2,7 @@
 tests.support.zero_worker FOLDER SCENARIO ...`."""
 
 import contextlib
+import gc
 import hashlib
 import itertools
 import json
@@ -23,6 +24,7 @@ from mtllm_engine.data.stream import agree, build_stream
 from mtllm_engine.evaluate import evaluate
 from mtllm_engine.model import activations
 from mtllm_engine.model.build import build_stack, build_tokenizer
+from mtllm_engine.model.lora import quantised_weights
 from mtllm_engine.model.stack import Stack
 from mtllm_engine.model.tensors import TensorFiles
 from mtllm_engine.targets import write_targets
@@ -152,6 +154,17 @@ def bf16(folder: Path, world: World) -> dict:
 def bf16_config(folder: Path, name: str, *, stage: int) -> Config:
     options = {"run": {"dir": str(folder / name)}, "zero": {"stage": stage}}
     return build_config(folder, model={"dtype": "bfloat16"}, **options, **ADAPTERS)
+
+
+def fp8(folder: Path, world: World) -> dict:
+    return {"keys": run(fp8_config(folder, f"fp8_{world.size}", stage=3), world)}
+
+
+def fp8_config(folder: Path, name: str, *, stage: int) -> Config:
+    """AdamW's eps is large: what rounding to fp8 makes of rounding in fp32 would else grow."""
+    options = {"run": {"dir": str(folder / name)}, "zero": {"stage": stage}}
+    optim = {"steps": 4, "lr": 1e-3, "eps": 1e-3}
+    return build_config(folder, model={"quantization": "fp8"}, optim=optim, **options, **ADAPTERS)
 
 
 def stop_and_resume(folder: Path, world: World) -> dict:
@@ -566,6 +579,124 @@ def collectives(folder: Path, world: World, *, is_real: bool) -> list[str]:
             train_step(config, world, engine, global_batch, step)
     stream.close()
     return [event.name for event in profiled.events() if event.name.startswith("c10d::")]
+
+
+QUANTISED = ("nf4", "fp8")
+TWOFOLD = ("none", "nf4")  # what is tried with a second copy on each machine
+
+
+def quantised(folder: Path, world: World) -> dict:
+    """Steps on sharded payloads, with and without a second copy on each machine; and what is said
+    where machines are unequal. Goes on where one rank stopped, sharded and whole, and stops."""
+    seen: dict = {"refused": []}
+    for kind, secondary in (*itertools.product(TWOFOLD, ("node", "none")), ("fp8", "none")):
+        config = quantised_config(folder, "steps", kind, stage=3, secondary=secondary)
+        seen[f"{kind} {secondary}"] = sharded_steps(config, world)
+    config = quantised_config(folder, "refused", "none", stage=3, secondary="node")
+    for local_size in (1, 2 + world.rank % 2):
+        try:
+            shard(*build_stack(config), config, replace(world, local_size=local_size))
+        except ValueError as raised:
+            seen["refused"].append(str(raised))
+    for kind, stage in itertools.product(QUANTISED, (3, 0)):
+        run(quantised_config(folder, f"{kind}_exchanged", kind, stage=stage), world, stop_at=2)
+    return seen
+
+
+def quantised_config(
+    folder: Path, name: str, kind: str, *, stage: int, secondary: str = "none"
+) -> Config:
+    """Eight steps with dropout, and validations. Every weight is released after its layer.
+
+    AdamW's eps is large: what rounding to fp8 makes of rounding in fp32 would else grow.
+    """
+    released = {"stage3_max_live_parameters": 1, "stage3_max_reuse_distance": 1}
+    released |= {"stage3_param_persistence_threshold": 0}
+    model = {"decoder": str(folder / ("odd" if kind == "nf4" else "decoder"))}
+    dtype = "bfloat16" if kind == "none" else "float32"
+    return build_config(
+        folder,
+        run={"dir": str(folder / name)},
+        model=model | {"quantization": kind, "dtype": dtype},
+        optim={"steps": 8, "lr": 1e-3, "warmup_ratio": 0.0, "eps": 1e-3},
+        validation={"corpus": str(folder / "held_out"), "every": 3},
+        zero={"stage": stage, "secondary": secondary},
+        deepspeed={"zero_optimization": released},
+        **ADAPTERS,
+    )
+
+
+def sharded_steps(config: Config, world: World) -> dict:
+    """Three steps: losses, the payloads' digests, bytes that all-gathers brought together from the
+    first weight that was read on, and copies of weights that something kept."""
+    with counted_gathers(counts := Counter()):
+        stack, weights = build_stack(config)
+        stream = build_stream(config.data, build_tokenizer(config, stack), world, seed=0)
+        engine = ZeroEngine(config, shard(stack, weights, config, world), world)
+        losses, kept, passes, full = [], [], 0, payload_values(stack)
+        for step in range(3):
+            global_batch = agree(stream, world, config.memory.max_tokens)
+            for _, batch in global_batch.batches(world.device, step):
+                share = engine(batch, global_batch.totals)
+                losses.append(share.loss.item())
+                if step == 1 and full:
+                    kept.append(num_kept(share.loss, full))
+                engine.backward(share.loss)
+                passes += 2
+            losses.append(engine.step(1e-3).item())
+    stream.close()
+    digests = [hashlib.sha256(value.numpy().tobytes()).hexdigest() for value in full[::3]]
+    return {"losses": losses, "digests": digests, "kept": kept, "passes": passes, "bytes": counts}
+
+
+def payload_values(stack: Stack) -> list[torch.Tensor]:
+    """Of each quantised weight a copy of the payload, of the matrix, and of that transposed."""
+    values = []
+    held = quantised_weights(stack)
+    with import_deepspeed().zero.GatheredParameters([each.payload for each in held]):
+        for weight in held:
+            matrix_FD = weight.full() if hasattr(weight, "full") else weight.weight_FD.clone()
+            values += [weight.payload.detach().clone(), matrix_FD, matrix_FD.T.contiguous()]
+    return values
+
+
+def num_kept(loss: torch.Tensor, full: list[torch.Tensor]) -> int:
+    """How many tensors, kept by the graph or by anything else, are one of these or a copy."""
+    found = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    found += saved_tensors(loss.grad_fn)
+    ours = {id(each) for each in full}
+    kept = [each for each in found if id(each) not in ours and not each.is_meta]
+    return sum(any(is_same(each, value) for value in full) for each in kept)
+
+
+def is_same(tensor: torch.Tensor, value: torch.Tensor) -> bool:
+    is_alike = tensor.shape == value.shape and tensor.dtype == value.dtype
+    return is_alike and torch.equal(tensor, value)
+
+
+@contextlib.contextmanager
+def counted_gathers(counts: Counter):
+    """Counts the bytes that come together in each all-gather, by the number of ranks in it."""
+    import_deepspeed()
+    from deepspeed import comm
+
+    originals = {name: getattr(comm, name) for name in ("allgather_fn", "all_gather_into_tensor")}
+
+    def counting(gather):
+        def run_gather(output: torch.Tensor, *rest, group=None, **options):
+            kind = str(output.dtype).removeprefix("torch.")
+            counts[f"{kind} of {comm.get_world_size(group)}"] += output.nbytes
+            return gather(output, *rest, group=group, **options)
+
+        return run_gather
+
+    for name, gather in originals.items():
+        setattr(comm, name, counting(gather))
+    try:
+        yield
+    finally:
+        for name, gather in originals.items():
+            setattr(comm, name, gather)
 
 
 if __name__ == "__main__":

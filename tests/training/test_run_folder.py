@@ -360,6 +360,7 @@ HABITS = [
     ("zero_optimization.stage", 2, "zero.stage"),
     ("zero_optimization.offload_optimizer", {"device": "cpu"}, "memory.recompute"),
     ("zero_optimization.cpu_offload", True, "memory.recompute"),
+    ("zero_optimization.zero_hpz_partition_size", 8, 'zero.secondary = "node"'),
     ("zero_optimization.reduce_bucket_size", "auto", "leave the key out"),
     ("zero_optimization.overlap_comm", "auto", "leave the key out"),
     ("zero_optimisation", {"reduce_bucket_size": 1}, "did you mean zero_optimization?"),
@@ -386,7 +387,7 @@ def test_what_deepspeed_is_told_from_habit_is_one_line(models, tmp_path, key, va
     [
         {},
         {"wall_clock_breakdown": True, "steps_per_print": 10, "comms_logger": {"enabled": True}},
-        {"zero_optimization": {"zero_hpz_partition_size": 8, "reduce_bucket_size": 5e8}},
+        {"zero_optimization": {"zero_hpz_partition_size": 1, "reduce_bucket_size": 5e8}},
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}}},
         {"bf16": {"enabled": False}, "fp16": {"enabled": False}},
         {"gradient_accumulation_steps": 1, "train_micro_batch_size_per_gpu": 1},

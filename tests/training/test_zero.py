@@ -50,6 +50,7 @@ from tests.support.zero_worker import (
     bf16_config,
     evaluated,
     family_config,
+    fp8_config,
     parts_config,
     recorded_keys,
     run,
@@ -68,7 +69,7 @@ FAMILIES = ("gemma3_text", "olmo2", "phi3")
 EXTRA = {
     1: ["evaluation", "texts_in_parts", "sums", "families"],
     2: [*VARIANTS, *RESUME, *DAMAGE, *TRAFFIC, "task_runs", "broken_rank"],
-    3: [*TASK, "whole_task_runs", "texts_in_parts", "sums", "families"],
+    3: [*TASK, "whole_task_runs", "fp8", "texts_in_parts", "sums", "families"],
     4: ["evaluation"],
 }
 
@@ -206,6 +207,12 @@ def test_bf16_base_drifts_by_rounding_only(worlds: Path):
     """Gradients are reduced in fp32: by less than bf16's own resolution, 2^-8."""
     run(bf16_config(worlds, "bf16_0", stage=0), ALONE)
     assert losses(worlds / "bf16_2") == pytest.approx(losses(worlds / "bf16_0"), rel=2**-10)
+
+
+def test_three_ranks_round_gradients_to_fp8_as_one_does(worlds: Path):
+    """No factor of three is in them, which averaging over ranks would bring."""
+    train(fp8_config(worlds, "fp8_0", stage=0), ALONE)
+    assert losses(worlds / "fp8_3") == pytest.approx(losses(worlds / "fp8_0"), rel=1e-5)
 
 
 def test_steps_have_several_micro_batches(worlds: Path):
