@@ -16,8 +16,7 @@ from benchmarks.baselines import Baseline
 from mtllm_engine.data.stream import GlobalBatch
 from mtllm_engine.world import World
 
-DOCUMENTS = (8, 16, 32, 64)  # of a padded micro-batch
-SHARES = (4, 2, 1)  # of memory.max_tokens, where nothing is padded
+SHARES = (8, 4, 2, 1)  # of a step's documents, or of memory.max_tokens where nothing is padded
 STEPS = 2  # timed, after one that is not
 Row = dict[str, Any]
 
@@ -61,11 +60,9 @@ def sweep(
 
 
 def _sizes(baseline: Baseline, most_documents: int, max_tokens: int) -> list[int]:
-    """Micro-batches that differ: one that holds all documents is the largest."""
-    if baseline.packed:
-        return [max_tokens // share for share in SHARES]
-    holds_all = next((size for size in DOCUMENTS if size >= most_documents), DOCUMENTS[-1])
-    return [size for size in DOCUMENTS if size <= holds_all]
+    """Micro-batches, of which the largest holds all of a step."""
+    whole = max_tokens if baseline.packed else 1 << (most_documents - 1).bit_length()
+    return sorted({max(1, whole // share) for share in SHARES})
 
 
 def _largest_paying(taken_s: dict[Setting, float], compiled: bool) -> int:

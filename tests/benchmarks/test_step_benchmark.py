@@ -54,7 +54,7 @@ def bench(folder: Path, *arguments: str) -> tuple[int, list[dict]]:
 
 
 def test_every_variant_agrees_and_has_its_row(folder: Path, capsys, monkeypatch):
-    monkeypatch.setattr(fair, "DOCUMENTS", (4, 64))
+    monkeypatch.setattr(fair, "SHARES", (4, 1))
     monkeypatch.setattr(fair, "STEPS", 1)
     traces = ["--profile", str(folder / "trace.json"), "--sweep"]
     status, rows = bench(folder, "--baseline", "all", "--lengths", "20,equal", *traces)
@@ -114,9 +114,9 @@ def check_sweep(rows: list[dict]):
             == ["sweep", row["lengths"], row["variant"]]
         ]
         settings = [tuple(each[name] for name in names) for each in tried]
-        sizes = [4] if row["lengths"] == "equal" else [4, 64]  # four documents are all there are
-        plain = [(size, False, False) for size in sizes]
-        assert settings[: len(sizes)] == plain and (sizes[-1], True, False) in settings
+        largest = 4 if row["lengths"] == "equal" else 16  # holds all of a step's documents
+        plain = [(size, False, False) for size in (largest // 4, largest)]
+        assert settings[:2] == plain and (largest, True, False) in settings
         best = max(tried, key=lambda each: each["pairs_per_s"])
         assert [row[name] for name in names] == [best[name] for name in names]
 
