@@ -1,5 +1,5 @@
 """Every key of a configuration, as configs/README.md shows it: written there from the docstrings of
-config.py.
+config.py; and what `mtllm plan` says of the presets (`plans`).
 
     python -m benchmarks.handbook
 """
@@ -12,6 +12,7 @@ import typing
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks import plans
 from mtllm_engine.config import Config, dumps, from_dict
 
 HANDBOOK = Path(__file__).resolve().parent.parent / "configs" / "README.md"
@@ -26,8 +27,10 @@ SMALLEST = {  # a configuration that is valid
 
 
 def main() -> int:
-    """Writes the handbook's keys anew."""
-    HANDBOOK.write_text(written(HANDBOOK.read_text("utf-8")), "utf-8")
+    """Writes the handbook's keys and the presets' plans anew."""
+    text = plans.with_example(written(HANDBOOK.read_text("utf-8")))
+    HANDBOOK.write_text(text, "utf-8")
+    plans.write()
     return 0
 
 

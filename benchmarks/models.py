@@ -8,18 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    BertConfig,
-    Gemma3TextConfig,
-    LlamaConfig,
-    M2M100Config,
-    PreTrainedConfig,
-    Qwen3Config,
-)
+from transformers import AutoModel, LlamaConfig, M2M100Config, PreTrainedConfig
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
 from mtllm_engine.config import Config
+from mtllm_engine.model import known
 from mtllm_engine.model.build import build_stack, read_encoder
 from mtllm_engine.model.families import decoder_spec, read_config
 from mtllm_engine.model.lora import quantised_weights
@@ -38,76 +31,35 @@ def encoder_module(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
     return PaddedEncoder(config, dtype).module
 
 
-def _encoder(*, vocab_size: int, width: int, layers: int, heads: int, ffn: int) -> M2M100Config:
-    return M2M100Config(
-        vocab_size=vocab_size,
-        d_model=width,
-        encoder_layers=layers,
-        encoder_attention_heads=heads,
-        encoder_ffn_dim=ffn,
+ENCODERS: dict[str, PreTrainedConfig] = {
+    "nllb600m": known.ENCODERS["nllb-200-distilled-600m"],
+    "e5_small": known.ENCODERS["multilingual-e5-small"],
+    "nllb3b": known.ENCODERS["nllb-200-3.3b"],
+    "tiny": M2M100Config(
+        vocab_size=2000,
+        d_model=128,
+        encoder_layers=4,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=384,
         scale_embedding=True,
-    )
-
-
-def _decoder(
-    kind: type[PreTrainedConfig] = LlamaConfig,
-    *,
-    vocab_size: int,
-    width: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    ffn: int,
-    **others: int | None,
-) -> PreTrainedConfig:
-    return kind(
-        **others,
-        vocab_size=vocab_size,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=ffn,
-        max_position_embeddings=8192,
-        rope_parameters=None if kind is Gemma3TextConfig else ROPE,
-    )
-
-
-ROPE = {"rope_type": "default", "rope_theta": 500000.0}
-ENCODERS = {
-    "nllb600m": _encoder(vocab_size=256206, width=1024, layers=12, heads=16, ffn=4096),
-    "e5_small": BertConfig(
-        vocab_size=250037,
-        hidden_size=384,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=1536,
     ),
-    "nllb3b": _encoder(vocab_size=256206, width=2048, layers=24, heads=16, ffn=8192),
-    "tiny": _encoder(vocab_size=2000, width=128, layers=4, heads=4, ffn=384),
 }
-DECODERS = {
-    "llama3_8b": _decoder(
-        vocab_size=128256, width=4096, layers=32, heads=32, kv_heads=8, ffn=14336
+DECODERS: dict[str, PreTrainedConfig] = {
+    "llama3_8b": known.DECODERS["llama-3-8b"],
+    "llama3_70b": known.DECODERS["llama-3-70b"],
+    "qwen3_8b": known.DECODERS["qwen3-8b"],
+    "gemma3_4b": known.DECODERS["gemma-3-4b"],
+    "smollm2_135m": known.DECODERS["smollm2-135m"],
+    "tiny": LlamaConfig(
+        vocab_size=1000,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=768,
+        max_position_embeddings=8192,
+        rope_parameters=known.ROPE,
     ),
-    "llama3_70b": _decoder(
-        vocab_size=128256, width=8192, layers=80, heads=64, kv_heads=8, ffn=28672
-    ),
-    "qwen3_8b": _decoder(
-        Qwen3Config, vocab_size=151936, width=4096, layers=36, heads=32, kv_heads=8, ffn=12288
-    ),
-    "gemma3_4b": _decoder(
-        Gemma3TextConfig,
-        vocab_size=262208,
-        width=2560,
-        layers=34,
-        heads=8,
-        kv_heads=4,
-        ffn=10240,
-        sliding_window=1024,
-    ),
-    "smollm2_135m": _decoder(vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, ffn=1536),
-    "tiny": _decoder(vocab_size=1000, width=256, layers=4, heads=4, kv_heads=2, ffn=768),
 }
 
 

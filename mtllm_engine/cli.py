@@ -176,6 +176,17 @@ def _add_checks(commands: argparse._SubParsersAction) -> None:
         "--gpus", type=int, metavar="N", default=1, help="ranks on this node (default: 1)"
     )
     validate.set_defaults(run=_validate)
+    plan = commands.add_parser(
+        "plan", help="say what a configuration or recipe will take on GPUs, here or elsewhere"
+    )
+    plan.add_argument("config", type=expand, metavar="CONFIG", help="TOML file, a recipe's too")
+    plan.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
+    kinds = "a100-40, a100-80, h100, h200, b200, l40s or 4090 (default: the one that is here)"
+    plan.add_argument("--gpu", default="", metavar="NAME", help=kinds)
+    of_node = "GPUs of a node (default: 1; of a recipe its own)"
+    plan.add_argument("--gpus", type=int, metavar="N", help=of_node)
+    plan.add_argument("--nodes", type=int, default=1, metavar="M", help="default: 1")
+    plan.set_defaults(run=_plan)
     doctor = commands.add_parser("doctor", help="say whether this machine can train, and how")
     doctor.add_argument(
         "--json", action="store_true", help="for a bug report: it names no person and no place"
@@ -197,6 +208,14 @@ def _validate(arguments: argparse.Namespace) -> int:
 
     print("ready")
     print_table(report.header)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from mtllm_engine.plan import plan
+
+    options = {"gpu": arguments.gpu, "gpus": arguments.gpus, "nodes": arguments.nodes}
+    print(plan(arguments.config, arguments.overrides, **options))
     return 0
 
 

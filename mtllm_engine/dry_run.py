@@ -24,6 +24,8 @@ from mtllm_engine.data.stream import GlobalBatch, agree
 from mtllm_engine.model.build import read_models
 from mtllm_engine.train import assemble, prepare
 from mtllm_engine.training import memory
+from mtllm_engine.training.cost import predict, work_of_batch
+from mtllm_engine.training.gpus import GPUS, Cluster, gpu_of
 from mtllm_engine.training.launch import run_command
 from mtllm_engine.training.layout import settle
 from mtllm_engine.training.log import environment, header, pair_tokens, print_table
@@ -112,7 +114,10 @@ def _rows(
     rows["time"] = f"{before_s:.1f} s until the step, {step_s:.2f} s for it: {speed:,.0f} pairs/s"
     rows["time of a run"] = f"{_duration(step_s * steps)}, if all steps took as long; the first is "
     rows["time of a run"] += "slower than those after it, as kernels are compiled in it"
-    lines = memory.estimate(config, *read_models(config.model), world.size)
+    models = memory.unfilled(config, *read_models(config.model))
+    if world.device.type == "cuda" and (predicted := _predicted(config, models, world, batch)):
+        rows["predicted"] = predicted
+    lines = memory.rows(config, models, world.size)
     on_gpu = world.device.type == "cuda"
     estimate = memory.total(lines) - (0 if on_gpu else memory.ASSUMED)
     before, peak = map(_size, held)
@@ -122,6 +127,18 @@ def _rows(
     for line in lines if on_gpu else [each for each in lines if each.name != "assumed"]:
         rows[f"  {line.name}"] = f"{_size(line.bytes)}  {line.how}"
     return rows
+
+
+def _predicted(config: Config, models: memory.Models, world: World, batch: GlobalBatch) -> str:
+    """How long the plan says that such a step takes here; "" where it does not know the GPU."""
+    device = torch.cuda.get_device_properties(world.device)
+    name = gpu_of(device.name, device.total_memory)
+    if name is None:
+        return ""
+    nodes = world.size // world.local_size
+    cluster = Cluster(gpu=GPUS[name], gpus=world.local_size, nodes=nodes)
+    step = predict(config, models, cluster, work_of_batch(config, batch, world.size))
+    return f"{step.seconds:.2f} s for a step by `mtllm plan`: {step.bound}"
 
 
 def _size(num_bytes: int) -> str:

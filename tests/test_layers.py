@@ -17,6 +17,7 @@ PACKAGE = "mtllm_engine"
 FOUNDATIONS = ("", "config", "world", "languages", "files", "spans", "progress")
 COMMANDS = ("cli", "train", "finetune", "targets", "evaluate", "recipe", "sweep")
 COMMANDS += ("encode", "models", "show", "validate", "inspection", "doctor", "dry_run")
+COMMANDS += ("plan", "outlook")
 LAYERS = (  # from below; rooms of one layer do not know each other
     {"foundations": FOUNDATIONS},
     {"kernels": ("kernels", "kernels.*")},

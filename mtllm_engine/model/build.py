@@ -176,13 +176,25 @@ def settle(config: Config) -> Config:
     config = sums.settle(config)
     folder = resolve(config.model.decoder)
     spec = decoder_spec(read_config(folder, "model.decoder"), f"model.decoder: {folder}")
+    return with_targets(config, spec, str(folder))
+
+
+def with_targets(config: Config, spec: DecoderSpec, name: str) -> Config:
+    """The configuration with the linears of the LLM's family where all of Llama's are asked for.
+
+    Args:
+        name: Of the LLM, for messages.
+
+    Raises:
+        ValueError: It names linears that the LLM does not have.
+    """
     targets = config.lora.target_modules
     if set(targets) == set(LORA_TARGETS):
         targets = targets if spec.targets == LORA_TARGETS else spec.targets
-    for name in targets:
-        if name not in spec.targets:
-            known = f"{folder} ({spec.family}) has {', '.join(spec.targets)}"
-            raise ValueError(f"lora.target_modules: {name!r} is no linear of the LLM; {known}")
+    for each in targets:
+        if each not in spec.targets:
+            known = f"{name} ({spec.family}) has {', '.join(spec.targets)}"
+            raise ValueError(f"lora.target_modules: {each!r} is no linear of the LLM; {known}")
     return replace(config, lora=replace(config.lora, target_modules=targets))
 
 

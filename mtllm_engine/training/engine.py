@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -149,7 +149,16 @@ class PlainEngine:
         self.stack, self.world = stack, world
         self.clip = config.optim.clip
         self.optimizer = _build_optimizer(stack, config.optim)
-        self.gradients = _flat_gradients(_trained(stack).values(), world.device)
+        self.trained = list(_trained(stack).values())
+        self.gradients = torch.zeros(sum(map(torch.numel, self.trained)), device=world.device)
+        # Backward adds to these parts.
+        sizes = [parameter.numel() for parameter in self.trained]
+        self.parts = [
+            part.view_as(parameter)
+            for part, parameter in zip(self.gradients.split(sizes), self.trained, strict=True)
+        ]
+        for parameter, part in zip(self.trained, self.parts):
+            parameter.grad = part
 
     def __call__(self, batch: Batch, totals: Totals) -> Share:
         return self.stack(batch, totals)
@@ -161,9 +170,11 @@ class PlainEngine:
     def step(self, lr: float) -> torch.Tensor:
         """Sums the ranks' gradients, clips, updates and forgets them; returns their norm before
         clipping. Where that is not finite there is no update, on any rank."""
+        pairs = zip(self.trained, self.parts)
+        assert all(parameter.grad is part for parameter, part in pairs), "a gradient was replaced"
         _set_lr(self.optimizer, lr)
         self.world.sum(self.gradients)
-        norm = nn.utils.clip_grad_norm_(_trained(self.stack).values(), self.clip or float("inf"))
+        norm = nn.utils.clip_grad_norm_(self.trained, self.clip or float("inf"))
         # AdamW then leaves values, moments and its own count as they are, without a host wait.
         self.optimizer.found_inf = (~norm.isfinite()).float()
         self.optimizer.step()
@@ -189,12 +200,11 @@ class PlainEngine:
         Raises:
             ValueError: The ranks hold different numbers, which only a broken device makes.
         """
-        trained = _trained(self.stack)
-        self._compare(trained.values())
+        self._compare()
         return {
             name: {"value": parameter.detach().cpu().clone()}
             | {key: self.optimizer.state[parameter][key].cpu().clone() for key in MOMENTS}
-            for name, parameter in trained.items()
+            for name, parameter in _trained(self.stack).items()
             if self.world.is_main
         }
 
@@ -206,9 +216,9 @@ class PlainEngine:
             moments = {key: state[name][key].to(parameter.device, copy=True) for key in MOMENTS}
             self.optimizer.state[parameter] = _adamw_state(updates, moments)
 
-    def _compare(self, trained: Iterable[nn.Parameter]) -> None:
+    def _compare(self) -> None:
         """All ranks made the same updates of the same sums, so that all bits must be the same."""
-        bits = [each.detach().view(torch.int32).sum(dtype=torch.int64) for each in trained]
+        bits = [each.detach().view(torch.int32).sum(dtype=torch.int64) for each in self.trained]
         sums = [each for (each,) in self.world.gather_ints([int(sum(bits))])]
         if len(set(sums)) > 1:
             odd = next(rank for rank, each in enumerate(sums) if each != sums[0])
@@ -543,16 +553,6 @@ def fill(parameter: nn.Parameter, name: str, weights: Weights, world: World) -> 
         for start in range(offset, stop, CHUNK):
             end = min(start + CHUNK, stop)
             target[start - offset : end - offset].copy_(weights.read(name, start, end))
-
-
-def _flat_gradients(trained: Iterable[nn.Parameter], device: torch.device) -> torch.Tensor:
-    """The gradients, fp32, as one tensor of zeros: backward adds to its parts."""
-    parameters = list(trained)
-    sizes = [parameter.numel() for parameter in parameters]
-    flat = torch.zeros(sum(sizes), device=device)
-    for parameter, part in zip(parameters, flat.split(sizes), strict=True):
-        parameter.grad = part.view_as(parameter)
-    return flat
 
 
 def _build_optimizer(stack: Stack, optim: OptimConfig) -> torch.optim.AdamW | None:

@@ -5,16 +5,20 @@ Sizes come from the stack itself, built on the meta device, and from the DeepSpe
 that training uses.
 """
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from mtllm_engine.config import Config, LoraConfig
-from mtllm_engine.kernels.lora_linear.quantised import BYTES
+from mtllm_engine.kernels.lora_linear.quantised import BLOCK, BYTES, OUTER_BLOCK, Fp8
 from mtllm_engine.model.families import POST_NORMS, DecoderSpec
 from mtllm_engine.model.lora import LoraLinear
 from mtllm_engine.model.padded import PaddedEncoder
@@ -27,8 +31,10 @@ PLAIN_TRAINED = 16  # bytes of a trained number in fp32: value, gradient, two mo
 ZERO_TRAINED = 24
 # CUDA's context, NCCL, workspaces of libraries, and what fragmentation of the allocator costs.
 ASSUMED = 2 << 30
+REDUCE_BUCKET = 500_000_000  # DeepSpeed's own default, in numbers
 
-HELD = ("LLM's linears", "other frozen weights", "frozen weights", "encoder", "trained")
+HELD = ("LLM's linears", "other frozen weights", "frozen weights", "a copy in each node")
+HELD += ("encoder", "trained")
 """Rows of weights, and of what is trained."""
 
 
@@ -40,22 +46,76 @@ class Row(NamedTuple):
     how: str  # in words
 
 
+class Piece(NamedTuple):
+    """A tensor that ZeRO-3 slices and gathers."""
+
+    numbers: int
+    width: int
+    """Bytes of a number."""
+    learns: bool
+
+    @property
+    def bytes(self) -> int:
+        return self.numbers * self.width
+
+    def slice_bytes(self, world_size: int) -> int:
+        """A rank's part; slices are equally long, so the last may be padded."""
+        return -(-self.numbers // world_size) * self.width
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Models:
+    """Both models by their configurations, and the stack of them on the meta device, unsharded."""
+
+    encoder: PreTrainedConfig
+    decoder: DecoderSpec
+    stack: Stack
+
+    @cached_property
+    def num_weights(self) -> int:
+        """Of the LLM's linears: N of a step's work."""
+        return sum(each.weight.numel() for each in lora_linears(self.stack))
+
+
 def estimate(
     config: Config, encoder: PreTrainedConfig, decoder: DecoderSpec, world_size: int
 ) -> list[Row]:
-    """What the backward of the longest micro-batch finds in a GPU's memory (never any logits)."""
-    data, most = config.data, config.memory.max_tokens
-    # A rank's step has no more tokens than its packs.
-    pack = data.pack_tokens or data.pack_documents * data.max_length
-    most = min(most, math.ceil(data.lanes / world_size) * pack)
-    config = replace(config, memory=replace(config.memory, max_tokens=most))
+    """`rows` of models that are not at hand as a stack."""
+    return rows(config, unfilled(config, encoder, decoder), world_size)
+
+
+def unfilled(config: Config, encoder: PreTrainedConfig, decoder: DecoderSpec) -> Models:
+    """Both models, and their stack without weights."""
     with torch.device("meta"):
         stack = Stack(config, encoder, decoder)
-    held = _sharded if config.zero.stage == 3 else _whole
-    rows = [*held(config, stack, world_size), *_states(config, encoder, decoder)]
+    return Models(encoder=encoder, decoder=decoder, stack=stack)
+
+
+def rows(config: Config, models: Models, world_size: int, *, node_size: int = 0) -> list[Row]:
+    """What the backward of the longest micro-batch finds in a GPU's memory (never any logits).
+
+    Args:
+        config: `zero.stage`, 0 or 3, says how the weights lie.
+        node_size: GPUs of a node that share a second copy of the frozen weights among them; 0:
+            there is none.
+    """
+    most = replace(config.memory, max_tokens=most_tokens(config, world_size))
+    config, stack = replace(config, memory=most), models.stack
+    if config.zero.stage == 3:
+        found = _sharded(config, stack, world_size, node_size)
+    else:
+        found = _whole(config, stack)
+    found += _states(config, models.encoder, models.decoder)
     if isinstance(stack.encoder, PaddedEncoder):
-        rows[:0] = _padded(config, stack.encoder)
-    return rows
+        found[:0] = _padded(config, stack.encoder)
+    return found
+
+
+def most_tokens(config: Config, world_size: int) -> int:
+    """Of a micro-batch: no more than a rank's packs have."""
+    data = config.data
+    pack = data.pack_tokens or data.pack_documents * data.max_length
+    return min(config.memory.max_tokens, math.ceil(data.lanes / world_size) * pack)
 
 
 def total(rows: Sequence[Row]) -> int:
@@ -87,7 +147,59 @@ def saved_bytes(decoder: DecoderSpec, lora: LoraConfig, dtype: torch.dtype, reco
     return (wide + low) * dtype.itemsize + 4 * decoder.num_heads
 
 
-def _whole(config: Config, stack: Stack, world_size: int) -> list[Row]:
+def pieces(config: Config, module: nn.Module) -> tuple[Piece, ...]:
+    """What ZeRO-3 holds of a module, which is not sharded yet: its parameters, and in the place of
+    a quantised weight what stands for it."""
+    return _pieces(config.model.quantization, module)
+
+
+@lru_cache(maxsize=1024)  # a plan asks for the same layers again and again
+def _pieces(form: str, module: nn.Module) -> tuple[Piece, ...]:
+    linears = [item.weight for item in lora_linears(module) if form != "none"]
+    quantised = {id(weight) for weight in linears}
+    found = [
+        Piece(each.numel(), each.element_size(), each.requires_grad)
+        for each in module.parameters()
+        if id(each) not in quantised
+    ]
+    return (*found, *(_quantised(form, *weight.shape) for weight in linears))
+
+
+def zero_options(config: Config, stack: Stack, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's ZeRO-3, as these ranks would run it: its limits follow from a layer, quantised as
+    it will be."""
+    world = World(rank=0, size=world_size, local_rank=0, device=torch.device("cuda"))
+    layers = [_as_held(config, stack.decoder.layers[0])]
+    decoder = SimpleNamespace(layers=layers)
+    like: Any = SimpleNamespace(named_parameters=stack.named_parameters, decoder=decoder)
+    return deepspeed_config(config, world, like)["zero_optimization"]
+
+
+def _as_held(config: Config, layer: nn.Module) -> nn.Module:
+    """A copy on the meta device with payloads in the place of quantised weights."""
+    if config.model.quantization == "none":
+        return layer
+    layer = copy.deepcopy(layer)
+    for linear in lora_linears(layer):
+        shape = linear.weight.shape
+        size = _quantised(config.model.quantization, *shape).numbers
+        payload = torch.empty(size, dtype=torch.uint8, device="meta")
+        linear.payload = nn.Parameter(payload, requires_grad=False)
+        del linear.weight
+        linear.weight = Fp8(shape=shape, payload=linear.payload, transposed_DF=None)  # or Nf4
+    return layer
+
+
+def _quantised(form: str, rows: int, columns: int) -> Piece:
+    """A sharded linear's weight: one copy with its scales, as bytes."""
+    count = rows * columns
+    if form == "fp8":
+        return Piece(count + 4 * rows, 1, False)
+    blocks = -(-count // BLOCK)  # two weights in a byte, a scale for each block, scales of those
+    return Piece(-(-count // 2) + blocks + 4 * (-(-blocks // OUTER_BLOCK) + 1), 1, False)
+
+
+def _whole(config: Config, stack: Stack) -> list[Row]:
     linears, others, trained = _sizes(stack)
     width, form = getattr(torch, config.model.dtype).itemsize, config.model.quantization
     quantised, name = (
@@ -104,30 +216,65 @@ def _whole(config: Config, stack: Stack, world_size: int) -> list[Row]:
         ),
         Row("trained", PLAIN_TRAINED * trained, f"{trained:,} in fp32, gradients, two moments"),
     ]
-    if form == "nf4":
-        largest = max(item.weight.numel() for item in _lora_linears(stack))
-        rows.append(Row("a linear made full", largest * width, f"{largest:,} weights"))
-    return rows
+    return rows + _made_full(config, stack) * (form == "nf4")
 
 
-def _sharded(config: Config, stack: Stack, world_size: int) -> list[Row]:
-    linears, others, trained = _sizes(stack)
-    width = getattr(torch, config.model.dtype).itemsize
-    world = World(rank=0, size=world_size, local_rank=0, device=torch.device("cuda"))
-    zero = deepspeed_config(config, world, stack)["zero_optimization"]
-    frozen, share = linears + others, f"1/{world_size} of"
-    live = min(frozen, max(zero["stage3_max_live_parameters"], _largest_leaf(stack)))
-    bucket = zero.get("reduce_bucket_size", 500_000_000)  # DeepSpeed's own default
-    sizes, limit = map(torch.numel, _trained(stack)), zero["stage3_param_persistence_threshold"]
-    whole = sum(size for size in sizes if size <= limit)
-    slices = (frozen * width // world_size, ZERO_TRAINED * trained // world_size)
-    return [
-        Row("frozen weights", slices[0], f"{share} {frozen:,} weights"),
-        Row("gathered weights", live * width, f"{live:,} weights live at most"),
-        Row("trained", slices[1], f"{share} {trained:,} with their states"),
-        Row("adapters kept whole", 4 * whole, f"{whole:,} below the persistence threshold"),
+def _sharded(config: Config, stack: Stack, world_size: int, node_size: int) -> list[Row]:
+    zero, share = zero_options(config, stack, world_size), f"1/{world_size} of"
+    every = pieces(config, stack)
+    frozen = [each for each in every if not each.learns]
+    trained = sum(each.numbers for each in every if each.learns)
+    limit = zero["stage3_param_persistence_threshold"]
+    small = [each for each in every if each.numbers <= limit]
+    live, counted = _live(config, stack, zero, frozen)
+    bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
+    slices = (each.slice_bytes(world_size) for each in frozen)
+    states = ZERO_TRAINED * trained // world_size
+    weights, kept = (sum(each.numbers for each in some) for some in (frozen, small))
+    name = config.model.quantization.replace("none", config.model.dtype)
+    rows = [Row("frozen weights", sum(slices), f"{share} {weights:,} numbers, {name}")]
+    if node_size:
+        copies = sum(each.slice_bytes(node_size) for each in every)
+        rows.append(Row("a copy in each node", copies, f"1/{node_size} of all once more"))
+    rows += [
+        Row("gathered weights", live, f"{counted:,} numbers live at most"),
+        Row("trained", states, f"{share} {trained:,} with their states"),
+        Row("small ones kept whole", sum(each.bytes for each in small), f"{kept:,} numbers"),
         Row("gradient bucket", 4 * bucket, f"{bucket:,} fp32 numbers: reduce_bucket_size"),
     ]
+    return rows + _made_full(config, stack) * (config.model.quantization != "none")
+
+
+def _live(
+    config: Config, stack: Stack, zero: dict[str, Any], frozen: Sequence[Piece]
+) -> tuple[int, int]:
+    """Bytes and numbers of frozen weights that are gathered at once. DeepSpeed's limit counts
+    numbers, whatever a number is."""
+    leaves = [[each for each in pieces(config, leaf) if not each.learns] for leaf in stack.leaves]
+    layer = [each for each in pieces(config, stack.decoder.layers[0]) if not each.learns]
+    width = sum(each.bytes for each in layer) / sum(each.numbers for each in layer)
+    largest = max(leaves, key=lambda leaf: sum(each.bytes for each in leaf))
+    numbers, limit = sum(each.numbers for each in frozen), zero["stage3_max_live_parameters"]
+    if numbers <= limit:
+        return sum(each.bytes for each in frozen), numbers
+    sizes = (
+        (int(limit * width), limit),
+        (
+            sum(each.bytes for each in largest),
+            sum(each.numbers for each in largest),
+        ),
+    )
+    return max(sizes)
+
+
+def _made_full(config: Config, stack: Stack) -> list[Row]:
+    """What one product of a quantised weight makes for its own length: the weight in the model's
+    dtype, or in fp8 and sharded its transpose."""
+    largest = max(item.weight.numel() for item in lora_linears(stack))
+    if config.model.quantization == "fp8":
+        return [Row("a linear's transpose", largest, f"{largest:,} weights")]
+    width = getattr(torch, config.model.dtype).itemsize
+    return [Row("a linear made full", largest * width, f"{largest:,} weights")]
 
 
 def _padded(config: Config, encoder: PaddedEncoder) -> list[Row]:
@@ -173,18 +320,10 @@ def _states(config: Config, encoder: PreTrainedConfig, decoder: DecoderSpec) -> 
 
 def _sizes(stack: Stack) -> tuple[int, int, int]:
     """Numbers of weights: the LLM's linears, all else that is frozen, what is trained."""
-    linears = sum(item.weight.numel() for item in _lora_linears(stack))
-    trained = sum(item.numel() for item in _trained(stack))
+    linears = sum(item.weight.numel() for item in lora_linears(stack))
+    trained = sum(item.numel() for item in stack.parameters() if item.requires_grad)
     return linears, sum(item.numel() for item in stack.parameters()) - linears - trained, trained
 
 
-def _lora_linears(stack: Stack) -> list[LoraLinear]:
+def lora_linears(stack: nn.Module) -> list[LoraLinear]:
     return [item for item in stack.modules() if isinstance(item, LoraLinear)]
-
-
-def _trained(stack: Stack) -> list[torch.nn.Parameter]:
-    return [item for item in stack.parameters() if item.requires_grad]
-
-
-def _largest_leaf(stack: Stack) -> int:
-    return max(sum(math.prod(item.shape) for item in leaf.parameters()) for leaf in stack.leaves)

@@ -32,6 +32,7 @@ from mtllm_engine.training.engine import ZeroEngine, import_deepspeed, shard
 from mtllm_engine.training.step import train_step
 from mtllm_engine.world import World, connect
 from tests.support.machine import HANG_S
+from tests.support.planned import CASES, case_config, measured
 from tests.support.stages import (
     checkpoint,
     evaluation_config,
@@ -579,6 +580,11 @@ def collectives(folder: Path, world: World, *, is_real: bool) -> list[str]:
             train_step(config, world, engine, global_batch, step)
     stream.close()
     return [event.name for event in profiled.events() if event.name.startswith("c10d::")]
+
+
+def planned(folder: Path, world: World) -> dict:
+    """Bytes that this rank holds and gets in a step, by DeepSpeed's limits."""
+    return {case: measured(case_config(folder, case), world) for case in CASES}
 
 
 QUANTISED = ("nf4", "fp8")

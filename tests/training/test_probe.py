@@ -182,7 +182,7 @@ def check_quiet(output: str) -> None:
     assert "Warning" not in output and "site-packages" not in output and "\r" not in output
     names = {line.split()[0] for line in output.splitlines() if line}
     ours = {"run", "learns", "encoder", "decoder", "texts", "projection", "parameters", "device"}
-    assert names <= ours | {"step", "corpora", "licences", "kernels", "done,"}
+    assert names <= ours | {"weights", "step", "corpora", "licences", "kernels", "done,"}
 
 
 def check_report(run: Path) -> None:

@@ -21,10 +21,14 @@ from safetensors.torch import load_file
 from mtllm_engine.config import dumps
 from mtllm_engine.finetune import finetune
 from mtllm_engine.train import train
+from mtllm_engine.training import memory
+from mtllm_engine.training.gpus import GPUS, Cluster
+from mtllm_engine.training.traffic import movements
 from tests.support.adapters import write_adapters
 from tests.support.families import build_llm
 from tests.support.machine import ROOT, launch
 from tests.support.padded import assert_close, load_llm
+from tests.support.planned import CASES, case_config, models_of
 from tests.support.stages import (
     ALONE,
     finetuning_config,
@@ -61,7 +65,7 @@ WORKER = "tests.support.zero_worker"
 RESUME = ["stop_and_resume", "resume_other"]
 VARIANTS = ["recompute", "bf16"]
 DAMAGE = ["damaged_shard", "full_disk"]
-TRAFFIC = ["joint_forward", "two_passes"]
+TRAFFIC = ["joint_forward", "two_passes", "planned"]
 EVERYWHERE = ["ten_steps", "whole", "relay"]
 TASK = ["task_runs", "evaluation"]
 MEASURED = {"loss", "grad_norm", "accuracy", "validation_accuracy", "validation_fvu"}
@@ -445,3 +449,21 @@ def answers(path: Path) -> list[dict]:
     lines = map(json.loads, path.read_text().splitlines()[1:])
     timed = ("wall_s", "crc32")  # the latter is a checksum of the former, too
     return [{key: value for key, value in row.items() if key not in timed} for row in lines]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_send_and_hold_what_the_plan_says(worlds: Path, case: str):
+    config = case_config(worlds, case)
+    models, cluster = models_of(config), Cluster(gpu=GPUS["h100"], gpus=2)
+    planned = {row.name: row.bytes for row in memory.rows(config, models, 2)}
+    for result in results(worlds, "planned", 2):
+        seen = result[case]
+        moved = movements(config, models, cluster, seen["micro_batches"])
+        for kind in ("gathered", "reduced"):
+            assert sum(each.bytes for each in moved if each.kind == kind) == seen[kind], kind
+        assert planned["frozen weights"] == seen["frozen"]
+        assert planned["small ones kept whole"] == seen["whole"]
+        # The update has the gradients once more.
+        assert (
+            planned["trained"] * (memory.ZERO_TRAINED - 4) == seen["trained"] * memory.ZERO_TRAINED
+        )
