@@ -94,6 +94,6 @@ def _measured(
         if not setting.compiled:
             raise
         status = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    baseline.module.zero_grad(set_to_none=True)
+    baseline.module.zero_grad(set_to_none=False)  # which ranks sum where they lie
     torch.cuda.empty_cache()
     return {"status": status}
