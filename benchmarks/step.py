@@ -206,7 +206,7 @@ def _make_fit(variant: Variant, global_batch: GlobalBatch, world: World) -> None
                 message = f"{variant.name} does not fit into memory; lower memory.max_tokens"
                 raise ValueError(message) from error
             variant.batch //= 2
-        variant.module.zero_grad(set_to_none=True)
+        variant.module.zero_grad(set_to_none=False)  # the engine adds them up where they lie
         torch.cuda.empty_cache()
 
 

@@ -35,7 +35,13 @@ def settle(config: Config, world: World) -> tuple[Config, str]:
     if world.device.type == "cuda":
         sizes = world.gather(torch.cuda.get_device_properties(world.device).total_memory)
     layout = world.on_main(lambda: choose(config, *read_models(config.model), world.size, sizes))
-    return replace(config, zero=replace(config.zero, stage=layout.stage)), layout.words
+    return settled(config, layout.stage), layout.words
+
+
+def settled(config: Config, stage: int) -> Config:
+    """The configuration with its layout decided: one that can be read again from a run's folder."""
+    secondary = config.zero.secondary if stage == SHARDED else "none"
+    return replace(config, zero=replace(config.zero, stage=stage, secondary=secondary))
 
 
 def choose(
@@ -56,7 +62,9 @@ def choose(
     ranks = f"{world_size} {'GPU' if sizes else 'CPU rank'}{'s' if world_size > 1 else ''}"
     each = "each of " if world_size > 1 else ""
     where = f"sharded over {ranks}" if stage == SHARDED else f"whole on {each}{ranks}"
-    unused = "; [deepspeed] has no effect" if stage == WHOLE and config.deepspeed else ""
+    idle = ["[deepspeed]"] * bool(config.deepspeed)
+    idle += ["zero.secondary"] * (config.zero.secondary != "none")
+    unused = "".join(f"; {each} has no effect" for each in idle) if stage == WHOLE else ""
     return Layout(stage, f"{where} ({reason}){unused}")
 
 
