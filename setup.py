@@ -21,7 +21,10 @@ setup(
         "mtllm_engine.csrc",
     ],
     package_dir={"mtllm_engine.kernels": "kernels", "mtllm_engine.csrc": "csrc"},
-    package_data={"mtllm_engine.csrc": ["*.cpp", "cpu/*", "cuda/*"]},
+    package_data={
+        "mtllm_engine.csrc": ["*.cpp", "cpu/*", "cuda/*"],
+        "mtllm_engine.kernels.attention": ["measured.json"],
+    },
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.6",

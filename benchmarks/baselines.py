@@ -151,6 +151,8 @@ class Baseline:
     """What its libraries change for the whole process: set while it runs."""
     collate: Callable[[Sequence[Document]], Micro]
     batch: int  # of a micro-batch: documents where they are padded, tokens where they are not
+    checkpointing: bool = False  # each layer of the LLM is computed again in backward
+    compiled: bool = False  # each layer of the LLM, by torch.compile
     packed: bool = False
     by_length: bool = False
     padding: float | None = None  # not counted
@@ -169,12 +171,25 @@ class Baseline:
         batches = self.batches(list(itertools.chain(*global_batch.micro_batches)))
         most = max(count for (count,) in self.world.gather_ints([len(batches)]))
         loss = torch.zeros((), device=self.world.device)
+        self._set_up()  # anew: variants share a module
         with patched(*self.patches):
             for documents in batches + [[]] * (most - len(batches)):
                 share = self.engine(self.collate(documents), global_batch.totals.spans)
                 self.engine.backward(share)
                 loss += share.detach()
             return loss, self.engine.step(0.0)
+
+    def _set_up(self) -> None:
+        llm = self.module.llm.get_base_model()
+        if self.checkpointing != llm.is_gradient_checkpointing:
+            switch = ("gradient_checkpointing_disable", "gradient_checkpointing_enable")
+            options = ({"use_reentrant": False},) if self.checkpointing else ()
+            getattr(llm, switch[self.checkpointing])(*options)
+        for layer in llm.layers:
+            if self.compiled and layer._compiled_call_impl is None:
+                layer.compile(dynamic=True)  # packs differ in length from step to step
+            elif not self.compiled:
+                layer._compiled_call_impl = None
 
     @property
     def parts(self) -> list[Part]:
@@ -212,6 +227,7 @@ def build_baseline(name: str, config: Config, models: Models, world: World) -> B
     form = _join if packed else functools.partial(pad_documents, pad=models.encoder.pad_token_id)
     collate = functools.partial(_collate, form, causal=config.model.causal, device=world.device)
     runs = {"engine": engine, "patches": patches, "collate": collate}
+    runs["checkpointing"] = config.memory.recompute == "layer"
     return Baseline(name=name, world=world, module=module, batch=batch, packed=packed, **runs)
 
 
@@ -233,8 +249,6 @@ def build_distillation(
     _fill(llm, frozen_tensors(models, "decoder"), config)
     encoder = _build_encoder(config, models, world)
     patches = _assemble(encoder, llm) if packed else []
-    if config.memory.recompute == "layer":
-        llm.gradient_checkpointing_enable({"use_reentrant": False})
     adapters = peft.LoraConfig(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,

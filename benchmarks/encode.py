@@ -4,8 +4,8 @@
     python -m benchmarks.encode DIR [--lengths 40,equal] [--texts 512] [--out encode.jsonl]
 
 The others are transformers' classes with the folder's own code, texts as they come and sorted by
-length, and sentence-transformers; each at the fastest of several batch sizes. All take turns, and
-all vectors must agree with ours, or there are no figures.
+length, and sentence-transformers where it is installed; each at the fastest of several batch
+sizes. All take turns, and all vectors must agree with ours, or there are no figures.
 """
 
 import argparse
@@ -131,18 +131,20 @@ def compare(setting: Setting, texts: Sequence[str], repeats: int) -> list[Row]:
     Raises:
         ValueError: Vectors of one differ from ours.
     """
-    encoders = {name: setting.build(name) for name in VARIANTS}
+    encoders = dict(_built(setting))
     sizes = {name: _best_batch(encode, texts) for name, encode in encoders.items()}
     expected = encoders["ours"](texts, 0)
-    errors = {name: _error(encoders[name](texts, sizes[name]), expected) for name in VARIANTS}
+    errors = {name: _error(encoders[name](texts, sizes[name]), expected) for name in encoders}
     for name, error in errors.items():
         if not error <= TOLERANCE[setting.dtype]:
             apart = f"{error:.1e} apart, above {TOLERANCE[setting.dtype]:.0e}"
             raise ValueError(f"the vectors of {name} and ours are {apart}: no figures")
-    rates: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    with tqdm(total=repeats * len(VARIANTS), unit="run", leave=False) as bar:
+    names = list(encoders)
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    with tqdm(total=repeats * len(names), unit="run", leave=False) as bar:
         for turn in range(repeats):
-            for name in (*list(VARIANTS)[turn % 4 :], *list(VARIANTS)[: turn % 4]):
+            first = turn % len(names)
+            for name in (*names[first:], *names[:first]):
                 bar.set_description(name)
                 taken_s = _timed(lambda name=name: encoders[name](texts, sizes[name]))
                 rates[name].append(len(texts) / taken_s)
@@ -155,8 +157,19 @@ def compare(setting: Setting, texts: Sequence[str], repeats: int) -> list[Row]:
             "peak_bytes": _peak_apart(setting, name, texts, sizes[name]),
             "error": errors[name],
         }
-        for name in VARIANTS
+        for name in names
     ]
+
+
+def _built(setting: Setting) -> Iterator[tuple[str, Encode]]:
+    """The variants whose libraries are here; of the others a line says so."""
+    for name in VARIANTS:
+        try:
+            yield name, setting.build(name)
+        except ImportError as error:
+            if name == "ours":
+                raise
+            print(f"{name}: skipped, {error}")
 
 
 def _best_batch(encode: Encode, texts: Sequence[str]) -> int:

@@ -8,6 +8,9 @@ backward are timed apart, on copies made before the clock starts and with caches
 ceilings (a copy's bandwidth, a large matrix product) are measured in the same run. Sizes are the
 folders' `shapes`, in bf16, on CUDA; on a CPU in fp32 with fewer tokens, and linears a quarter as
 wide. FILE gets a JSON line per measurement, and the roofline lies beside it as PNG.
+
+Packs of documents differ from step to step, and some libraries plan anew for each: `first_ms` is
+the host's time of a forward and backward at lengths that were not there before.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import itertools
 import json
 import platform
 import shutil
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -64,10 +68,13 @@ class Clock:
         yield
         self.marks.setdefault((whose, which), []).append((start, self._mark()))
 
-    def take(self) -> dict[tuple[str, str], torch.Tensor]:
-        """All times since the last call."""
+    def wait(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize()
+
+    def take(self) -> dict[tuple[str, str], torch.Tensor]:
+        """All times since the last call."""
+        self.wait()
         marks, self.marks = self.marks, {}
         return {
             key: torch.tensor([self._between(*pair) for pair in pairs])
@@ -206,9 +213,14 @@ def measure(kernel: Kernel, shape: dict[str, Any], machine: Machine) -> Iterator
     arguments = kernel.inputs(generator, machine.dtype, **shape)
     costs = dict(zip(PASSES, kernel.cost(machine.dtype, **shape)))
     known, runs = {"op": kernel.name, "shape": shape}, {}
+    first_ms = {}
     for provider in providers(kernel, machine.device, machine.dtype):
         try:
             runs[provider.name] = prepare(provider, kernel, arguments, machine.clock)
+            if changed := other_lengths(shape):
+                generator.manual_seed(0)
+                others = kernel.inputs(generator, machine.dtype, **changed)
+                first_ms[provider.name] = time_first(provider, others, machine.clock)
         # A missing package, wrong results, no memory: the others shall still be measured
         except Exception as error:
             why = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -221,6 +233,7 @@ def measure(kernel: Kernel, shape: dict[str, Any], machine: Machine) -> Iterator
             run(name)
     for (provider, name), times_ms in machine.clock.take().items():
         result = {"provider": provider, "status": "ok", "pass": name}
+        result |= {"first_ms": first_ms.get(provider)}
         yield known | result | figures(times_ms, costs[name], machine)
     torch.compiler.reset()
 
@@ -237,11 +250,37 @@ def prepare(
         raise ArithmeticError("; ".join(problems))
     adapted = provider.adapt(**arguments)
     own = map_tensors(lambda x: x.detach().requires_grad_(x.requires_grad), adapted)
-    run = functools.partial(time_once, provider.load(), own, clock)
+    function = provider.load()
+
+    def run(name: str) -> None:
+        if kernel.name == "attention":  # some are switched on for the whole process: not timed
+            function(**map_tensors(torch.Tensor.detach, own))
+        time_once(function, own, clock, name)
+
     for _ in range(5 if clock.on_gpu else 1):
         run("warm-up")
     clock.take()
     return run
+
+
+def other_lengths(shape: dict[str, Any]) -> dict[str, Any] | None:
+    """As many documents, the longest a token shorter; None: of an op that knows no documents."""
+    if "lengths" not in shape or max(shape["lengths"]) == 1:
+        return None
+    longest = max(shape["lengths"])
+    return shape | {"lengths": tuple(min(each, longest - 1) for each in shape["lengths"])}
+
+
+def time_first(provider: Provider, arguments: Arguments, clock: Clock) -> float:
+    """Milliseconds of one forward and backward on the host's clock."""
+    own = map_tensors(lambda x: x.detach().requires_grad_(x.requires_grad), arguments)
+    run = functools.partial(time_once, provider.load(), provider.adapt(**own), clock, "first")
+    clock.wait()
+    started_s = time.perf_counter()
+    run()
+    clock.wait()
+    clock.take()
+    return 1e3 * (time.perf_counter() - started_s)
 
 
 def time_once(function: Callable[..., Any], own: Arguments, clock: Clock, name: str) -> None:
@@ -297,9 +336,10 @@ def title(record: Record) -> str:
 
 
 def brief(value: Any) -> str:
-    """Equal lengths as `32 x 512`."""
-    if isinstance(value, tuple) and len(value) > 4 and len(set(value)) == 1:
-        return f"{len(value)} x {value[0]}"
+    """Equal lengths as `32 x 512`, mixed ones by number and median."""
+    if isinstance(value, tuple) and len(value) > 4:
+        is_equal = len(set(value)) == 1
+        return f"{len(value)} x {value[0] if is_equal else f'~{statistics.median(value):.0f}'}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

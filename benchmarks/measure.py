@@ -126,8 +126,9 @@ def split(variant: Variant, global_batch: GlobalBatch, world: World) -> dict[str
 
 def trace(
     variant: Variant, global_batch: GlobalBatch, world: World, file: Path | None = None
-) -> dict[str, float]:
-    """What PyTorch's profiler sees of a step: kernels, seconds in collectives, bytes above before.
+) -> tuple[dict[str, float], Sequence[Any]]:
+    """What PyTorch's profiler sees of a step: kernels, seconds in collectives, bytes above before;
+    and all its events, with the shapes of what they read.
 
     On a CPU, "kernels" are calls of ATen operators, by others too, and the bytes are PyTorch's
     allocator's, from its record of every call: what the process holds beside them (fragments,
@@ -138,7 +139,8 @@ def trace(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         before_bytes = torch.cuda.memory_allocated()
-    with profile(activities=activities, profile_memory=not on_gpu) as profiler:
+    watched = {"activities": activities, "profile_memory": not on_gpu, "record_shapes": True}
+    with profile(**watched) as profiler:
         variant.run(global_batch)
         synchronize(world)
     if file is not None:
@@ -154,7 +156,8 @@ def trace(
         collectives = [event for event in events if event.name().startswith("gloo:")]
         step_bytes = _peak_bytes(events)
     collectives_s = sum(event.duration_ns() for event in collectives) / 1e9
-    return {"kernels": kernels, "collectives_s": collectives_s, "step_bytes": step_bytes}
+    seen = {"kernels": kernels, "collectives_s": collectives_s, "step_bytes": step_bytes}
+    return seen, profiler.events()
 
 
 def kept_bytes(variant: Variant) -> int:
@@ -192,6 +195,15 @@ def gemm_tflops(device: torch.device, dtype: torch.dtype) -> float:
     multiply = [functools.partial(torch.mm, *pairs[number % 3]) for number in range(repeats + 2)]
     seconds = [timed(run, alone)[1] for run in multiply][2:]
     return 2 * size**3 / statistics.median(seconds) / 1e12
+
+
+def copy_gbytes_per_s(device: torch.device) -> float:
+    """Bytes that a large copy reads and writes on this device, now."""
+    source = torch.ones(2**30 if device.type == "cuda" else 2**25, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    alone = World(rank=0, size=1, local_rank=0, device=device)
+    seconds = [timed(lambda: target.copy_(source), alone)[1] for _ in range(12)][2:]
+    return 2 * source.nbytes / statistics.median(seconds) / 1e9
 
 
 def driver(device: torch.device) -> str | None:

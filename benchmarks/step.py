@@ -14,20 +14,22 @@ is one line, and no figure.
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks import measure, tables
+from benchmarks import measure, profile, tables
 from benchmarks.baselines import Baseline, build_baselines
 from benchmarks.documents import Drawn, Lengths, parse_lengths
+from benchmarks.fair import STEPS, sweep
 from benchmarks.measure import Part, Variant
 from benchmarks.models import Models, build_models
 from mtllm_engine import config as configs
@@ -153,6 +155,8 @@ class Bench:
             **self.machine,
             "zero_stage": getattr(variant, "config", self.config).zero.stage,
             "batch": getattr(variant, "batch", self.config.memory.max_tokens),
+            "checkpointing": getattr(variant, "checkpointing", False),
+            "compiled": getattr(variant, "compiled", False),
             "steps": len(global_batches),
             "documents": documents[0],
             "pair_tokens": pairs[0],
@@ -171,24 +175,37 @@ def _rates(counts: Sequence[float], seconds: Sequence[float]) -> dict[str, float
     return measure.spread([count / taken_s for count, taken_s in zip(counts, seconds)])
 
 
-def compare(bench: Bench, text: str) -> list[dict[str, Any]]:
-    """A row for each variant at one distribution of lengths.
+def compare(bench: Bench, text: str) -> Iterator[dict[str, Any]]:
+    """A row for each variant at one distribution of lengths, and before them those of a sweep.
 
     Raises:
         ValueError: Losses or gradient norms differ.
     """
     lengths = parse_lengths(text, bench.config.data.max_length)
     global_batches = bench.draw(lengths, WARM_UP + bench.arguments.steps)
+    if bench.arguments.sweep:
+        yield from _swept(bench, text)
     for variant in bench.variants:
         _make_fit(variant, global_batches[0], bench.world)
     check = _build_check(bench)
     seconds = measure.rounds(bench.variants, global_batches, bench.world, check)
-    rows = []
     for variant in bench.variants:
         row = bench.row(variant, global_batches[WARM_UP:], seconds[variant.name][WARM_UP:], check)
         row |= {"data": "excluded", "lengths": text}
-        rows.append(row | _inside(bench, variant, global_batches[-1]))
-    return rows
+        yield row | _inside(bench, variant, global_batches[-1], row["step_s"]["median"])
+
+
+def _swept(bench: Bench, text: str) -> Iterator[dict[str, Any]]:
+    """Sets each baseline to what is best for it, and says what was tried."""
+    lengths = parse_lengths(text, bench.config.data.max_length)
+    tried = bench.draw(lengths, 1 + STEPS)
+    about = {**bench.machine, "data": "sweep", "lengths": text}
+    pairs = [pair_tokens(each.student_tokens, each.teacher_tokens) for each in tried[1:]]
+    for variant in bench.variants:
+        if isinstance(variant, Baseline):
+            for row in sweep(variant, tried, bench.config.memory.max_tokens, bench.world):
+                rate = sum(pairs) / len(pairs) / row["step_s"] if "step_s" in row else None
+                yield about | row | {"pairs_per_s": rate}
 
 
 def _build_check(bench: Bench) -> Check:
@@ -206,26 +223,45 @@ def _make_fit(variant: Variant, global_batch: GlobalBatch, world: World) -> None
                 message = f"{variant.name} does not fit into memory; lower memory.max_tokens"
                 raise ValueError(message) from error
             variant.batch //= 2
-        variant.module.zero_grad(set_to_none=False)  # the engine adds them up where they lie
+        variant.module.zero_grad(set_to_none=False)  # which ranks sum where they lie
         torch.cuda.empty_cache()
 
 
-def _inside(bench: Bench, variant: Variant, global_batch: GlobalBatch) -> dict[str, Any]:
-    """Where a step's time and memory go, in passes of their own."""
+def _inside(
+    bench: Bench, variant: Variant, global_batch: GlobalBatch, step_s: float
+) -> dict[str, Any]:
+    """Where a step's time and memory go, in passes of their own. Args: step_s: of one alone."""
     file, world = bench.arguments.profile, bench.world
     if file is not None and variant.name != "ours":
         file = file.with_stem(f"{file.stem}-{variant.name.replace(' ', '-')}")
-    seen = measure.trace(variant, global_batch, world, file if world.is_main else None)
+    seen, events = measure.trace(variant, global_batch, world, file if world.is_main else None)
     parts = measure.split(variant, global_batch, world) | {"collectives": seen.pop("collectives_s")}
     inside = {
         "split_s": parts,
         "padding": variant.padding,  # the share of it among the encoder's tokens
         **seen,
         "peak_bytes": measure.kept_bytes(variant) + seen["step_bytes"],
+        "profile": _profile(bench, variant, global_batch, events, step_s),
     }
     if world.size > 1:
         inside["gathered_bytes"] = measure.gathered_bytes(variant, global_batch)
     return inside
+
+
+def _profile(
+    bench: Bench, variant: Variant, global_batch: GlobalBatch, events: Sequence[Any], step_s: float
+) -> list[dict[str, Any]]:
+    """Bounds are ours alone: of the others' kernels nobody counts what they must do."""
+    on_gpu = bench.world.device.type == "cuda"
+    measured = profile.by_kind(events, on_gpu=on_gpu, rank=bench.config.lora.rank)
+    machine = bench.machine
+    rates = profile.Rates(machine["copy_gbytes_per_s"] * 1e9, machine["gemm_tflops"] * 1e12)
+    bounds = profile.Bounds(getattr(torch, bench.config.model.dtype), rates)
+    if isinstance(variant, Ours):
+        with bounds.counting():
+            variant.run(global_batch)
+    busy_s = sum(entry["s"] for entry in measured.values())
+    return profile.rows(measured, bounds.least_s, max(0.0, step_s - busy_s) if on_gpu else None)
 
 
 def included(bench: Bench) -> list[dict[str, Any]]:
@@ -273,25 +309,34 @@ def linear(bench: Bench, text: str) -> list[dict[str, Any]]:
 
 
 def run(bench: Bench) -> int:
-    """Measures what the command line asks for; rank 0 writes each part when it is there, and prints
+    """Measures what the command line asks for; rank 0 writes each row when it is there, and prints
     them all."""
     arguments = bench.arguments
     measured = linear if arguments.linear else compare
     parts = [functools.partial(measured, bench, text) for text in arguments.lengths.split(",")]
-    corpora = [Path(path) for path in bench.config.data.train]
-    is_real = not (arguments.linear or arguments.random_weights)
-    if is_real and all(path.is_dir() for path in corpora):
+    if not arguments.linear and _has_data(bench.config):
         parts.append(functools.partial(included, bench))
     rows: list[dict[str, Any]] = []
-    for part in parts:
-        rows += part()
-        if bench.world.is_main and arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = arguments.out if bench.world.is_main else None
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("")
+    for row in itertools.chain.from_iterable(part() for part in parts):
+        rows.append(row)
+        if out is not None:
+            with out.open("a") as file:
+                print(json.dumps(row), file=file)
     if not bench.world.is_main:
         return 0
     show = tables.show_linear if arguments.linear else tables.show
     return show(rows, arguments.out)
+
+
+def _has_data(config: Config) -> bool:
+    """Corpora, and tokenizers to read them with: the latter beside random weights too, where
+    `model.encoder` and `model.decoder` are folders of smaller vocabularies."""
+    needed = [*config.data.train, config.model.encoder, config.model.decoder]
+    return bool(config.data.train) and all(Path(path).is_dir() for path in needed)
 
 
 def build_bench(arguments: argparse.Namespace, config: Config, world: World) -> Bench:
@@ -308,10 +353,12 @@ def build_bench(arguments: argparse.Namespace, config: Config, world: World) -> 
         "zero_stage": config.zero.stage,
         "dtype": config.model.dtype,
         "quantization": config.model.quantization,
+        "attention": models.stack.attention.label(world.device.type),
         "parts": config.data.parts,
         "tolerance": max(TOLERANCE[config.model.dtype], QUANTISED[config.model.quantization]),
         "weights": arguments.random_weights or f"{config.model.decoder}+{config.model.encoder}",
         "gemm_tflops": measure.gemm_tflops(world.device, dtype),
+        "copy_gbytes_per_s": measure.copy_gbytes_per_s(world.device),
     }
     if world.size > 1:
         layer_bytes = models.matmul_parameters // models.decoder.num_hidden_layers * dtype.itemsize
@@ -365,7 +412,7 @@ def _configure(arguments: argparse.Namespace) -> Config:
     # Variants take turns in one pool; the profiler tells of each start and stop; PEFT warns.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    deprecated = "`is_gradient_checkpointing`"
+    deprecated = "`(is_)?gradient_checkpointing"
     warnings.filterwarnings("ignore", category=FutureWarning, message=deprecated)
     stage = 3 if "RANK" in os.environ else 0
     ours = [f"zero.stage={stage}", "lora.dropout=0.0"]
@@ -388,6 +435,8 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--baseline", default="", metavar="NAME", help=names)
     lengths = "median tokens of a document, or equal; several with commas"
     add("--lengths", default="350", help=lengths)
+    best = "first find each baseline's best micro-batches, checkpointing and torch.compile"
+    add("--sweep", action="store_true", help=best)
     add("--device", choices=["cpu", "cuda"], help="default: the GPU if there is one")
     steps = "timed steps of each variant (default: 5)"
     add("--steps", type=int, default=5, metavar="N", help=steps)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.profile import cells
+
 LINEAR = 0.10  # how far a pack size's cost per token may be from the median of all
 
 Row = dict[str, Any]
@@ -26,14 +28,36 @@ def show(rows: Sequence[Row], out: Path | None) -> int:
         print(f"an all-gather of a layer reaches {first['all_gather_gbytes_per_s']:.4g} GB/s")
     for key in dict.fromkeys((row["lengths"], row["data"]) for row in rows):
         group = [row for row in rows if (row["lengths"], row["data"]) == key]
+        if key[1] == "sweep":
+            print(f"\nlengths {key[0]}, what suits each of the others\n{table(_tried(group))}")
+            continue
         tokens = f"{group[0]['documents']} documents, {group[0]['pair_tokens']:.0f} pairs"
         print(f"\nlengths {key[0]}, data {key[1]}: {tokens} in the first timed step")
         print(table([_figures(row, group[0]) for row in group]))
         if "split_s" in group[0]:
             print(f"\nmilliseconds, measured apart\n{table([_parts(row) for row in group])}")
+            for row in group:
+                print(f"\n{row['variant']}, by kinds of kernels\n{table(cells(row['profile']))}")
     if out is not None:
         draw(rows, out.with_suffix(".png"))
     return 0
+
+
+def _tried(rows: Sequence[Row]) -> list[dict[str, str]]:
+    best = {row["variant"]: 0.0 for row in rows}
+    for row in rows:
+        best[row["variant"]] = max(best[row["variant"]], row["pairs_per_s"] or 0.0)
+    return [
+        {
+            "variant": row["variant"],
+            "batch": str(row["batch"]),
+            "checkpointing": "yes" if row["checkpointing"] else "no",
+            "compiled": "yes" if row["compiled"] else "no",
+            "pairs/s": f"{row['pairs_per_s']:.0f}" if row["pairs_per_s"] else row["status"],
+            "best": "*" if row["pairs_per_s"] == best[row["variant"]] else "",
+        }
+        for row in rows
+    ]
 
 
 def _figures(row: Row, first: Row) -> dict[str, str]:

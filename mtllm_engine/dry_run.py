@@ -25,6 +25,7 @@ from mtllm_engine.model.build import read_models
 from mtllm_engine.train import assemble, prepare
 from mtllm_engine.training import memory
 from mtllm_engine.training.cost import predict, work_of_batch
+from mtllm_engine.training.engine import keeps_on_node
 from mtllm_engine.training.gpus import GPUS, Cluster, gpu_of
 from mtllm_engine.training.launch import run_command
 from mtllm_engine.training.layout import settle
@@ -117,7 +118,8 @@ def _rows(
     models = memory.unfilled(config, *read_models(config.model))
     if world.device.type == "cuda" and (predicted := _predicted(config, models, world, batch)):
         rows["predicted"] = predicted
-    lines = memory.rows(config, models, world.size)
+    node = world.local_size * keeps_on_node(config, world)
+    lines = memory.rows(config, models, world.size, node_size=node)
     on_gpu = world.device.type == "cuda"
     estimate = memory.total(lines) - (0 if on_gpu else memory.ASSUMED)
     before, peak = map(_size, held)

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -396,7 +397,9 @@ class Inspection:
         sizes = [memory_bytes()] if device_type() == "cuda" else []
 
         def estimate() -> list[memory.Row]:
-            chosen = layout.choose(config, encoder, spec, self.gpus, sizes)
+            about = {"encoder": encoder, "decoder": spec, "world_size": self.gpus}
+            needed = partial(layout.needed_bytes, config, **about)
+            chosen = layout.choose(config, self.gpus, sizes, needed)
             self.layout = chosen.words
             if chosen.stage == layout.WHOLE and config.deepspeed:
                 self.warnings.append(f"weights are {chosen.words}; set zero.stage=3 to use it")

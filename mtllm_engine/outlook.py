@@ -144,7 +144,8 @@ def with_lanes(config: Config, cluster: Cluster, notes: list[str]) -> Config:
 
 def fastest(subject: Subject, cluster: Cluster) -> tuple[Settings, Estimate] | None:
     """Of all layouts, sizes of micro-batches and kinds of recomputation the fastest that fits, and
-    what must be set for it; of about equally fast ones what changes least. None: nothing fits."""
+    what must be set for it; of about equally fast ones whole weights, which depend on no network,
+    and what changes least. None: nothing fits."""
     found = []
     for size, kind in itertools.product(_sizes(subject.config, cluster), RECOMPUTE):
         options = replace(subject.config.memory, max_tokens=size, recompute=kind)
@@ -158,7 +159,7 @@ def fastest(subject: Subject, cluster: Cluster) -> tuple[Settings, Estimate] | N
         return None
     limit = SAME * min(each.step.seconds for _, each in found)
     near = [pair for pair in found if pair[1].step.seconds <= limit]
-    return min(near, key=lambda pair: (len(pair[0]), pair[1].bytes))
+    return min(near, key=lambda pair: (pair[1].layout.stage, len(pair[0]), pair[1].bytes))
 
 
 def _settings(config: Config, estimate: Estimate, usual: Layout) -> Settings:

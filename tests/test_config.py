@@ -510,7 +510,7 @@ def command_words(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 NO_PATH_WORDS = {"overrides", "field", "fields", "language", "licence", "size", "task"}
-NO_PATH_WORDS |= {"format", "dtype", "push"}
+NO_PATH_WORDS |= {"format", "dtype", "push", "gpu"}
 NAMED = {"adapters", "tasks"}  # NAME=PATH
 
 

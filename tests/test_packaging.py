@@ -81,6 +81,11 @@ def test_sources_of_native_ops(wheel_site: Path, tmp_path: Path):
         assert sources == SOURCES and folder == parent / "csrc"
 
 
+def test_what_was_measured_comes_with_the_wheel(wheel_site: Path):
+    name = "kernels/attention/measured.json"
+    assert (wheel_site / "mtllm_engine" / name).read_bytes() == (ROOT / name).read_bytes()
+
+
 def test_our_folder_does_not_shadow_the_package_kernels():
     """With the repository root first on the path transformers must not take `kernels/` for it."""
     program = (

@@ -11,12 +11,15 @@ Letters, beside the project's legend: L is the length of one document, or of N e
 
 import dataclasses
 import itertools
+import math
+import statistics
 from typing import Any
 
 import torch
 from mtllm_engine.kernels.contract import Cost, Implementation, Kernel, randn
 
 from .library import HALVES, grouped
+from .measured import fastest
 from .reference import attention as reference
 
 __all__ = ["attention", "grouped", "select"]
@@ -58,16 +61,32 @@ def cost(
     return Cost(bytes=states, flops=flops), Cost(bytes=2 * states, flops=5 * flops // 2)
 
 
+def mixed(median: int, tokens: int = 16384, longest: int = 512) -> tuple[int, ...]:
+    """Lengths of a pack's documents: log-normal, cut at the longest, always the same ones."""
+    normal, step = statistics.NormalDist(math.log(median), 0.8), (5**0.5 - 1) / 2
+    lengths: list[int] = []
+    while True:
+        quantile = (0.5 + len(lengths) * step) % 1  # evenly spread, and in no order
+        length = min(longest, max(1, round(math.exp(normal.inv_cdf(quantile)))))
+        if sum(lengths) + length > tokens:
+            return tuple(lengths)
+        lengths.append(length)
+
+
 _PACKAGE = {"device": "cuda", "source": "package", "dtypes": HALVES, "has_run": False}
-_LLAMA = {"heads": 32, "kv_heads": 8, "width": 128}
+_LLAMA = {"heads": 32, "kv_heads": 8}
+_LENGTHS = ((512,) * 32, mixed(350), mixed(40))
 
 attention = Kernel(
     name="attention",
     reference=reference,
     implementations={
         "torch SDPA": Implementation("cpu", "torch", "attention.library:attention_sdpa"),
-        "torch varlen_attn": Implementation(
+        "torch varlen_attn, FlashAttention 2": Implementation(
             "cuda", "torch", "attention.library:attention_varlen", dtypes=HALVES
+        ),
+        "torch cuDNN": Implementation(
+            "cuda", "torch", "attention.cudnn:attention_cudnn", dtypes=HALVES, has_run=False
         ),
         "flash-attn": Implementation(
             location="attention.library:attention_flash_attn", package="flash_attn", **_PACKAGE
@@ -87,47 +106,48 @@ attention = Kernel(
         {"lengths": (33, 1), "heads": 4, "kv_heads": 4, "width": 64, "causal": True},
         {"lengths": (5, 18), "heads": 4, "kv_heads": 1, "width": 128, "causal": True},
         {"lengths": (6, 6, 2, 2, 2, 6), "heads": 4, "kv_heads": 2, "width": 32, "causal": True},
+        {"lengths": (9, 2), "heads": 2, "kv_heads": 2, "width": 96, "causal": False},
+        # Longer than a head is wide
+        {"lengths": (150, 3, 1), "heads": 4, "kv_heads": 2, "width": 64, "causal": False},
     ),
     shapes=(
-        {**_LLAMA, "lengths": (512,) * 32, "causal": False},
-        {**_LLAMA, "lengths": (512,) * 32, "causal": True},
+        *(
+            {**_LLAMA, "width": width, "lengths": lengths, "causal": causal}
+            for width, lengths, causal in itertools.product((128, 96, 64), _LENGTHS, (False, True))
+        ),
         {"heads": 16, "kv_heads": 16, "width": 64, "lengths": (512,) * 32, "causal": False},
-        {**_LLAMA, "lengths": (40,) * 410, "causal": False},
     ),
     cost=cost,
 )
 
+_FLASH = "torch varlen_attn, FlashAttention"
 _BACKENDS = {  # model.attention -> labels, best first
-    "auto": ("torch SDPA", "torch varlen_attn"),
-    "torch": (
-        "torch SDPA",
-        "torch varlen_attn, FlashAttention 3",
-        "torch varlen_attn, FlashAttention 4",
-        "torch varlen_attn",
-    ),
+    "auto": ("torch SDPA", f"{_FLASH} 2"),
+    "torch": ("torch SDPA", f"{_FLASH} 3", f"{_FLASH} 4", f"{_FLASH} 2"),
+    "cudnn": ("torch cuDNN",),
     "flash_attn": ("flash-attn",),
     "reference": (),
 }
 _CAPPED = {"flash-attn"}  # take a `softcap`
-_GPUS = {
-    "torch varlen_attn, FlashAttention 3": (9,),
-    "torch varlen_attn, FlashAttention 4": (9, 10),
-}
+_GPUS = {f"{_FLASH} 3": (9,), f"{_FLASH} 4": (9, 10), "torch cuDNN": (9, 10)}
+_FIXES = {"flash_attn": "pip install flash-attn on a CUDA machine, or "}
 
 
-def select(backend: str, device: str, softcap: float = 0.0) -> Kernel:
+def select(backend: str, device: str, softcap: float = 0.0, width: int = 0) -> Kernel:
     """The op with the one implementation that `model.attention` asks for, which its label names.
 
     Args:
-        backend: auto (torch's own kernels), torch (the same, or FlashAttention 3 or 4 through torch
-            where their package is installed and the GPU is one of theirs), flash_attn (that
-            package), reference (plain PyTorch).
+        backend: auto (what was measured to be the fastest on this GPU at this width, see
+            measured.py; else FlashAttention 2, which is in torch), torch (FlashAttention, the 3 or
+            4 where their package is installed and the GPU is one of theirs), cudnn, flash_attn
+            (that package), reference (plain PyTorch).
         device: cpu or cuda.
         softcap: What the op will be called with; 0 is none, and then it need not be.
+        width: Of a head.
 
     Raises:
-        ValueError: There is no such backend, it is not for the device, its package is not
-            installed, or it has no soft cap.
+        ValueError: There is no such backend, it is not for the device, it is not installed, or it
+            has no soft cap.
     """
     if backend not in _BACKENDS:
         raise ValueError(
@@ -137,8 +157,11 @@ def select(backend: str, device: str, softcap: float = 0.0) -> Kernel:
         backend = "flash_attn" if device == "cuda" and _is_there("flash-attn") else "reference"
     if backend == "reference":
         return dataclasses.replace(attention, implementations={})
+    labels = _BACKENDS[backend]
+    if backend == "auto" and device == "cuda" and torch.cuda.is_available():
+        labels = (*fastest(torch.cuda.get_device_name(), width), *labels)
     missing = []
-    for label in _BACKENDS[backend]:
+    for label in labels:
         implementation = attention.implementations[label]
         if implementation.device == device and _suits(label):
             try:
@@ -147,11 +170,14 @@ def select(backend: str, device: str, softcap: float = 0.0) -> Kernel:
                 return dataclasses.replace(attention, implementations={label: implementation})
             except ImportError as error:
                 missing.append(str(error))
-    why = "; ".join(missing) or f"it is not for {device}"
-    raise ValueError(
-        f"model.attention = {backend!r}: {why}; pip install flash-attn on a CUDA machine, or set "
-        "it to 'auto'"
-    )
+    why = "; ".join(missing) or f"it is not for {_here(device)}"
+    fix = _FIXES.get(backend, "")
+    raise ValueError(f"model.attention = {backend!r}: {why}; {fix}set it to 'auto'")
+
+
+def _here(device: str) -> str:
+    is_gpu = device == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name() if is_gpu else device
 
 
 def _is_there(label: str) -> bool:
@@ -171,7 +197,7 @@ def _check_softcap(label: str, device: str, softcap: float) -> None:
 
 
 def _suits(label: str) -> bool:
-    """Whether the GPU is one that the package is for; others run wherever their device is."""
+    """Whether the GPU is one that it is for; others run wherever their device is."""
     if label not in _GPUS:
         return True
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in _GPUS[label]

@@ -1,5 +1,6 @@
 """Packed attention by others' fused kernels: FlashAttention on CUDA, SDPA on the CPU."""
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -10,7 +11,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import attention
 
-HALVES = (torch.bfloat16, torch.float16)  # what FlashAttention has kernels for
+HALVES = (torch.bfloat16, torch.float16)  # what FlashAttention and cuDNN have kernels for
+PINNED_FROM = "2.14"  # torches whose varlen_attn takes cuDNN by itself where that can
 
 
 def attention_varlen(
@@ -25,22 +27,31 @@ def attention_varlen(
 ) -> torch.Tensor:
     """torch's varlen_attn, with the FlashAttention 2 that is built into it or another.
 
-    The former is for sm_80 and later.
+    The former is for sm_80 and later. cuDNN, which later torches prefer, is kept out: it is
+    `attention_cudnn`.
 
     Args:
         flash: FlashAttention 3 (sm_90) or 4 (sm_90 and sm_100), each from a package of its own.
 
     Raises:
-        ValueError: q is not in half precision.
+        ValueError: q is not in half precision, or the package has no backward.
     """
     from torch.nn.attention.varlen import varlen_attn  # slow to import, and of no use without CUDA
 
-    _check_dtype(q_SHK)
+    check_dtype(q_SHK)
     _activate(flash)
     longest = max(lengths)
     window = (-1, 0) if causal else (-1, -1)
     options = {"window_size": window, **grouped(varlen_attn, q_SHK, k_SGK)}
-    return varlen_attn(q_SHK, k_SGK, v_SGK, cu_seqlens, cu_seqlens, longest, longest, **options)
+    with _flash_alone():
+        return varlen_attn(q_SHK, k_SGK, v_SGK, cu_seqlens, cu_seqlens, longest, longest, **options)
+
+
+def _flash_alone() -> contextlib.AbstractContextManager:
+    """Meanwhile a varlen_attn that chooses between FlashAttention and cuDNN takes the former."""
+    if torch.__version__ < PINNED_FROM:
+        return contextlib.nullcontext()
+    return attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION)
 
 
 def grouped(varlen_attn: Callable, q_SHK: torch.Tensor, k_SGK: torch.Tensor) -> dict[str, bool]:
@@ -76,7 +87,7 @@ def attention_flash_attn(
     """
     from flash_attn import flash_attn_varlen_func  # not among the project's packages
 
-    _check_dtype(q_SHK)
+    check_dtype(q_SHK)
     longest = max(lengths)
     # varlen_attn follows this switch by itself
     options = {"deterministic": torch.are_deterministic_algorithms_enabled(), "causal": causal}
@@ -150,10 +161,11 @@ def _runs(lengths: tuple[int, ...], *states: torch.Tensor) -> Iterator[tuple[tor
         yield tuple(x.unflatten(1, (-1, length)).transpose(0, 1) for x in run)
 
 
-def _check_dtype(q_SHK: torch.Tensor) -> None:
+def check_dtype(q_SHK: torch.Tensor) -> None:
+    """Raises: ValueError: q is not in half precision."""
     if q_SHK.dtype not in HALVES:
         raise ValueError(
-            f"q_SHK is {q_SHK.dtype}, and FlashAttention has only bfloat16 and float16: "
+            f"q_SHK is {q_SHK.dtype}, and fused attention has only bfloat16 and float16: "
             "set model.dtype to one of them, or model.attention to 'reference'"
         )
 
@@ -164,5 +176,9 @@ def _activate(flash: str | None) -> None:
         return
     if flash is None:
         attention.restore_flash_attention_impl()
-    else:
+        return
+    try:
         attention.activate_flash_attention_impl(flash)
+    except RuntimeError as error:  # an early one: forward alone
+        fix = "install a later one, or set model.attention to 'auto'"
+        raise ValueError(f"{flash}'s package lacks kernels ({error}): {fix}") from error

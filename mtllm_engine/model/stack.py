@@ -96,14 +96,15 @@ class Stack(nn.Module):
         super().__init__()
         dtype, width = getattr(torch, config.model.dtype), decoder.width
         asked, on = config.model.attention, device or device_type()
-        self.attention = select(asked, on, decoder.softcap)
+        self.attention = select(asked, on, decoder.softcap, decoder.head_width)
         self.learns, self.reads_stack = learns, config.objective.reader == "stack"
         # What is below the LLM.
         self.encoder = self.projection = None
         if self.reads_stack:
             is_ours = isinstance(encoder, M2M100Config)
             if is_ours:
-                self.encoder = Encoder(encoder, dtype, select(asked, on))
+                head_width = encoder.d_model // encoder.encoder_attention_heads
+                self.encoder = Encoder(encoder, dtype, select(asked, on, width=head_width))
             else:  # no module, hence no part of what is sharded, trained or cast
                 self.encoder = PaddedEncoder(encoder, dtype)
             options = {"bias": config.model.projection_bias, "norms": is_ours}

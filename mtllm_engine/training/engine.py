@@ -372,12 +372,12 @@ def deepspeed_config(config: Config, world: World, stack: Stack) -> dict[str, An
         },
         "steps_per_print": 1 << 60,
     }
-    if _keeps_on_node(config, world):
+    if keeps_on_node(config, world):
         derived["zero_optimization"]["zero_hpz_partition_size"] = world.local_size
     return _merge(derived, config.deepspeed)
 
 
-def _keeps_on_node(config: Config, world: World) -> bool:
+def keeps_on_node(config: Config, world: World) -> bool:
     """Whether each of several machines holds all frozen weights, over its GPUs."""
     return config.zero.secondary == "node" and 1 < world.local_size < world.size
 

@@ -1,8 +1,8 @@
 """How weights lie on the ranks: whole on each where they fit, sharded where they do not."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
@@ -11,6 +11,7 @@ from mtllm_engine.config import Config
 from mtllm_engine.model.build import read_models
 from mtllm_engine.model.families import DecoderSpec
 from mtllm_engine.training import memory
+from mtllm_engine.training.engine import keeps_on_node
 from mtllm_engine.world import World
 
 WHOLE, SHARDED = 0, 3
@@ -34,7 +35,12 @@ def settle(config: Config, world: World) -> tuple[Config, str]:
     sizes: list[int] = []
     if world.device.type == "cuda":
         sizes = world.gather(torch.cuda.get_device_properties(world.device).total_memory)
-    layout = world.on_main(lambda: choose(config, *read_models(config.model), world.size, sizes))
+    node = world.local_size * keeps_on_node(config, world)
+
+    def needed(stage: int) -> int:
+        return needed_bytes(config, stage, *read_models(config.model), world.size, node_size=node)
+
+    layout = world.on_main(lambda: choose(config, world.size, sizes, needed))
     return settled(config, layout.stage), layout.words
 
 
@@ -44,12 +50,23 @@ def settled(config: Config, stage: int) -> Config:
     return replace(config, zero=replace(config.zero, stage=stage, secondary=secondary))
 
 
-def choose(
+def needed_bytes(
     config: Config,
+    stage: int,
     encoder: PreTrainedConfig,
     decoder: DecoderSpec,
     world_size: int,
-    sizes: Sequence[int],
+    *,
+    node_size: int = 0,
+) -> int:
+    """What a GPU needs in a layout, by the estimate. Args: node_size: As of `memory.rows`."""
+    asked = replace(config, zero=replace(config.zero, stage=stage))
+    options = {"node_size": node_size if stage == SHARDED else 0}
+    return memory.total(memory.estimate(asked, encoder, decoder, world_size, **options))
+
+
+def choose(
+    config: Config, world_size: int, sizes: Sequence[int], needed: Callable[[int], int]
 ) -> Layout:
     """The layout that the configuration asks for, or with "auto" the fastest that fits.
 
@@ -57,8 +74,9 @@ def choose(
 
     Args:
         sizes: Bytes of the ranks' GPUs, of which the smallest counts; empty: they run on CPUs.
+        needed: Bytes of a GPU in a layout; asked where it decides.
     """
-    stage, reason = _decide(config, encoder, decoder, world_size, sizes)
+    stage, reason = _decide(config.zero.stage, world_size, sizes, needed)
     ranks = f"{world_size} {'GPU' if sizes else 'CPU rank'}{'s' if world_size > 1 else ''}"
     each = "each of " if world_size > 1 else ""
     where = f"sharded over {ranks}" if stage == SHARDED else f"whole on {each}{ranks}"
@@ -69,28 +87,22 @@ def choose(
 
 
 def _decide(
-    config: Config,
-    encoder: PreTrainedConfig,
-    decoder: DecoderSpec,
+    asked: Literal["auto", 0, 3],
     world_size: int,
     sizes: Sequence[int],
+    needed: Callable[[int], int],
 ) -> tuple[int, str]:
-    """The value of `zero.stage`, and why. Args: as `choose`."""
-    asked = config.zero.stage
+    """A value of `zero.stage`, and why."""
     if asked != "auto":
         return asked, f"zero.stage={asked}"
     if not sizes:
         return SHARDED, "zero.stage=auto on CPUs"
-    there, needed = min(sizes), {}
-    for stage in (WHOLE, SHARDED):
-        each = replace(config, zero=replace(config.zero, stage=stage))
-        needed[stage] = memory.total(memory.estimate(each, encoder, decoder, world_size))
-    # One GPU has nobody to share weights with.
-    stage = SHARDED if needed[WHOLE] > there and world_size > 1 else WHOLE
-    whole, sharded = (f"{needed[each] / 1e9:.1f} GB" for each in (WHOLE, SHARDED))
-    reason = f"whole takes an estimated {whole} of {there / 1e9:.1f}"
-    reason += f", sharded {sharded}" if stage == SHARDED else ""
+    there, whole, stage = min(sizes), needed(WHOLE), WHOLE
+    least, reason = whole, f"whole takes an estimated {whole / 1e9:.1f} GB of {there / 1e9:.1f}"
+    if whole > there and world_size > 1:  # one GPU has nobody to share weights with
+        least, stage = needed(SHARDED), SHARDED
+        reason += f", sharded {least / 1e9:.1f} GB"
     if max(sizes) > there:
         reason += f", the least of these GPUs, which have up to {max(sizes) / 1e9:.1f}"
-    reason += "; it may not fit" if needed[stage] > there else ""
+    reason += "; it may not fit" if least > there else ""
     return stage, f"zero.stage=auto: {reason}"

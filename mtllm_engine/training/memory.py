@@ -78,10 +78,15 @@ class Models:
 
 
 def estimate(
-    config: Config, encoder: PreTrainedConfig, decoder: DecoderSpec, world_size: int
+    config: Config,
+    encoder: PreTrainedConfig,
+    decoder: DecoderSpec,
+    world_size: int,
+    *,
+    node_size: int = 0,
 ) -> list[Row]:
     """`rows` of models that are not at hand as a stack."""
-    return rows(config, unfilled(config, encoder, decoder), world_size)
+    return rows(config, unfilled(config, encoder, decoder), world_size, node_size=node_size)
 
 
 def unfilled(config: Config, encoder: PreTrainedConfig, decoder: DecoderSpec) -> Models:

@@ -1,22 +1,63 @@
-"""The suite for a borrowed GPU, dry: its stages in small, and what is kept when time runs out."""
+"""The suite for a borrowed GPU, dry: a slice in small, and what is kept when time runs out."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_suite, step
+from benchmarks import attention, encode, evaluation, gpu_suite, kernels, step
+from mtllm_engine.recipe import load as load_recipe
+from tests.support.machine import ROOT
 
 
-def test_stages_run_in_small_and_leave_their_results(tmp_path: Path, capsys):
-    assert gpu_suite.main(["--out", str(tmp_path), "--tiny"]) == 0, capsys.readouterr().out
+def test_a_slice_runs_in_small_and_leaves_its_results(tmp_path: Path, capsys):
+    arguments = ["--out", str(tmp_path), "--slice", "attention", "--tiny"]
+    assert gpu_suite.main(arguments) == 0, capsys.readouterr().out
     rows = json.loads((tmp_path / "summary.json").read_text())["stages"]
-    assert [row["stage"] for row in rows] == ["tests", "step", "kernels"]
-    for name in ("step", "kernels"):
-        lines = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-        assert lines and all(line["commit"] for line in lines)
+    stages = [("attention", "attention-tests"), ("attention", "attention")]
+    assert [(row["slice"], row["stage"]) for row in rows] == stages
+    lines = [json.loads(line) for line in (tmp_path / "attention.jsonl").read_text().splitlines()]
+    assert lines and all(line["commit"] for line in lines)
     assert "device" in capsys.readouterr().out
+    # Of a CPU nobody asks which attention is the fastest.
+    assert attention.main([str(tmp_path / "attention.jsonl")]) == 1
+
+
+def is_fit(stage: gpu_suite.Stage, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether what it starts takes these words."""
+    _, module, *words = stage.command
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    if module == "benchmarks.step":
+        step._configure(step._build_parser().parse_intermixed_args(words))
+    elif module == "benchmarks.kernels":
+        return bool(kernels.parse().op)
+    elif module == "benchmarks.encode":
+        encode._build_parser().parse_args(words)
+    elif module == "benchmarks.evaluation":
+        evaluation.build_parser().parse_intermixed_args(words)
+    elif module == "pytest":
+        return all((ROOT / word).is_file() for word in words if word.endswith(".py"))
+    elif "run" in words:
+        return len(load_recipe(words[1], words[2:]).jobs) > 3
+    return True
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+@pytest.mark.parametrize("name", gpu_suite.SLICES)
+def test_all_that_a_slice_starts_takes_its_words(tmp_path: Path, monkeypatch, name, tiny):
+    suite = gpu_suite.Suite(out=tmp_path, tiny=tiny, fp8=True)
+    stages = list(gpu_suite.SLICES[name](suite))
+    assert all(is_fit(stage, monkeypatch) for stage in stages)
+    assert sum(stage.limit_s for stage in stages) <= gpu_suite.LIMIT_S
+    assert len({stage.name for stage in stages}) == len(stages)
+
+
+def slice_of(monkeypatch: pytest.MonkeyPatch, *stages: gpu_suite.Stage) -> list[str]:
+    """What starts a slice of these."""
+    monkeypatch.setattr(gpu_suite, "SLICES", {"attention": lambda suite: iter(stages)})
+    return ["--slice", "attention", "--tiny"]
 
 
 def test_what_was_done_is_kept_when_time_runs_out(tmp_path: Path, monkeypatch):
@@ -26,8 +67,8 @@ def test_what_was_done_is_kept_when_time_runs_out(tmp_path: Path, monkeypatch):
         gpu_suite.Stage(name=name, command=("-c", text), limit_s=1.0 if name == "hangs" else 1e6)
         for name, text in commands.items()
     ]
-    monkeypatch.setattr(gpu_suite, "stages", lambda out, *, tiny, fp8: stages)
-    assert gpu_suite.main(["--out", str(tmp_path), "--tiny", "--limit", "1e6"]) == 1
+    words = slice_of(monkeypatch, *stages)
+    assert gpu_suite.main(["--out", str(tmp_path), *words, "--limit", "1e6"]) == 1
     rows = json.loads((tmp_path / "summary.json").read_text())["stages"]
     ends = [("quick", "done"), ("hangs", "cut off after 1 s"), ("last", "failed, status 1")]
     assert [(row["stage"], row["ended"]) for row in rows] == ends
@@ -36,8 +77,8 @@ def test_what_was_done_is_kept_when_time_runs_out(tmp_path: Path, monkeypatch):
 
 def test_what_is_left_of_the_time_limits_a_stage(tmp_path: Path, monkeypatch):
     hangs = gpu_suite.Stage(name="hangs", command=("-c", "while True: pass"), limit_s=1e6)
-    monkeypatch.setattr(gpu_suite, "stages", lambda out, *, tiny, fp8: [hangs, hangs])
-    assert gpu_suite.main(["--out", str(tmp_path), "--tiny", "--limit", "1"]) == 1
+    words = slice_of(monkeypatch, hangs, hangs)
+    assert gpu_suite.main(["--out", str(tmp_path), *words, "--limit", "1"]) == 1
     rows = json.loads((tmp_path / "summary.json").read_text())["stages"]
     assert [row["ended"] for row in rows] == ["cut off after 1 s"] * 2
 
@@ -45,22 +86,12 @@ def test_what_is_left_of_the_time_limits_a_stage(tmp_path: Path, monkeypatch):
 def test_a_dry_run_has_no_limit(tmp_path: Path, monkeypatch):
     """A loaded machine may take as long as it likes."""
     limits = []
-    stage = gpu_suite.Stage(name="tests", command=(), limit_s=180)
     row = {"stage": "tests", "ended": "done", "took_s": 1, "last_line": ""}
-    monkeypatch.setattr(gpu_suite, "stages", lambda out, *, tiny, fp8: [stage])
+    words = slice_of(monkeypatch, gpu_suite.Stage(name="tests", command=(), limit_s=180))
     monkeypatch.setattr(gpu_suite, "run", lambda stage, out, limit_s: limits.append(limit_s) or row)
-    assert gpu_suite.main(["--out", str(tmp_path), "--tiny"]) == 0 and limits == [None]
-    assert gpu_suite.main(["--out", str(tmp_path), "--tiny", "--limit", "500"]) == 0
+    assert gpu_suite.main(["--out", str(tmp_path), *words]) == 0 and limits == [None]
+    assert gpu_suite.main(["--out", str(tmp_path), *words, "--limit", "500"]) == 0
     assert limits[1:] == [180]
-
-
-def test_the_fp8_step_is_a_command_that_the_step_benchmark_takes(tmp_path: Path):
-    stages = gpu_suite.stages(tmp_path, tiny=False, fp8=True)
-    (command,) = (stage.command for stage in stages if stage.name == "step-fp8")
-    arguments = step._build_parser().parse_intermixed_args(command[2:])
-    config = step._configure(arguments)
-    assert (config.model.quantization, config.model.dtype) == ("fp8", "bfloat16")
-    assert config.zero.stage == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -10,7 +10,7 @@ import torch
 from mtllm_engine.kernels.attention.reference import attention
 from transformers import LlamaModel, M2M100Model
 
-from benchmarks import baselines, documents, models, step
+from benchmarks import baselines, documents, fair, models, profile, step
 from mtllm_engine.config import dumps, load
 from mtllm_engine.training.engine import build_engine
 from tests.support.fake_slurm import install, submit
@@ -28,7 +28,8 @@ FIELDS = {
     *("zero_stage", "dtype", "quantization", "tolerance", "weights", "gemm_tflops", "gemm_share"),
     *("mfu", "pairs_per_s", "documents_per_s", "step_s", "error"),
 }
-INSIDE = {"split_s", "padding", "kernels", "step_bytes", "peak_bytes"}
+INSIDE = {"split_s", "padding", "kernels", "step_bytes", "peak_bytes", "profile"}
+DIRECTIONS = ("forward", "backward")
 PARTS = {"encoder", "teacher", "student", "backward", "optimizer", "rest", "collectives"}
 
 
@@ -52,10 +53,14 @@ def bench(folder: Path, *arguments: str) -> tuple[int, list[dict]]:
     return status, [json.loads(line) for line in lines]
 
 
-def test_every_variant_agrees_and_has_its_row(folder: Path, capsys):
-    profile = ["--profile", str(folder / "trace.json")]
-    status, rows = bench(folder, "--baseline", "all", "--lengths", "20,equal", *profile)
+def test_every_variant_agrees_and_has_its_row(folder: Path, capsys, monkeypatch):
+    monkeypatch.setattr(fair, "SHARES", (4, 1))
+    monkeypatch.setattr(fair, "STEPS", 1)
+    traces = ["--profile", str(folder / "trace.json"), "--sweep"]
+    status, rows = bench(folder, "--baseline", "all", "--lengths", "20,equal", *traces)
     assert status == 0
+    check_sweep(rows)
+    rows = [row for row in rows if row["data"] != "sweep"]
     variants = ["ours", "padded", "padded sorted"]
     assert [(row["lengths"], row["variant"]) for row in rows if row["data"] == "excluded"] == [
         (lengths, variant) for lengths in ("20", "equal") for variant in variants
@@ -67,12 +72,127 @@ def test_every_variant_agrees_and_has_its_row(folder: Path, capsys):
             assert row.keys() >= INSIDE and row["split_s"].keys() == PARTS
             assert row["kernels"] > 100 and row["peak_bytes"] > row["step_bytes"] > 0
             assert min(row["split_s"][part] for part in PARTS - {"rest", "collectives"}) > 0
+            check_profile(row)
         else:
             assert 0 <= row["data_wait_s"]["median"] < row["step_s"]["median"]
     assert (folder / "out" / "rows.png").stat().st_size > 10_000
     for name in ("trace", "trace-padded", "trace-padded-sorted"):
         assert json.loads((folder / f"{name}.json").read_text())["traceEvents"]
-    assert "unpadded: skipped" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "unpadded: skipped" in printed and "what suits each of the others" in printed
+    assert profile.main([str(folder / "out" / "rows.jsonl"), "--out", str(folder / "p.md")]) == 0
+    text = (folder / "p.md").read_text()
+    assert text.count("| kind | ms |") == 6 and "| frozen products backward |" in text
+
+
+def check_profile(row: dict):
+    """What every step is made of is in it; what ours must do at least was counted."""
+    kinds = {(each["kind"], each["pass"]): each for each in row["profile"]}
+    passes = [(kind, direction) for kind in ("attention", "adapters") for direction in DIRECTIONS]
+    linears = "frozen products" if row["variant"] == "ours" else "other products"
+    assert kinds.keys() >= {(linears, direction) for direction in DIRECTIONS} | set(passes)
+    assert all(each["s"] > 0 for each in kinds.values())
+    bound = {key for key, each in kinds.items() if each["least_s"]}
+    if row["variant"] != "ours":
+        assert not bound
+        return
+    ours = {*profile.OPS.values(), profile.ADAPTERS} - {"projection"}  # ours on a GPU alone
+    assert bound == {(kind, direction) for kind in ours for direction in DIRECTIONS}
+    assert kinds[linears, "forward"]["least_s"] > kinds[linears, "backward"]["least_s"] > 0
+
+
+def check_sweep(rows: list[dict]):
+    """Each baseline ran at the best of what was tried for it."""
+    names = ("batch", "checkpointing", "compiled")
+    for row in rows:
+        if row["data"] != "excluded" or row["variant"] == "ours":
+            continue
+        tried = [
+            each
+            for each in rows
+            if [each[key] for key in ("data", "lengths", "variant")]
+            == ["sweep", row["lengths"], row["variant"]]
+        ]
+        settings = [tuple(each[name] for name in names) for each in tried]
+        largest = 4 if row["lengths"] == "equal" else 16  # holds all of a step's documents
+        plain = [(size, False, False) for size in (largest // 4, largest)]
+        assert settings[:2] == plain and (largest, True, False) in settings
+        best = max(tried, key=lambda each: each["pairs_per_s"])
+        assert [row[name] for name in names] == [best[name] for name in names]
+
+
+class Stand:
+    """A baseline that runs out of memory above a batch, and does not compile."""
+
+    def __init__(self, most: int) -> None:
+        self.name, self.packed, self.most, self.batch = "unpadded", True, most, 0
+        self.checkpointing = self.compiled = False
+        self.module = torch.nn.Linear(1, 1)
+
+    def run(self, global_batch) -> None:
+        if self.compiled:
+            raise RuntimeError("no such kernel\nand more")
+        if self.batch > self.most * (1 + self.checkpointing):
+            raise torch.OutOfMemoryError
+
+
+def test_what_does_not_fit_or_compile_is_said_and_is_not_the_best(monkeypatch):
+    batch = SimpleNamespace(micro_batches=[[1, 2]])
+    gpu = SimpleNamespace(size=1, device=torch.device("cuda"), gather=lambda x: [x])
+    monkeypatch.setattr(fair.measure, "timed", lambda run, _: (run(), 1 / stand.batch))
+    stand = Stand(most=300)
+    rows = list(fair.sweep(stand, [batch] * 3, 1024, gpu))
+    said = {(row["batch"], row["checkpointing"], row["compiled"]): row["status"] for row in rows}
+    assert said[256, False, False] == said[512, True, False] == "ok"
+    assert said[512, False, False] == said[1024, True, False] == "out of memory"
+    assert said[256, False, True] == "RuntimeError: no such kernel"
+    assert (stand.batch, stand.checkpointing, stand.compiled) == (512, True, False)
+    with pytest.raises(ValueError, match="unpadded runs in no setting: RuntimeError"):
+        list(fair.sweep(Stand(most=1), [batch] * 3, 1024, gpu))
+
+
+def test_kernels_of_a_gpu_count_for_what_launched_them():
+    """The innermost name decides; what a linear launches beside its products is its adapters'."""
+
+    def event(name: str, around=None, shapes=(), *kernels_us: float):
+        launched = [
+            SimpleNamespace(duration=taken_us, name="_quantise_rows" if taken_us > 50 else "any")
+            for taken_us in kernels_us
+        ]
+        about = {"name": name, "cpu_parent": around, "input_shapes": list(shapes)}
+        return SimpleNamespace(device_type=torch.autograd.DeviceType.CPU, kernels=launched, **about)
+
+    linear = event("_LoraLinear", None, (), 3.0, 51.0)
+    engine = event("autograd::engine::evaluate_function: _LoraLinearBackward")
+    backward = event("_LoraLinearBackward", engine)
+    again = event("_RmsNorm", backward, (), 5.0)
+    wide, thin = ((64, 512), (512, 768)), ((64, 512), (512, 16))
+    varlen = event("torch_attn::_varlen_attn")
+    events = [
+        *(linear, engine, backward, again, varlen),
+        event("aten::addmm_", linear, ((64, 768), *wide), 7.0),
+        event("aten::mm", linear, thin, 1.0, 1.0),
+        event("aten::mm", backward, wide, 11.0),
+        event("aten::_flash_attention_forward", varlen, (), 13.0),
+        event("aten::copy_", None, (), 17.0),
+        event("aten::exp", None, (), 19.0),
+        event("aten::mm", None, wide, 23.0),
+    ]
+    kinds = profile.by_kind(events, on_gpu=True, rank=16)
+    found = {key: (round(1e6 * each["s"]), each["count"]) for key, each in kinds.items()}
+    assert found == {
+        ("frozen products", "forward"): (7, 1),
+        ("adapters", "forward"): (5, 3),
+        ("quantising", "forward"): (51, 1),
+        ("frozen products", "backward"): (11, 1),
+        ("norms", "backward"): (5, 1),
+        ("attention", "forward"): (13, 1),
+        ("copies", "forward"): (17, 1),
+        ("other", "forward"): (19, 1),
+        ("other products", "forward"): (23, 1),
+    }
+    idle = profile.rows(kinds, {}, idle_s=1.0)[-1]
+    assert (idle["kind"], idle["s"]) == ("idle", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +347,13 @@ def test_a_step_of_texts_in_parts_and_no_baseline_of_them(folder: Path, capsys):
     arguments = ["--lengths", "40", "--baseline", "padded", "data.parts=lines"]
     assert bench(folder, *arguments) == (1, [])
     assert "--baseline reads texts whole; leave out data.parts=lines" in capsys.readouterr().err
+
+
+def test_real_texts_go_in_beside_random_weights(folder: Path):
+    random = ("--random-weights", "tiny+tiny")
+    status, rows = bench(folder, "--lengths", "20", *random)
+    assert status == 0 and [row["data"] for row in rows] == ["excluded", "included"]
+    assert all(row["weights"] == "tiny+tiny" for row in rows)
 
 
 def test_linear(folder: Path, capsys, monkeypatch):

@@ -409,7 +409,7 @@ def test_first_importable_implementation_runs_and_the_label_says_why():
     ("backend", "device", "label"),
     [
         ("auto", "cpu", "torch SDPA"),
-        ("auto", "cuda", "torch varlen_attn"),
+        ("auto", "cuda", "torch varlen_attn, FlashAttention 2"),
         ("torch", "cpu", "torch SDPA"),
         ("reference", "cpu", "reference"),
         ("reference", "cuda", "reference"),
@@ -424,7 +424,7 @@ def test_attention_backends(backend, device, label):
     ("backend", "device", "message"),
     [
         ("torch", "cpu", "torch SDPA cannot do: set model.attention to 'reference'$"),
-        ("torch", "cuda", "varlen_attn cannot do: set .* to 'reference' or 'flash_attn'"),
+        ("torch", "cuda", "varlen_attn, .* cannot do: set .* to 'reference' or 'flash_attn'"),
     ],
 )
 def test_attention_without_a_soft_cap_is_refused_to_models_that_have_one(backend, device, message):
@@ -516,8 +516,13 @@ def test_attention_on_a_cpu_keeps_its_output_once():
 @pytest.mark.parametrize(
     ("backend", "device", "message"),
     [
-        ("flash", "cuda", "unknown model.attention: 'flash'; choose one of auto, torch, flash"),
+        (
+            "flash",
+            "cuda",
+            "unknown model.attention: 'flash'; choose one of auto, torch, cudnn, flash",
+        ),
         ("flash_attn", "cpu", "model.attention = 'flash_attn': it is not for cpu"),
+        ("cudnn", "cpu", "model.attention = 'cudnn': it is not for cpu; set it to 'auto'"),
     ],
 )
 def test_attention_backend_that_cannot_be(backend, device, message):

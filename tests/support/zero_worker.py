@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,14 +133,19 @@ def broken_rank(folder: Path, world: World) -> dict:
                 engine.stack.projection.weight[0, 0].mul_(1 + 2**-23)
         return save(config, world, engine, *rest)
 
-    training.checkpoint.save = spoilt
+    return error_of(config, world, spoilt)
+
+
+def error_of(config: Config, world: World, save: Callable) -> dict:
+    """What a run ends with that saves its checkpoints so."""
+    original, training.checkpoint.save = training.checkpoint.save, save
     try:
         run(config, world)
         return {"error": ""}
     except ValueError as raised:
         return {"error": str(raised)}
     finally:
-        training.checkpoint.save = save
+        training.checkpoint.save = original
 
 
 def recompute(folder: Path, world: World) -> dict:
@@ -214,14 +220,7 @@ def full_disk(folder: Path, world: World) -> dict:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    training.checkpoint.save = limited
-    try:
-        run(config, world)
-        return {"error": ""}
-    except ValueError as raised:
-        return {"error": str(raised)}
-    finally:
-        training.checkpoint.save = save
+    return error_of(config, world, limited)
 
 
 def task_runs(folder: Path, world: World) -> dict:

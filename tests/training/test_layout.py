@@ -8,9 +8,16 @@ import torch
 
 from mtllm_engine.config import Config, dumps, load
 from mtllm_engine.model.build import read_models
-from mtllm_engine.training import memory
 from mtllm_engine.training.launch import launcher, tell
-from mtllm_engine.training.layout import SHARDED, WHOLE, Layout, choose, settle, settled
+from mtllm_engine.training.layout import (
+    SHARDED,
+    WHOLE,
+    Layout,
+    choose,
+    needed_bytes,
+    settle,
+    settled,
+)
 from mtllm_engine.world import World, check_gpus, connect
 from tests.support.tiny import build_config, build_decoder, build_encoder
 
@@ -27,12 +34,11 @@ def config(tmp_path_factory) -> Config:
 
 
 def chosen(config: Config, world_size: int, sizes: list[int]) -> Layout:
-    return choose(config, *read_models(config.model), world_size, sizes)
+    return choose(config, world_size, sizes, lambda stage: needed(config, stage, world_size))
 
 
 def needed(config: Config, stage: int, world_size: int) -> int:
-    config = replace(config, zero=replace(config.zero, stage=stage))
-    return memory.total(memory.estimate(config, *read_models(config.model), world_size))
+    return needed_bytes(config, stage, *read_models(config.model), world_size)
 
 
 @pytest.mark.parametrize("world_size", [2, 8])
