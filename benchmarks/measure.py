@@ -161,11 +161,13 @@ def trace(
 
 
 def kept_bytes(variant: Variant) -> int:
-    """What lives between steps on this rank: weights, and AdamW's two moments of the trained."""
+    """What lives between steps on this rank: weights, of the trained AdamW's two moments too, and
+    gradients where they stay allocated."""
     total = sum(weight.other_bytes for weight in quantised_weights(variant.module))
     for parameter in variant.module.parameters():
         held = getattr(parameter, "ds_tensor", parameter)
         total += held.numel() * (held.element_size() + 8 * parameter.requires_grad)
+        total += 0 if parameter.grad is None else parameter.grad.nbytes
     return total
 
 

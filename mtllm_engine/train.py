@@ -68,10 +68,10 @@ def learn(config: Config, world: World) -> None:
         ValueError: Something the user can mend; the message names it and the fix.
     """
     with sole_owner(Path(config.run.dir), world):
-        config, layout = settle_layout(world.on_main(lambda: prepare(config)), world)
+        config = world.on_main(lambda: prepare(config))
         done = world.on_main(lambda: checkpoint.steps_done(config))
         if done < config.optim.steps:
-            _run(config, world, layout)
+            _run(*settle_layout(config, world), world)
         else:
             world.on_main(lambda: _tell_done(config, done))
 
@@ -111,7 +111,7 @@ def assemble(config: Config, world: World) -> Assembled:
     return Assembled(stack, tokenizer, stream, measure_probe, fit, flops, engine)
 
 
-def _run(config: Config, world: World, layout: str) -> None:
+def _run(config: Config, layout: str, world: World) -> None:
     """Trains to the last step, or until it is asked to stop. Args: layout: In words."""
     run_dir = Path(config.run.dir)
     stack, tokenizer, stream, measure_probe, fit, flops, engine = assemble(config, world)
@@ -310,9 +310,11 @@ def _tell_done(config: Config, done: int) -> None:
 
 
 def changes(before: Config, now: Config) -> list[str]:
-    """What is set otherwise now, but for where things lie."""
+    """What is set otherwise now, but for where things lie, and for what "auto" came to on some
+    machine."""
     old, new = flatten(before), flatten(now)
-    keys = [key for key in old | new if not key.startswith(PLACES)]
+    others = (*PLACES, "zero.") if now.zero.stage == "auto" else PLACES
+    keys = [key for key in old | new if not key.startswith(others)]
     pairs = {key: (old.get(key), new.get(key)) for key in keys}
     return [f"{key} was {a!r} and is {b!r}" for key, (a, b) in pairs.items() if a != b]
 

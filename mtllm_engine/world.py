@@ -122,11 +122,13 @@ def connect(*, timeout_s: float = 1800.0) -> World:
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    # As torchrun says it, or DeepSpeed's launcher
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
+    # As torchrun says it, or DeepSpeed's launcher; who starts ranks by hand may not.
+    counted = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    local_size = int(counted or size)
     device = torch.device("cuda", local_rank) if device_type() == "cuda" else torch.device("cpu")
     if device.type == "cuda":
-        check_gpus(local_size)
+        if counted:
+            check_gpus(local_size)
         torch.cuda.set_device(device)
     else:
         _share_cores(local_size)

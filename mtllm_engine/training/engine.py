@@ -62,6 +62,8 @@ INSTEAD = {
     "zero_optimization.cpu_offload_use_pin_memory": _MEMORY,
     "zero_optimization.zenflow": _MEMORY,
     "zero_optimization.zero_hpz_partition_size": 'use zero.secondary = "node"',
+    "zero_optimization.zero_quantized_weights": "use model.quantization",
+    "zero_optimization.zero_quantized_nontrainable_weights": "use model.quantization",
 }
 """Keys of DeepSpeed's that people set from habit, and what says it here."""
 HARMLESS = {
@@ -72,6 +74,8 @@ HARMLESS = {
     "zero_optimization.offload_optimizer": ({"device": "none"},),
     "zero_optimization.cpu_offload": (False,),
     "zero_optimization.zero_hpz_partition_size": (1,),
+    "zero_optimization.zero_quantized_weights": (False,),
+    "zero_optimization.zero_quantized_nontrainable_weights": (False,),
 }
 """Values of them that say what is so anyway; `enabled = false` is another."""
 EXPERT = ("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers")

@@ -111,13 +111,17 @@ def launched_words(argv: Sequence[str] | None = None) -> list[str]:
 
 
 def tell(error: Exception, program: str, world: World | None) -> None:
-    """Prints an error in one line, once if all ranks have met it, and lets them leave.
+    """Prints an error in one line, once if all ranks have met it, and lets them leave. Before the
+    ranks have met, once on each machine: another may have no such error.
 
     Args:
         world: None before the ranks have met.
     """
-    is_common = world is None or isinstance(error, AgreedError)
-    if not is_common or os.environ.get("RANK", "0") == "0":
+    if world is None:
+        tells = os.environ.get("LOCAL_RANK", "0") == "0"
+    else:
+        tells = world.is_main or not isinstance(error, AgreedError)
+    if tells:
         print(f"{program}: error:", " ".join(str(error).split()), file=sys.stderr)
     if world is not None and isinstance(error, AgreedError):
         world.close()  # after an error of one rank alone the others would be waited for in vain

@@ -41,7 +41,13 @@ def settle(config: Config, world: World) -> tuple[Config, str]:
         return needed_bytes(config, stage, *read_models(config.model), world.size, node_size=node)
 
     layout = world.on_main(lambda: choose(config, world.size, sizes, needed))
-    return replace(config, zero=replace(config.zero, stage=layout.stage)), layout.words
+    return settled(config, layout.stage), layout.words
+
+
+def settled(config: Config, stage: int) -> Config:
+    """The configuration with its layout decided: one that can be read again from a run's folder."""
+    secondary = config.zero.secondary if stage == SHARDED else "none"
+    return replace(config, zero=replace(config.zero, stage=stage, secondary=secondary))
 
 
 def needed_bytes(
@@ -74,7 +80,9 @@ def choose(
     ranks = f"{world_size} {'GPU' if sizes else 'CPU rank'}{'s' if world_size > 1 else ''}"
     each = "each of " if world_size > 1 else ""
     where = f"sharded over {ranks}" if stage == SHARDED else f"whole on {each}{ranks}"
-    unused = "; [deepspeed] has no effect" if stage == WHOLE and config.deepspeed else ""
+    idle = ["[deepspeed]"] * bool(config.deepspeed)
+    idle += ["zero.secondary"] * (config.zero.secondary != "none")
+    unused = "".join(f"; {each} has no effect" for each in idle) if stage == WHOLE else ""
     return Layout(stage, f"{where} ({reason}){unused}")
 
 

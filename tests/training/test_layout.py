@@ -6,11 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtllm_engine.config import Config
+from mtllm_engine.config import Config, dumps, load
 from mtllm_engine.model.build import read_models
-from mtllm_engine.training.launch import launcher
-from mtllm_engine.training.layout import SHARDED, WHOLE, Layout, choose, needed_bytes, settle
-from mtllm_engine.world import World, check_gpus
+from mtllm_engine.training.launch import launcher, tell
+from mtllm_engine.training.layout import (
+    SHARDED,
+    WHOLE,
+    Layout,
+    choose,
+    needed_bytes,
+    settle,
+    settled,
+)
+from mtllm_engine.world import World, check_gpus, connect
 from tests.support.tiny import build_config, build_decoder, build_encoder
 
 
@@ -85,6 +93,17 @@ def test_a_table_of_deepspeeds_that_is_not_read_is_told(config: Config):
     assert settled.zero.stage == SHARDED and "no effect" not in words
 
 
+@pytest.mark.parametrize("stage", [WHOLE, SHARDED])
+def test_what_was_decided_can_be_read_again(config: Config, tmp_path: Path, stage: int):
+    asked = replace(config, zero=replace(config.zero, secondary="node"))
+    decided = settled(asked, stage)
+    (tmp_path / "config.toml").write_text(dumps(decided))
+    assert load(tmp_path / "config.toml") == decided
+    assert decided.zero.secondary == ("node" if stage == SHARDED else "none")
+    words = chosen(asked, 2, [80_000_000_000] * 2).words
+    assert words.endswith("; [deepspeed] has no effect; zero.secondary has no effect")
+
+
 def test_more_ranks_than_gpus_are_refused_in_one_line(monkeypatch, tmp_path: Path):
     check_gpus(9)  # on CPUs any number
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -95,3 +114,31 @@ def test_more_ranks_than_gpus_are_refused_in_one_line(monkeypatch, tmp_path: Pat
         for ask in (lambda: check_gpus(3), lambda: launcher("mtllm_engine.train", 3)):
             with pytest.raises(ValueError, match=f"^{message}$"):
                 ask()
+
+
+@pytest.mark.parametrize("rank", [0, 8, 9])
+def test_each_machine_says_that_it_has_too_few_gpus(rank: int, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    ranks = {"RANK": rank, "WORLD_SIZE": 16, "LOCAL_RANK": rank % 8, "LOCAL_WORLD_SIZE": 8}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match="8 ranks need a GPU each") as refusal:
+        connect()
+    tell(refusal.value, "mtllm", None)
+    assert len(capsys.readouterr().err.splitlines()) == (rank % 8 == 0)
+
+
+def test_ranks_that_were_started_by_hand_may_be_on_any_machines(monkeypatch):
+    def taken(device: torch.device) -> None:
+        raise LookupError(device)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken)
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": 2, "WORLD_SIZE": 4, "LOCAL_RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(LookupError, match="cuda:0"):
+        connect()

@@ -166,10 +166,12 @@ def test_a_finished_run_says_so_and_what_changed_and_stays(models, run, monkeypa
     assert load(run / "config.toml").optim.lr == 1e-3
 
 
-def test_a_finished_run_without_changes_says_one_line(models, run, capsys):
+@pytest.mark.parametrize("stage", [0, "auto"])
+def test_a_finished_run_without_changes_says_one_line(models, run, capsys, stage: int | str):
     (run / "report.html").unlink()  # killed before it was written
-    learn(models, run)
-    assert capsys.readouterr().out == f"nothing to do: 6 of 6 steps are done in {run}\n"
+    learn(models, run, zero={"stage": stage})  # the run had 0, and "auto" would be 3 here
+    said = capsys.readouterr()
+    assert said.out == f"nothing to do: 6 of 6 steps are done in {run}\n" and not said.err
     assert (run / "report.html").is_file()
 
 
@@ -361,6 +363,7 @@ HABITS = [
     ("zero_optimization.offload_optimizer", {"device": "cpu"}, "memory.recompute"),
     ("zero_optimization.cpu_offload", True, "memory.recompute"),
     ("zero_optimization.zero_hpz_partition_size", 8, 'zero.secondary = "node"'),
+    ("zero_optimization.zero_quantized_weights", True, "model.quantization"),
     ("zero_optimization.reduce_bucket_size", "auto", "leave the key out"),
     ("zero_optimization.overlap_comm", "auto", "leave the key out"),
     ("zero_optimisation", {"reduce_bucket_size": 1}, "did you mean zero_optimization?"),
