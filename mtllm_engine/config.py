@@ -277,7 +277,8 @@ class ZeroConfig:
 
     stage: Literal["auto", 0, 3] = "auto"
     """0: whole on each GPU, in plain PyTorch; 3: a slice of everything on each GPU (DeepSpeed's
-    ZeRO-3); "auto": 0 where the estimate of memory says that it fits, else 3, and 3 on CPUs."""
+    ZeRO-3); "auto": 3 on CPUs, 0 on one GPU, else 0 where the estimate of memory fits and 3
+    where it does not."""
     secondary: Literal["none", "node"] = "none"
     """With stage 3 on several nodes: "node" keeps all frozen weights on each node too, spread over
     its GPUs, so that after they were read none but small ones, such as norms, crosses the network

@@ -178,7 +178,10 @@ class PlainEngine:
         assert all(parameter.grad is part for parameter, part in pairs), "a gradient was replaced"
         _set_lr(self.optimizer, lr)
         self.world.sum(self.gradients)
-        norm = nn.utils.clip_grad_norm_(self.trained, self.clip or float("inf"))
+        # Rank 0's, as GPUs of different makes may round it differently, and would drift apart.
+        norm = self.world.sum(nn.utils.get_total_norm(self.parts) * self.world.is_main)
+        if self.clip:
+            nn.utils.clip_grads_with_norm_(self.trained, self.clip, norm)
         # AdamW then leaves values, moments and its own count as they are, without a host wait.
         self.optimizer.found_inf = (~norm.isfinite()).float()
         self.optimizer.step()

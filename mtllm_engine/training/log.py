@@ -22,7 +22,7 @@ from mtllm_engine.data.stream import GlobalBatch
 from mtllm_engine.data.tokenizers import PairTokenizer
 from mtllm_engine.files import write_text
 from mtllm_engine.model.licences import licence_of, public_name
-from mtllm_engine.model.lora import quantised_weights
+from mtllm_engine.model.lora import LoraLinear
 from mtllm_engine.model.merge import find_adapters
 from mtllm_engine.model.padded import PaddedEncoder
 from mtllm_engine.model.stack import Stack
@@ -302,18 +302,20 @@ def _licences(config: Config, stack: Stack) -> str:
 
 
 def _parameters(config: Config, stack: Stack) -> str:
-    sizes, weights = {True: 0, False: 0}, quantised_weights(stack)
-    payloads = {id(each.payload) for each in weights}  # of bytes, not of numbers
+    form, sizes = config.model.quantization, {True: 0, False: 0}
+    linears = [each for each in stack.modules() if isinstance(each, LoraLinear)]
+    weights = [each.weight for each in linears] if form != "none" else []
+    # Of bytes, not of numbers; before it is filled a weight is a parameter itself.
+    others = {id(getattr(each, "payload", each)) for each in weights}
     for parameter in stack.parameters():
-        if id(parameter) not in payloads:
+        if id(parameter) not in others:
             sizes[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
     if isinstance(stack.encoder, PaddedEncoder):
         sizes[False] += stack.encoder.num_weights
     trained = f"{sizes[True]:,} trained in fp32"
     frozen = f"{sizes[False]:,} frozen in {config.model.dtype}"
     quantised = sum(each.shape.numel() for each in weights)
-    form = f", {quantised:,} in {config.model.quantization}" if quantised else ""
-    return f"{trained}, {frozen}{form}"
+    return f"{trained}, {frozen}" + (f", {quantised:,} in {form}" if quantised else "")
 
 
 def _kernels(stack: Stack, device: str) -> str:
