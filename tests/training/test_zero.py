@@ -176,8 +176,8 @@ def test_any_number_of_ranks_trains_as_plain_pytorch_does(worlds: Path, layout: 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_what_is_trained_is_summed_once_a_step_in_fp32(worlds: Path, size: int):
-    """A ring moves 2 (W - 1) / W of these bytes. Beside them are a norm, which is rank 0's, and sums
-    for the log, in fp64."""
+    """A ring moves 2 (W - 1) / W of these bytes. Beside them are a norm, rank 0's, and sums for the
+    log, in fp64."""
     latest = worlds / f"whole_{size}" / "checkpoints" / "latest"
     files = ("adapter_model.safetensors", "projection.safetensors")
     values = [each for name in files for each in load_file(latest / name).values()]
