@@ -90,16 +90,17 @@ def test_what_is_recommended_can_be_pasted_and_fits(capsys):
     ("path", "gpu", "settings", "expected"),
     [
         (EIGHT, "a100-40", ["memory.max_tokens=16384"], {"memory.recompute": "layer"}),
-        (SEVENTY, "a100-80", ["zero.stage=0"], {"model.quantization": "nf4"}),
+        (SEVENTY, "a100-80", [], {"model.quantization": "nf4"}),
     ],
 )
 def test_the_smallest_change_makes_it_fit(path: Path, gpu: str, settings: list, expected: dict):
     cluster = Cluster(gpu=GPUS[gpu])
-    subject = examine(load(path, ["zero.stage=0", *settings]), [])
+    whole = ["zero.secondary=none", "zero.stage=0"]
+    subject = examine(load(path, [*whole, *settings]), [])
     assert not subject.estimate(cluster, WHOLE).fits
     assert smallest_change(subject, cluster, WHOLE) == expected
     words = [f"{key}={value}" for key, value in expected.items()]
-    changed = examine(load(path, ["zero.stage=0", *settings, *words]), [])
+    changed = examine(load(path, [*whole, *settings, *words]), [])
     assert changed.estimate(cluster, WHOLE).fits
 
 
@@ -188,10 +189,11 @@ def test_a_recipe_without_its_models_is_one_line(tmp_path: Path, capsys):
 def test_a_slow_network_asks_for_a_copy_on_each_node():
     slow = GPUS["h100"]._replace(network_gbytes_per_s=0.3)
     cluster = Cluster(gpu=slow, gpus=8, nodes=2)
-    settings, best = fastest(examine(load(SEVENTY), []), cluster)
+    bare = ["zero.secondary=none"]
+    settings, best = fastest(examine(load(SEVENTY, bare), []), cluster)
     assert settings["zero.secondary"] == "node" and best.layout == COPIED
     words = [f"{key}={value}" for key, value in settings.items()]
-    pasted = examine(load(SEVENTY, words), [])
+    pasted = examine(load(SEVENTY, [*bare, *words]), [])
     estimates = [pasted.estimate(cluster, each) for each in layouts_of(pasted.config, cluster)]
     assert chosen(pasted.config, estimates).layout == COPIED
     assert fastest(pasted, cluster)[0] == {}
