@@ -221,9 +221,12 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)
 @pytest.mark.parametrize("rank", [None, "0", "1"])
-def test_of_all_ranks_the_first_tells_a_mistake(arguments, message, rank, capfd, monkeypatch):
+def test_of_a_machines_ranks_the_first_tells_a_mistake(
+    arguments, message, rank, capfd, monkeypatch
+):
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
     assert train.main(["--local_rank=0", *arguments]) == 1
     assert capfd.readouterr() == ("", "" if rank == "1" else f"mtllm: error: {message}\n")
 
