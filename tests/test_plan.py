@@ -21,7 +21,7 @@ from mtllm_engine.outlook import (
 )
 from mtllm_engine.training.gpus import GPUS, Cluster
 from tests.support.machine import ROOT
-from tests.support.recipes import TEXT
+from tests.support.recipes import TEXT, recipe_of
 from tests.support.stages import build_models, write_topics
 from tests.support.tiny import build_config, build_corpus
 
@@ -130,18 +130,7 @@ def test_texts_that_are_here_are_counted(folder: Path, tmp_path: Path, capsys):
 
 
 def test_a_recipe_is_planned_step_by_step(folder: Path, tmp_path: Path, capsys):
-    text = TEXT.format(folder=tmp_path / "out")
-    for name, value in (
-        ('"nllb"', f'"{folder}/encoder"'),
-        ('"llama"', f'"{folder}/decoder"'),
-        ('"fineweb"', f'"{folder}/corpus"'),
-        ('"nli"', '"sib200"'),
-        ("mnli:data/mnli", f"sib200:{folder}/topics"),
-        ("xnli:data/xnli", f"sib200:{folder}/topics"),
-    ):
-        text = text.replace(name, value)
-    path = tmp_path / "recipe.toml"
-    path.write_text(text)
+    path = recipe_of(folder, tmp_path, "corpus")
     out = printed(capsys, path, "--gpu", "h100")
     assert "2 x H100" in out  # the recipe's own number
     assert row(out, "stage1")[:2] == ["1", "100"]

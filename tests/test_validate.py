@@ -20,7 +20,7 @@ from mtllm_engine.inspection import ask
 from mtllm_engine.validate import validate
 from tests.support.families import write_headers
 from tests.support.machine import ROOT
-from tests.support.recipes import TEXT
+from tests.support.recipes import recipe_of
 from tests.support.stages import (
     ALONE,
     build_models,
@@ -363,23 +363,6 @@ def test_no_rank_is_started_for_what_is_broken(command, folder, tmp_path, capfd,
     )
 
 
-def recipe_of(folder: Path, tmp_path: Path) -> Path:
-    """The tests' recipe on real files."""
-    text = TEXT.format(folder=tmp_path / "out")
-    for name, value in (
-        ('"nllb"', f'"{folder}/encoder"'),
-        ('"llama"', f'"{folder}/decoder"'),
-        ('"fineweb"', f'"{folder}/train"'),
-        ('"nli"', '"sib200"'),
-        ("mnli:data/mnli", f"sib200:{folder}/topics"),
-        ("xnli:data/xnli", f"sib200:{folder}/topics"),
-    ):
-        text = text.replace(name, value)
-    path = tmp_path / "recipe.toml"
-    path.write_text(text)
-    return path
-
-
 def test_a_sound_recipe_is_ready(folder: Path, tmp_path: Path, capsys):
     path = recipe_of(folder, tmp_path)
     assert cli.main(["validate", str(path)]) == 0
@@ -452,6 +435,18 @@ def test_what_a_file_is_for(folder: Path, tmp_path: Path):
     assert report.problems == [] and report.header["command"] == "mtllm finetune"
     (line,) = validate(str(path), command="train").problems
     assert line == 'objective.kind = "finetune": that is `mtllm finetune`, this distils'
+
+
+def test_a_table_that_whole_weights_do_not_read_is_a_warning(folder: Path, tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_text(dumps(stage1_config(folder)))
+    table = "deepspeed.wall_clock_breakdown=true"
+    report = validate(str(path), [table, "zero.stage=0"], gpus=2)
+    assert report.problems == [] and report.warnings == [
+        "weights are whole on each of 2 CPU ranks (zero.stage=0); [deepspeed] has no effect; set "
+        "zero.stage=3 to use it"
+    ]
+    assert validate(str(path), [table, "zero.stage=auto"], gpus=2).warnings == []
 
 
 def test_more_than_fits_is_a_warning_while_the_weights_do(folder: Path, tmp_path: Path):

@@ -51,6 +51,23 @@ def write_recipe(folder: Path) -> Path:
     return path
 
 
+def recipe_of(folder: Path, tmp_path: Path, corpus: str = "train") -> Path:
+    """The same on real files: models, a corpus and SIB-200's topics in a folder."""
+    text = TEXT.format(folder=tmp_path / "out")
+    for name, value in (
+        ('"nllb"', f'"{folder}/encoder"'),
+        ('"llama"', f'"{folder}/decoder"'),
+        ('"fineweb"', f'"{folder}/{corpus}"'),
+        ('"nli"', '"sib200"'),
+        ("mnli:data/mnli", f"sib200:{folder}/topics"),
+        ("xnli:data/xnli", f"sib200:{folder}/topics"),
+    ):
+        text = text.replace(name, value)
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
 def jobs(path: Path, *overrides: str) -> dict[str, Config]:
     """A recipe's configurations, by the names of its jobs."""
     return {job.name: job.config for job in recipe.load(path, overrides).jobs}
