@@ -52,7 +52,12 @@ def _pieces(specials: list[str]) -> list[tuple[str, float]]:
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=specials, unk_token="<unk>")
     unigram.train_from_iterator(texts(200), trainer)
-    return [tuple(pair) for pair in json.loads(unigram.to_str())["model"]["vocab"]]
+    pairs = json.loads(unigram.to_str())["model"]["vocab"]
+    # Later digits, and with them the order, differ from training to training, and a random model's
+    # embeddings would come to belong to other pieces.
+    learned = [(piece, round(score, 2)) for piece, score in pairs if piece not in specials]
+    ordered = sorted(learned, key=lambda pair: (-pair[1], pair[0]))
+    return [*((special, 0.0) for special in specials), *ordered]
 
 
 def _bert() -> BertTokenizer:
@@ -63,7 +68,10 @@ def _bert() -> BertTokenizer:
     pieces.train_from_iterator(
         texts(200), trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials)
     )
-    return BertTokenizer(vocab=pieces.get_vocab(), do_lower_case=False)
+    # The trainer numbers them anew each time, see `_pieces`.
+    learned = sorted(pieces.get_vocab().keys() - set(specials))
+    numbers = {piece: number for number, piece in enumerate([*specials, *learned])}
+    return BertTokenizer(vocab=numbers, do_lower_case=False)
 
 
 def _xlm_roberta() -> XLMRobertaTokenizer:
