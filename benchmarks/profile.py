@@ -108,7 +108,7 @@ def _attention(q_SHK, k_SGK, v_SGK, *, lengths, causal, **_) -> dict[str, Any]:
     return shape | {"lengths": lengths, "causal": causal}
 
 
-def _lora_linear(x_SD, weight_FD, bias_F=None, adapters=(), *_) -> dict[str, Any]:
+def _lora_linear(x_SD, weight_FD, bias_F=None, adapters=(), *_, **__) -> dict[str, Any]:
     widths = [len(lora_B_fR) for _, _, lora_B_fR in adapters]
     members = (*widths, weight_FD.shape[0] - sum(widths))
     rank = len(adapters[0][1]) if adapters else 0
@@ -144,9 +144,10 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
         "width": heads_SXK.shape[2],
         "pairs": cos_Sk.shape[1],
     },
-    "swiglu": lambda gate_up_SF, activation="silu": {
+    "swiglu": lambda gate_up_SF, activation="silu", update=None: {
         "tokens": gate_up_SF.shape[0],
         "width": gate_up_SF.shape[1] // 2,
+        "ranks": update[0].shape[1] if update else 0,
     },
     "projection": lambda x_SE, norm_E, norm_bias_E, eps, weight_DE, bias_D: {
         "tokens": x_SE.shape[0],

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from mtllm_engine.kernels.agreement import disagreements
-from mtllm_engine.kernels.contract import Kernel
+from mtllm_engine.kernels.contract import Kernel, Update
 from mtllm_engine.kernels.lora_linear import Dropout
 from torch import nn
 from torch.nn import functional
@@ -111,7 +111,11 @@ def liger_swiglu() -> Function:
     swiglu = from_liger("swiglu", "LigerFusedGateUpSiLUMulFunction")
     geglu = from_liger("geglu", "LigerGELUMulFunction")
 
-    def gated(gate_up_SF: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+    def gated(
+        gate_up_SF: torch.Tensor, activation: str = "silu", update: Update | None = None
+    ) -> torch.Tensor:
+        if update is not None:
+            gate_up_SF = torch.addmm(gate_up_SF, update[0], update[1].T)
         return swiglu(gate_up_SF) if activation == "silu" else geglu(*gate_up_SF.chunk(2, dim=1))
 
     return gated

@@ -3,7 +3,7 @@
     python -m benchmarks.step CONFIG [section.key=value ...] --baseline all \\
         --lengths 350,40,equal --out step.jsonl
     deepspeed --num_gpus 8 --module benchmarks.step CONFIG ...     # the same under ZeRO-3
-    deepspeed --num_gpus 8 --module benchmarks.step CONFIG --layouts   # and with whole weights
+    ... --beside model.quantization=fp8 --beside zero.stage=0     # and ours configured otherwise
     python -m benchmarks.step --scaling step-1.jsonl step-8.jsonl  # efficiency over rank counts
 
 The learning rate is 0: the optimizer does all its work, yet every variant sees the same weights in
@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,10 @@ class Ours:
 class Check:
     """Compares a step's loss and gradient norm with those of the variant that ran it first."""
 
-    def __init__(self, dtype: str, world: World, quantization: str = "none") -> None:
+    def __init__(self, dtype: str, world: World, quantised: Mapping[str, str]) -> None:
+        """Args: quantised: How variants hold the LLM, of those that are not baselines."""
         self.tolerance, self.world = TOLERANCE[dtype], world
-        self.tolerance_of_ours = max(self.tolerance, QUANTISED[quantization])
+        self.tolerances = {name: QUANTISED[form] for name, form in quantised.items()}
         self.first: dict[int, tuple[str, list[float]]] = {}
         self.worst: dict[str, float] = {}
 
@@ -95,8 +96,8 @@ class Check:
         """Raises: ValueError: They differ; on every rank alike."""
         values = [self.world.sum(result[0].clone()).item(), result[1].item()]
         other, expected = self.first.setdefault(step, (name, values))
-        is_ours = [each.startswith("ours") for each in (name, other)]
-        tolerance = self.tolerance_of_ours if any(is_ours) else self.tolerance
+        both = [self.tolerances.get(each, 0.0) for each in (name, other)]
+        tolerance = max(self.tolerance, *both)
         for kind, value, wanted in zip(("loss", "gradient norm"), values, expected):
             error = abs(value - wanted) / abs(wanted)
             self.worst[name] = max(self.worst.get(name, 0.0), error)
@@ -116,6 +117,15 @@ class Bench:
     variants: list[Variant]  # ours first
     arguments: argparse.Namespace
     machine: dict[str, Any]  # what every row says of it
+
+    def held(self, variant: Variant) -> dict[str, Any]:
+        """How ours is configured, or, for a baseline, the first of ours."""
+        ours = variant if isinstance(variant, Ours) else self.variants[0]
+        return {
+            "zero_stage": ours.config.zero.stage,
+            "quantization": ours.config.model.quantization,
+            "attention": ours.module.attention.label(self.world.device.type),
+        }
 
     def draw(
         self, lengths: Lengths, count: int, *, tokens: int = 0, max_tokens: int = 0
@@ -153,7 +163,7 @@ class Bench:
         return {
             "variant": variant.name,
             **self.machine,
-            "zero_stage": getattr(variant, "config", self.config).zero.stage,
+            **self.held(variant),
             "batch": getattr(variant, "batch", self.config.memory.max_tokens),
             "checkpointing": getattr(variant, "checkpointing", False),
             "compiled": getattr(variant, "compiled", False),
@@ -199,7 +209,7 @@ def _swept(bench: Bench, text: str) -> Iterator[dict[str, Any]]:
     """Sets each baseline to what is best for it, and says what was tried."""
     lengths = parse_lengths(text, bench.config.data.max_length)
     tried = bench.draw(lengths, 1 + STEPS)
-    about = {**bench.machine, "data": "sweep", "lengths": text}
+    about = {**bench.machine, **bench.held(bench.variants[0]), "data": "sweep", "lengths": text}
     pairs = [pair_tokens(each.student_tokens, each.teacher_tokens) for each in tried[1:]]
     for variant in bench.variants:
         if isinstance(variant, Baseline):
@@ -209,7 +219,9 @@ def _swept(bench: Bench, text: str) -> Iterator[dict[str, Any]]:
 
 
 def _build_check(bench: Bench) -> Check:
-    return Check(bench.config.model.dtype, bench.world, bench.config.model.quantization)
+    ours = [each for each in bench.variants if isinstance(each, Ours)]
+    forms = {each.name: each.config.model.quantization for each in ours}
+    return Check(bench.config.model.dtype, bench.world, forms)
 
 
 def _make_fit(variant: Variant, global_batch: GlobalBatch, world: World) -> None:
@@ -342,20 +354,18 @@ def _has_data(config: Config) -> bool:
 def build_bench(arguments: argparse.Namespace, config: Config, world: World) -> Bench:
     ours, models = _build_ours(config, arguments.random_weights, world)
     variants: list[Variant] = [ours]
-    if arguments.layouts:
-        whole = dataclasses.replace(config, zero=dataclasses.replace(config.zero, stage=0))
-        variants.append(_build_ours(whole, arguments.random_weights, world, "ours, whole")[0])
+    for word in [] if arguments.linear else arguments.beside:
+        other = _loaded(arguments, [word])
+        variants.append(_build_ours(other, arguments.random_weights, world, f"ours, {word}")[0])
+    forms = [each.config.model.quantization for each in variants]
     choice = "" if arguments.linear else arguments.baseline
     baselines = build_baselines(choice, config, models, world)
     dtype = getattr(torch, config.model.dtype)
     machine = environment(world) | {
         "driver": measure.driver(world.device),
-        "zero_stage": config.zero.stage,
         "dtype": config.model.dtype,
-        "quantization": config.model.quantization,
-        "attention": models.stack.attention.label(world.device.type),
         "parts": config.data.parts,
-        "tolerance": max(TOLERANCE[config.model.dtype], QUANTISED[config.model.quantization]),
+        "tolerance": max(TOLERANCE[config.model.dtype], *(QUANTISED[form] for form in forms)),
         "weights": arguments.random_weights or f"{config.model.decoder}+{config.model.encoder}",
         "gemm_tflops": measure.gemm_tflops(world.device, dtype),
         "copy_gbytes_per_s": measure.copy_gbytes_per_s(world.device),
@@ -401,8 +411,6 @@ def _configure(arguments: argparse.Namespace) -> Config:
         raise ValueError("name a CONFIG, such as configs/nllb600m_llama3_8b.toml")
     if arguments.baseline not in ("", *BASELINES):
         raise ValueError(f"--baseline {arguments.baseline}: write padded, unpadded or all")
-    if arguments.layouts and "RANK" not in os.environ:
-        raise ValueError("--layouts compares ranks that share weights: start them with deepspeed")
     if arguments.steps < 1:
         raise ValueError(f"--steps must be at least 1, not {arguments.steps}")
     if arguments.device == "cpu":
@@ -414,14 +422,20 @@ def _configure(arguments: argparse.Namespace) -> Config:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     deprecated = "`(is_)?gradient_checkpointing"
     warnings.filterwarnings("ignore", category=FutureWarning, message=deprecated)
-    stage = 3 if "RANK" in os.environ else 0
-    ours = [f"zero.stage={stage}", "lora.dropout=0.0"]
-    config = configs.load(arguments.config, [*arguments.overrides, *ours])
+    config = _loaded(arguments, [])
+    for word in arguments.beside:  # refused before anything is built
+        _loaded(arguments, [word])
     if arguments.baseline and config.data.parts != "whole":
         raise ValueError(f"--baseline reads texts whole; leave out data.parts={config.data.parts}")
     for text in arguments.lengths.split(","):
         parse_lengths(text, config.data.max_length)
     return config
+
+
+def _loaded(arguments: argparse.Namespace, others: list[str]) -> Config:
+    """Args: others: Overrides that are not of the command line's."""
+    ours = [f"zero.stage={3 if 'RANK' in os.environ else 0}", "lora.dropout=0.0"]
+    return configs.load(arguments.config, [*arguments.overrides, *ours, *others])
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -442,8 +456,8 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=5, metavar="N", help=steps)
     add("--tokens", type=int, metavar="N", help="a step's tokens, each side, over all ranks")
     add("--random-weights", default="", metavar="SHAPE", help="such as llama3_8b+nllb600m")
-    both = "with sharded weights (zero.stage=3), and with whole ones beside (0)"
-    add("--layouts", action="store_true", help=both)
+    again = "ours once more, so configured; may be said several times"
+    add("--beside", action="append", default=[], metavar="section.key=value", help=again)
     packs = "our cost per token at packs of 2k to 32k tokens"
     add("--linear", action="store_true", help=packs)
     add("--out", type=Path, metavar="FILE", help="a JSON line per variant, and a chart beside it")

@@ -19,10 +19,13 @@ def show(rows: Sequence[Row], out: Path | None) -> int:
     where = f"{first['world_size']} x {first['device']}, ZeRO stage {first['zero_stage']}"
     weights = f"{first['dtype']}, weights {first['weights']}"
     print(f"{where}, {weights}, commit {first['commit']}")
-    if first["quantization"] != "none":
-        ours = f"ours holds the LLM's linears in {first['quantization']}, baselines in full"
+    ours = {
+        row["variant"]: row["quantization"] for row in rows if row["variant"].startswith("ours")
+    }
+    if quantised := {name: form for name, form in ours.items() if form != "none"}:
+        held = " and ".join(f"{name} in {form}" for name, form in quantised.items())
         apart = f"losses and gradient norms may be {first['tolerance']:.0%} apart"
-        print(f"{ours}: {apart}, and errors say how far")
+        print(f"LLM's linears: {held}, the others in full: {apart}, and errors say how far")
     print(f"a product of large random matrices reaches {first['gemm_tflops']:.4g} TFLOP/s here")
     if "all_gather_gbytes_per_s" in first:
         print(f"an all-gather of a layer reaches {first['all_gather_gbytes_per_s']:.4g} GB/s")

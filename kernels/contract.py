@@ -15,6 +15,10 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+Update = tuple[torch.Tensor, torch.Tensor]
+"""(low (S, Q), lora_B (F, Q)) of a linear's adapters: low lora_B^T is still to be added to its
+output (S, F)."""
+
 
 class Cost(NamedTuple):
     """The least that a call must move and compute: what the roofline is drawn with."""

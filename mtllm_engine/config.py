@@ -119,6 +119,9 @@ class ModelConfig:
     attention: Literal["auto", "torch", "cudnn", "flash_attn", "reference"] = "auto"
     """Which implementation of attention is used; the run's header names the one that runs. "auto"
     takes the one that was measured to be the fastest on this GPU, else FlashAttention 2."""
+    lora_update: Literal["linear", "swiglu"] = "linear"
+    """Where what the adapters of gate and up add is added: by their linear; or, on a GPU, inside
+    SwiGLU, which saves a pass over a layer's widest tensor (not measured yet)."""
     init_from: tuple[PathText, ...] = ()
     """Checkpoints or PEFT's adapters that training starts from. The adapters of several are added
     up; projection and head come from the one that has them."""

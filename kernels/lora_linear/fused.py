@@ -1,7 +1,7 @@
 """A frozen linear with LoRA on CUDA: the base GEMM is the library's, the kernels around it ours."""
 
 import torch
-from mtllm_engine.kernels.contract import DTYPES, check, check_shape
+from mtllm_engine.kernels.contract import DTYPES, Update, check, check_shape
 from torch.autograd.function import once_differentiable
 
 from . import library
@@ -28,7 +28,9 @@ def lora_linear(
     adapters: Adapters = (),
     scale: float = 1.0,
     dropout: Dropout | None = None,
-) -> torch.Tensor:
+    *,
+    deferred: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, Update | None]:
     """x W^T + b, plus scale * drop(x) A^T B^T of each adapter into the channels from `start` on.
 
     The GEMMs with W are the library's; they add themselves to the adapters' update, which lies in
@@ -44,6 +46,9 @@ def lora_linear(
             as in a sum of large adapters, all products are the library's.
         scale: alpha / R.
         dropout: None in evaluation and without dropout.
+        deferred: Leave the adapters' update to whoever reads y next, which saves a pass over y:
+            returns (x W^T + b, update), of which the latter is None where there is nothing to add.
+            The gradient to give back is that of the sum.
 
     Raises:
         ValueError: An argument is not contiguous, on another device, of a wrong shape or dtype, or
@@ -61,9 +66,16 @@ def lora_linear(
     if adapters and dropout is not None:
         _check_dropout(x_SD, dropout, len(adapters))
     if group and group.rank > MAX_RANK:
-        return library.lora_linear(x_SD, weight_FD, bias_F, adapters, scale, dropout)
+        options = {"scale": scale, "dropout": dropout, "deferred": deferred}
+        return library.lora_linear(x_SD, weight_FD, bias_F, adapters, **options)
+    leaves_update = deferred and group is not None
+    options = (group, scale, dropout, leaves_update)
     matrices = [matrix for _, *pair in adapters for matrix in pair]
-    return _LoraLinear.apply(x_SD, weight_FD, bias_F, group, scale, dropout, *matrices)
+    result = _LoraLinear.apply(x_SD, weight_FD, bias_F, *options, *matrices)
+    if leaves_update:
+        y_SF, *update = result
+        return y_SF, tuple(update)
+    return (result, None) if deferred else result
 
 
 def _check_adapters(x_SD: torch.Tensor, out_width: int, adapters: Adapters) -> Group | None:
@@ -98,9 +110,12 @@ def _check_dropout(x_SD: torch.Tensor, dropout: Dropout, num_adapters: int) -> N
         raise ValueError(f"dropout.linears are {len(dropout.linears)}, the adapters {num_adapters}")
 
 
+NOT_TRAINED = (None,) * 6  # arguments between x and the matrices
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_SD, weight_FD, bias_F, group, scale, dropout, *matrices):
+    def forward(ctx, x_SD, weight_FD, bias_F, group, scale, dropout, leaves_update, *matrices):
         low_SQ = lora_B_FQ = None
         ctx.out_width = weight_FD.shape[0]
         if group is not None:
@@ -111,18 +126,22 @@ class _LoraLinear(torch.autograd.Function):
         ctx.group, ctx.scale, ctx.dropout = group, scale, dropout
         if group is None:
             return product(x_SD, weight_FD, bias_F)
+        if leaves_update:
+            ctx.mark_non_differentiable(low_SQ, lora_B_FQ)
+            ctx.set_materialize_grads(False)
+            return product(x_SD, weight_FD, bias_F), low_SQ, lora_B_FQ
         if ctx.quantised is not None:
             return update(low_SQ, lora_B_FQ, bias_F, added_SF=weight_FD.product(x_SD))
         return update(low_SQ, lora_B_FQ, bias_F).addmm_(x_SD, weight_FD.T)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_SF):
+    def backward(ctx, dy_SF, *_):
         dy_SF = dy_SF.contiguous()
         x_SD, low_SQ, weight_FD, *matrices = ctx.saved_tensors
         weight_FD = weight_FD if ctx.quantised is None else ctx.quantised
         if ctx.group is None:
-            return input_gradient(dy_SF, weight_FD), None, None, None, None, None
+            return input_gradient(dy_SF, weight_FD), *NOT_TRAINED
         lora_A_QD, lora_B_FQ = pack(ctx.group, ctx.out_width, ctx.scale, matrices, dy_SF.dtype)
         dlow_SQ, dBs = output_gradients(ctx.group, dy_SF, low_SQ, lora_B_FQ, ctx.scale)
         dAs = input_gradients(ctx.group, x_SD, dlow_SQ, ctx.dropout)
@@ -130,7 +149,7 @@ class _LoraLinear(torch.autograd.Function):
         dx_SD = None
         if weight_FD is not None:
             dx_SD = _input_gradient(ctx, dy_SF, weight_FD, dlow_SQ, lora_A_QD)
-        return dx_SD, None, None, None, None, None, *gradients
+        return dx_SD, *NOT_TRAINED, *gradients
 
 
 def _input_gradient(ctx, dy_SF, weight_FD, dlow_SQ, lora_A_QD):

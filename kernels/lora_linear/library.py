@@ -19,7 +19,9 @@ def lora_linear(
     adapters: tuple[tuple[int, torch.Tensor, torch.Tensor], ...] = (),
     scale: float = 1.0,
     dropout: Dropout | None = None,
-) -> torch.Tensor:
+    *,
+    deferred: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, None]:
     """x W^T + b, plus scale * drop(x) A^T B^T of each adapter into the channels from `start` on.
 
     Args:
@@ -30,10 +32,12 @@ def lora_linear(
             where used.
         scale: alpha / R.
         dropout: None in evaluation and without dropout.
+        deferred: Whether an update may be left to the caller; here none is: (y, None).
     """
     starts = tuple(start for start, _, _ in adapters)
     matrices = [matrix for _, *pair in adapters for matrix in pair]
-    return _LoraLinear.apply(x_SD, weight_FD, bias_F, starts, scale, dropout, *matrices)
+    y_SF = _LoraLinear.apply(x_SD, weight_FD, bias_F, starts, scale, dropout, *matrices)
+    return (y_SF, None) if deferred else y_SF
 
 
 class _LoraLinear(torch.autograd.Function):

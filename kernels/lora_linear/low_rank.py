@@ -25,6 +25,7 @@ from .masks import HASHES, keep, row_hash
 MAX_RANK = 64
 MAX_ROWS = 32
 MAX_ADAPTERS = len(HASHES)
+PACK = 4096  # numbers of an adapter's matrix that a program takes at a time
 # Two for each multiprocessor of an H100; a constant, for results depend on how sums are split
 PROGRAMS = 264
 
@@ -53,14 +54,20 @@ def pack(
     matrices: tuple[torch.Tensor, ...],
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(lora_A_QD, lora_B_FQ) from A, B of each adapter in turn, rounded once to `dtype`."""
-    num, block = len(group.starts), group.padded_rank
-    lora_A_QD = matrices[0].new_zeros(num * block, matrices[0].shape[1], dtype=dtype)
-    lora_B_FQ = matrices[0].new_zeros(out_width, num * block, dtype=dtype)
-    for i, (start, end) in enumerate(zip(group.starts, group.ends)):
-        ranks = slice(i * block, i * block + group.rank)
-        lora_A_QD[ranks] = matrices[2 * i]
-        torch.mul(matrices[2 * i + 1], scale, out=lora_B_FQ[start:end, ranks])
+    """(lora_A_QD, lora_B_FQ) from A, B of each adapter in turn, rounded once to `dtype`.
+
+    One launch, for all four linears of a layer do this in forward and in backward.
+    """
+    width, num_ranks = matrices[0].shape[1], len(group.starts) * group.padded_rank
+    lora_A_QD = matrices[0].new_empty(num_ranks, width, dtype=dtype)
+    lora_B_FQ = matrices[0].new_empty(out_width, num_ranks, dtype=dtype)
+    missing = (None,) * (MAX_ADAPTERS - len(group.starts))
+    block = PACK // group.padded_rank
+    _pack[triton.cdiv(width, block) + triton.cdiv(out_width, block),](
+        *matrices[::2], *missing, *matrices[1::2], *missing, lora_A_QD, lora_B_FQ, scale,
+        WIDTH=width, OUT_WIDTH=out_width, STARTS=group.starts, ENDS=group.ends,
+        RANK=group.rank, R=group.padded_rank, BLOCK=block, num_warps=4,
+    )  # fmt: skip
     return lora_A_QD, lora_B_FQ
 
 
@@ -165,6 +172,35 @@ def _sum_parts(
         parts_CSR, out_SQ, num_parts, num_rows, FIRSTS=firsts, WIDTH=width, BLOCK=1024, num_warps=4
     )
     return out_SQ
+
+
+@triton.jit
+def _pack(
+    a0_ptr, a1_ptr, a2_ptr, a3_ptr, b0_ptr, b1_ptr, b2_ptr, b3_ptr,
+    lora_a_ptr, lora_b_ptr, scale,
+    WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr,
+    RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first programs take A's columns, the others B's rows, each for all adapters."""
+    RANKS: tl.constexpr = len(STARTS) * R
+    dtype: tl.constexpr = lora_a_ptr.dtype.element_ty
+    a_ptrs, b_ptrs = (a0_ptr, a1_ptr, a2_ptr, a3_ptr), (b0_ptr, b1_ptr, b2_ptr, b3_ptr)
+    ranks, block = tl.arange(0, R), tl.program_id(0)
+    blocks_of_a = tl.cdiv(WIDTH, BLOCK)
+    if block < blocks_of_a:
+        channels = (block * BLOCK + tl.arange(0, BLOCK))[None, :]
+        is_channel, offsets = channels < WIDTH, ranks[:, None] * WIDTH + channels
+        for i in tl.static_range(len(STARTS)):
+            a = tl.load(a_ptrs[i] + offsets, is_channel & (ranks < RANK)[:, None], other=0.0)
+            tl.store(lora_a_ptr + i * R * WIDTH + offsets, a.to(dtype), is_channel)
+    else:
+        rows = ((block - blocks_of_a) * BLOCK + tl.arange(0, BLOCK))[:, None]
+        for i in tl.static_range(len(STARTS)):
+            is_own = (rows >= STARTS[i]) & (rows < ENDS[i]) & (ranks < RANK)[None, :]
+            own_ptrs = b_ptrs[i] + (rows - STARTS[i]) * RANK + ranks[None, :]
+            b = tl.load(own_ptrs, is_own, other=0.0).to(tl.float32) * scale
+            lora_b_ptrs = lora_b_ptr + rows * RANKS + i * R + ranks[None, :]
+            tl.store(lora_b_ptrs, b.to(dtype), rows < OUT_WIDTH)
 
 
 @triton.jit(do_not_specialize=HASHES)

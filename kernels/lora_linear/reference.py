@@ -11,11 +11,13 @@ def lora_linear(
     adapters: tuple[tuple[int, torch.Tensor, torch.Tensor], ...] = (),
     scale: float = 1.0,
     dropout: Dropout | None = None,
-) -> torch.Tensor:
+    *,
+    deferred: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, None]:
     y_SF = functional.linear(x_SD, weight_FD, bias_F)
     for i, (start, lora_A_RD, lora_B_fR) in enumerate(adapters):
         kept_SD = x_SD if dropout is None else x_SD * keep_mask(dropout, i, x_SD)
         low_SR = functional.linear(kept_SD, lora_A_RD.to(x_SD.dtype))
         update_Sf = scale * functional.linear(low_SR, lora_B_fR.to(x_SD.dtype))
         y_SF = y_SF + functional.pad(update_Sf, (start, y_SF.shape[1] - start - update_Sf.shape[1]))
-    return y_SF
+    return (y_SF, None) if deferred else y_SF

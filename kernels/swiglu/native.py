@@ -1,6 +1,10 @@
-"""SwiGLU in C++ (csrc/cpu): one pass each way, nothing but the input is kept."""
+"""SwiGLU in C++ (csrc/cpu): one pass each way, nothing but the input is kept.
+
+An update is added before, in fp32: on a CPU no linear leaves one.
+"""
 
 import torch
+from mtllm_engine.kernels.contract import Update
 from torch.autograd.function import once_differentiable
 
 from mtllm_engine.kernels import native
@@ -10,13 +14,17 @@ from .checks import check_inputs
 native.load("cpu")
 
 
-def swiglu(gate_up_SF: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+def swiglu(
+    gate_up_SF: torch.Tensor, activation: str = "silu", update: Update | None = None
+) -> torch.Tensor:
     """activation(gate) * up, fp32 inside, half as wide as the tensor and of its dtype.
 
     Args:
         gate_up_SF: fp32, bf16 or fp16, contiguous, on the CPU: the gate's channels, then as many of
             the up-projection.
         activation: silu, or gelu_tanh as Gemma's.
+        update: Contiguous and like gate_up, to which its product is added first. Gets no gradient;
+            gate_up's is that of the sum.
 
     Raises:
         ValueError: There is no such activation, or the tensor is not contiguous, or of a wrong
@@ -24,8 +32,12 @@ def swiglu(gate_up_SF: torch.Tensor, activation: str = "silu") -> torch.Tensor:
 
     Source: arXiv 2002.05202, eq. 5 and 6.
     """
-    check_inputs(gate_up_SF, activation)
-    return _SwiGlu.apply(gate_up_SF, activation)
+    check_inputs(gate_up_SF, activation, update)
+    if update is None:
+        return _SwiGlu.apply(gate_up_SF, activation)
+    low_SQ, lora_B_FQ = (each.detach().float() for each in update)
+    sums_SF = torch.addmm(gate_up_SF.float(), low_SQ, lora_B_FQ.T)
+    return _SwiGlu.apply(sums_SF, activation).to(gate_up_SF.dtype)
 
 
 class _SwiGlu(torch.autograd.Function):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mtllm_engine.config import LORA_TARGETS, LoraConfig
 from mtllm_engine.data.batch import Tokens
-from mtllm_engine.kernels.contract import Kernel
+from mtllm_engine.kernels.contract import Kernel, Update
 from mtllm_engine.kernels.rms_norm import rms_norm
 from mtllm_engine.kernels.rope import rope
 from mtllm_engine.kernels.swiglu import swiglu
@@ -52,8 +52,11 @@ class DecoderLayer(nn.Module):
         layer: int,
         causal: bool,
         recompute: str,
+        defers: bool,
     ) -> None:
+        """Args: defers: What the adapters of gate and up add is left to SwiGLU, where it can be."""
         super().__init__()
+        self.defers = defers
         self.spec, self.attention, self.rope = spec, attention, spec.rope_of[layer]
         self.causal, self.recompute, self.eps = causal, recompute, spec.eps
         q_width, kv_width = (num * spec.head_width for num in (spec.num_heads, spec.num_kv_heads))
@@ -122,17 +125,24 @@ class DecoderLayer(nn.Module):
         self, normed_SD: torch.Tensor, normed: Recompute | None, call: dict, rebuilt: Callable
     ) -> torch.Tensor:
         with rebuilt(normed_SD, normed, self.gate_up):
-            gate_up_SF = self.gate_up(normed_SD, **call)
+            gate_up_SF, update = self._gate_up(normed_SD, call)
         # SwiGLU's own input: kept, or (the layer's widest tensor) made again by one more product,
         # whose result two places of backward share.
         makes_again = self.recompute == "mlp"
         source = normed or normed_SD.detach
-        again = Shared(lambda: self.gate_up(source(), **call)) if makes_again else gate_up_SF.detach
+        made_again = Shared(lambda: self._gate_up(source(), call)[0])
+        again = made_again if makes_again else gate_up_SF.detach
         with (rebuilt if makes_again else kept)(gate_up_SF, again, self.gate_up):
-            inner_SF = self._gated(gate_up_SF)
+            inner_SF = self._gated(gate_up_SF, update)
         # SwiGLU's output, half as wide again, is never kept: it is one cheap pass over its input.
-        with rebuilt(inner_SF, lambda: self._gated(again()), self.down):
+        with rebuilt(inner_SF, lambda: self._gated(again(), update), self.down):
             return self.down(inner_SF, **call)
+
+    def _gate_up(self, normed_SD: torch.Tensor, call: dict) -> tuple[torch.Tensor, Update | None]:
+        """SwiGLU's input (S, 2F), and what it is to add to it."""
+        if self.defers:
+            return self.gate_up(normed_SD, **call, deferred=True)
+        return self.gate_up(normed_SD, **call), None
 
     def _norm(
         self,
@@ -158,8 +168,8 @@ class DecoderLayer(nn.Module):
         scale = self.spec.residual_scale
         return x_SD if scale == 1.0 else x_SD.mul_(scale)
 
-    def _gated(self, gate_up_SF: torch.Tensor) -> torch.Tensor:
-        return swiglu(gate_up_SF, self.spec.activation)
+    def _gated(self, gate_up_SF: torch.Tensor, update: Update | None) -> torch.Tensor:
+        return swiglu(gate_up_SF, self.spec.activation, update)
 
     def _attend(self, qkv_SF: torch.Tensor, stream: TokenStream) -> torch.Tensor:
         nums = (self.spec.num_heads, self.spec.num_kv_heads, self.spec.num_kv_heads)
@@ -196,6 +206,7 @@ class Decoder(nn.Module):
         *,
         causal: bool,
         recompute: str,
+        defers: bool,
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -206,7 +217,7 @@ class Decoder(nn.Module):
             torch.tensor(kind.frequencies, device="cpu") for kind in spec.ropes
         )
         self.embedding = nn.Embedding(spec.vocab_size, spec.width, dtype=dtype)
-        options = {"causal": causal, "recompute": recompute}
+        options = {"causal": causal, "recompute": recompute, "defers": defers}
         self.layers = nn.ModuleList(
             DecoderLayer(spec, adapters, dtype, attention, layer=layer, **options)
             for layer in range(spec.num_layers)

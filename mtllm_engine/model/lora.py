@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mtllm_engine.config import LoraConfig
+from mtllm_engine.kernels.contract import Update
 from mtllm_engine.kernels.lora_linear import Dropout, Quantised, lora_linear, quantise
 
 
@@ -122,17 +123,23 @@ class LoraLinear(nn.Module):
         self.payload = self.weight.payload
 
     def forward(
-        self, x_SD: torch.Tensor, *, adapters: str | None, seeds_S: torch.Tensor
-    ) -> torch.Tensor:
-        """Args: adapters: the set that runs; None: the bare linear. seeds_S: dropout's number of
-        each token (int32).
+        self,
+        x_SD: torch.Tensor,
+        *,
+        adapters: str | None,
+        seeds_S: torch.Tensor,
+        deferred: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, Update | None]:
+        """Args:
+        adapters: The set that runs; None: the bare linear.
+        seeds_S: Dropout's number of each token (int32).
+        deferred: What the adapters add may be left to be added: (output, update) then.
         """
         if adapters is None:
-            return lora_linear(x_SD, self.weight, self.bias)
+            return lora_linear(x_SD, self.weight, self.bias, deferred=deferred)
         chosen: AdapterSet = getattr(self, adapters)
-        return lora_linear(
-            x_SD, self.weight, self.bias, chosen.matrices(), chosen.scale, chosen.drop(seeds_S)
-        )
+        adapted = chosen.matrices(), chosen.scale, chosen.drop(seeds_S)
+        return lora_linear(x_SD, self.weight, self.bias, *adapted, deferred=deferred)
 
 
 def quantised_weights(module: nn.Module) -> list[Quantised]:

@@ -114,7 +114,11 @@ class Stack(nn.Module):
         if teacher:
             adapters["teacher"] = replace(teacher, dropout=0.0)
         self.teacher = "teacher" if teacher else None
-        options = {"causal": config.model.causal, "recompute": config.memory.recompute}
+        options = {
+            "causal": config.model.causal,
+            "recompute": config.memory.recompute,
+            "defers": config.model.lora_update == "swiglu",
+        }
         self.decoder = Decoder(decoder, adapters, dtype, self.attention, **options)
         if frozen_rank:
             self._split_adapters(frozen_rank)

@@ -266,7 +266,7 @@ def test_the_unpadded_baseline_agrees_where_its_kernels_are_stood_in_for(
         lengths=documents.parse_lengths("20", 64), tokens=512, vocabularies=vocabularies
     )
     (global_batch,) = drawn.global_batches(1, world, config.memory.max_tokens)
-    check = step.Check("float32", world)
+    check = step.Check("float32", world, {})
     ours = step.Ours(config=config, world=world, engine=engine, module=built.stack)
     padded, unpadded = (
         baselines.build_baseline(name, config, built, world) for name in ("padded", "unpadded")
@@ -284,12 +284,25 @@ def test_quantised_linears_beside_full_baselines(folder: Path, capsys):
     for row in rows:
         assert row["quantization"] == "fp8" and row["error"] < row["tolerance"] == 0.1
     assert all(row["error"] > 1e-4 for row in rows if row["variant"] == "padded")
-    message = "ours holds the LLM's linears in fp8, baselines in full: "
+    message = "LLM's linears: ours in fp8, the others in full: "
     assert f"{message}losses and gradient norms may be 10% apart" in capsys.readouterr().out
 
 
+def test_ours_configured_otherwise_runs_beside(folder: Path, capsys):
+    others = ["model.quantization=fp8", "model.lora_update=swiglu"]
+    words = [word for other in others for word in ("--beside", other)]
+    status, rows = bench(folder, "--lengths", "20", *words)
+    rows = {row["variant"]: row for row in rows if row["data"] == "excluded"}
+    assert status == 0 and list(rows) == ["ours", *(f"ours, {word}" for word in others)]
+    assert [row["quantization"] for row in rows.values()] == ["none", "fp8", "none"]
+    assert all(1e-4 < row["error"] < row["tolerance"] == 0.1 for row in rows.values())
+    assert f"LLM's linears: ours, {others[0]} in fp8, the others" in capsys.readouterr().out
+    assert bench(folder, "--lengths", "20", "--beside", "model.quantisation=fp8") == (1, [])
+    assert "model.quantisation" in capsys.readouterr().err
+
+
 def test_baselines_are_compared_as_before_when_ours_is_quantised():
-    check = step.Check("float32", build_world(), "fp8")
+    check = step.Check("float32", build_world(), {"ours": "fp8"})
     one, other, far = ((torch.tensor(value), torch.tensor(1.0)) for value in (1.0, 1.01, 1.2))
     check("ours", 0, one)
     check("padded", 0, other)
@@ -371,7 +384,8 @@ def test_linear(folder: Path, capsys, monkeypatch):
 
 def test_two_ranks_by_slurm(folder: Path, tmp_path: Path):
     install(tmp_path)
-    options = ["--lengths", "20", "--steps", "1", "--baseline", "padded", "--layouts"]
+    options = ["--lengths", "20", "--steps", "1", "--baseline", "padded"]
+    options += ["--beside", "zero.stage=0"]
     results = {"RANKS": "2", "RESULTS": str(tmp_path / "results")}
     done = submit(tmp_path, "benchmark.sbatch", str(folder / "config.toml"), *options, **results)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -381,7 +395,7 @@ def test_two_ranks_by_slurm(folder: Path, tmp_path: Path):
     assert len(rows) == 6
     for row in rows:
         assert row["world_size"] == 2 and row["error"] < 1e-5
-        assert row["zero_stage"] == (0 if row["variant"] == "ours, whole" else 3)
+        assert row["zero_stage"] == (0 if row["variant"] == "ours, zero.stage=0" else 3)
         assert len(row["rank_step_s"]) == 2
         assert row["rank_step_s"][0].keys() == {"min", "median", "max"}
         assert row["all_gather_gbytes_per_s"] > 0

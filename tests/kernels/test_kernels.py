@@ -114,6 +114,7 @@ RANDOM_CASES = {  # small: the interpreter takes about 40 us for each operation 
         {
             "tokens": st.integers(1, 9),
             "width": st.integers(1, 300),
+            "ranks": st.sampled_from([0, 1, 32, 80]),
             "activation": st.sampled_from(["silu", "gelu_tanh"]),
         }
     ),

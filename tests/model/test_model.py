@@ -2,6 +2,7 @@
 largest value.
 """
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from transformers import LlamaForCausalLM, M2M100ForConditionalGeneration, M2M10
 from benchmarks.measure import held_bytes
 from mtllm_engine.config import LORA_TARGETS, Config, LoraConfig, dumps
 from mtllm_engine.data.batch import Batch, Document, Tokens, Totals, collate
+from mtllm_engine.model import decoder, lora
 from mtllm_engine.model.build import build_stack, build_tokenizer
 from mtllm_engine.model.lora import LoraLinear, Members
 from mtllm_engine.model.objective import cosine, fvu
@@ -499,6 +501,52 @@ def test_recomputation_gives_the_same_gradients_from_less_memory(checkpoints: Pa
             torch.equal(first, second) for first, second in zip(saved[0], gradients, strict=True)
         )
     assert recomputed[1] < selected[1] / 2 < saved[1] / 3
+
+
+@pytest.mark.parametrize("recompute", ["cheap", "mlp", "layer"])
+def test_an_update_added_in_swiglu_is_the_same_update(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch, recompute: str
+):
+    """By the GPU's kernels, which here are interpreted."""
+    pytest.importorskip("triton")
+    functions = {name: fused_of(name) for name in ("lora_linear", "swiglu")}
+    results = []
+    for place in ("linear", "swiglu"):
+        config = configure(
+            checkpoints / "grouped",
+            model={"lora_update": place},
+            lora={"dropout": DROPOUT, "target_modules": ("q_proj", "up_proj", "down_proj")},
+            memory={"recompute": recompute},
+        )
+        stack = randomise(build(config))
+        batch, counts = pack(documents_of(EXTREMES[-1:], stack)), totals(EXTREMES[-1:])
+        # A GPU has these where they stand; a linear on a CPU leaves nothing.
+        monkeypatch.setattr(lora, "lora_linear", counted(functions["lora_linear"], left := []))
+        monkeypatch.setattr(decoder, "swiglu", functions["swiglu"])
+        loss = stack(batch, counts).loss
+        names = trained(stack)
+        gradients = torch.autograd.grad(loss, names.values())
+        assert any(left) == (place == "swiglu")
+        results.append((loss, dict(zip(names, gradients, strict=True))))
+    (loss, gradients), (joined_loss, joined_gradients) = results
+    assert_close(joined_loss.detach(), loss.detach())
+    for name, gradient in gradients.items():
+        assert_close(joined_gradients[name], gradient, name, largest_gradient(name, gradients))
+
+
+def fused_of(op: str) -> Callable:
+    return getattr(importlib.import_module(f"mtllm_engine.kernels.{op}.fused"), op)
+
+
+def counted(function: Callable, left: list[bool]) -> Callable:
+    """Notes of every call with `deferred` whether it left an update."""
+
+    def call(*args, deferred: bool):
+        result = function(*args, deferred=deferred)
+        left.append(deferred and result[1] is not None)
+        return result
+
+    return call
 
 
 @pytest.mark.parametrize("targets", [LORA_TARGETS, ("k_proj", "down_proj")], ids="+".join)

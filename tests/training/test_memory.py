@@ -82,7 +82,7 @@ def test_a_layer_saves_what_the_estimate_says(
     spec = decoder_spec(kind(**{name: sizes[name] for name in names}, head_dim=64))
     lora = replace(lora, target_modules=spec.targets)
     attention = lambda q, k, v, **packing: Attention.apply(q, k, v)  # noqa: E731
-    options = {"layer": 0, "causal": False, "recompute": recompute}
+    options = {"layer": 0, "causal": False, "recompute": recompute, "defers": False}
     layer = DecoderLayer(spec, {"student": lora}, torch.float32, attention, **options)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
