@@ -46,8 +46,10 @@ class _SwiGlu(torch.autograd.Function):
         tokens, width = gate_up_SF.shape
         y_SF = gate_up_SF.new_empty(tokens, width // 2)
         grid, launch = _tile(gate_up_SF, activation, *update)
-        kernel = _updated_forward if update else _swiglu_forward
-        kernel[grid](gate_up_SF, y_SF, **launch)
+        if update:
+            _swiglu_updated[grid](gate_up_SF, None, y_SF, **launch)
+        else:
+            _swiglu_forward[grid](gate_up_SF, y_SF, **launch)
         ctx.save_for_backward(gate_up_SF, *update)
         ctx.activation = activation
         return y_SF
@@ -58,8 +60,10 @@ class _SwiGlu(torch.autograd.Function):
         gate_up_SF, *update = ctx.saved_tensors
         dgate_up_SF = torch.empty_like(gate_up_SF)
         grid, launch = _tile(gate_up_SF, ctx.activation, *update)
-        kernel = _updated_backward if update else _swiglu_backward
-        kernel[grid](dy_SF.contiguous(), gate_up_SF, dgate_up_SF, **launch)
+        if update:
+            _swiglu_updated[grid](gate_up_SF, dy_SF.contiguous(), dgate_up_SF, **launch)
+        else:
+            _swiglu_backward[grid](dy_SF.contiguous(), gate_up_SF, dgate_up_SF, **launch)
         return dgate_up_SF, None, *(None for _ in update)
 
 
@@ -114,88 +118,60 @@ def _swiglu_backward(
 
 
 @triton.jit
-def _updated_forward(
-    gate_up_ptr, y_ptr, low_ptr, lora_ptr, num_rows,
+def _swiglu_updated(
+    gate_up_ptr, dy_ptr, out_ptr, low_ptr, lora_ptr, num_rows,
     IS_GELU: tl.constexpr, WIDTH: tl.constexpr, RANKS: tl.constexpr,
     CHUNK_S: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    begin, channels = _chunk_and_channels(WIDTH, CHUNK_S, BLOCK_F)
-    lora_gate = _lora(lora_ptr, channels, channels < WIDTH, RANKS, BLOCK_Q)
-    lora_up = _lora(lora_ptr, channels + WIDTH, channels < WIDTH, RANKS, BLOCK_Q)
-    for first in range(begin, min(begin + CHUNK_S, num_rows), BLOCK_S):
-        rows = first + tl.arange(0, BLOCK_S)
-        mask = (rows < num_rows)[:, None] & (channels < WIDTH)[None, :]
-        inner = rows.to(tl.int64)[:, None] * WIDTH + channels[None, :]
-        gate_ptrs = gate_up_ptr + inner + rows.to(tl.int64)[:, None] * WIDTH
-        lows = _low(low_ptr, rows, num_rows, RANKS, BLOCK_Q)
-        gate = _updated(gate_ptrs, mask, lows, lora_gate)
-        up = _updated(gate_ptrs + WIDTH, mask, lows, lora_up)
-        argument, _ = _argument_and_slope(gate, IS_GELU)
-        y = gate * tl.sigmoid(argument) * up
-        tl.store(y_ptr + inner, y.to(y_ptr.dtype.element_ty), mask)
-
-
-@triton.jit
-def _updated_backward(
-    dy_ptr, gate_up_ptr, dgate_up_ptr, low_ptr, lora_ptr, num_rows,
-    IS_GELU: tl.constexpr, WIDTH: tl.constexpr, RANKS: tl.constexpr,
-    CHUNK_S: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    dtype: tl.constexpr = dgate_up_ptr.dtype.element_ty
-    begin, channels = _chunk_and_channels(WIDTH, CHUNK_S, BLOCK_F)
-    lora_gate = _lora(lora_ptr, channels, channels < WIDTH, RANKS, BLOCK_Q)
-    lora_up = _lora(lora_ptr, channels + WIDTH, channels < WIDTH, RANKS, BLOCK_Q)
-    for first in range(begin, min(begin + CHUNK_S, num_rows), BLOCK_S):
-        rows = first + tl.arange(0, BLOCK_S)
-        mask = (rows < num_rows)[:, None] & (channels < WIDTH)[None, :]
-        inner = rows.to(tl.int64)[:, None] * WIDTH + channels[None, :]
-        offsets = inner + rows.to(tl.int64)[:, None] * WIDTH
-        lows = _low(low_ptr, rows, num_rows, RANKS, BLOCK_Q)
-        gate = _updated(gate_up_ptr + offsets, mask, lows, lora_gate)
-        up = _updated(gate_up_ptr + offsets + WIDTH, mask, lows, lora_up)
-        dy = tl.load(dy_ptr + inner, mask, other=0.0).to(tl.float32)
-        dgate, dup = _gradients(dy, gate, up, IS_GELU)
-        tl.store(dgate_up_ptr + offsets, dgate.to(dtype), mask)
-        tl.store(dgate_up_ptr + offsets + WIDTH, dup.to(dtype), mask)
-
-
-@triton.jit
-def _chunk_and_channels(WIDTH: tl.constexpr, CHUNK_S: tl.constexpr, BLOCK_F: tl.constexpr):
-    """This program's first token, and its channels: programs that follow share the tokens."""
+    """Forward without dy, else backward; programs that follow one another share their tokens."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
     program, blocks = tl.program_id(0), tl.cdiv(WIDTH, BLOCK_F)
-    return program // blocks * CHUNK_S, program % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
+    begin, channels = program // blocks * CHUNK_S, program % blocks * BLOCK_F
+    channels += tl.arange(0, BLOCK_F)
+    is_channel = channels < WIDTH
+    lora_gate = _tiles(lora_ptr, channels, is_channel, True, RANKS, BLOCK_Q)
+    lora_up = _tiles(lora_ptr, channels + WIDTH, is_channel, True, RANKS, BLOCK_Q)
+    for first in range(begin, min(begin + CHUNK_S, num_rows), BLOCK_S):
+        rows = first + tl.arange(0, BLOCK_S)
+        mask = (rows < num_rows)[:, None] & is_channel[None, :]
+        inner = rows.to(tl.int64)[:, None] * WIDTH + channels[None, :]
+        outer = inner + rows.to(tl.int64)[:, None] * WIDTH
+        low = _tiles(low_ptr, rows, rows < num_rows, False, RANKS, BLOCK_Q)
+        gate = _updated(gate_up_ptr + outer, mask, low, lora_gate)
+        up = _updated(gate_up_ptr + outer + WIDTH, mask, low, lora_up)
+        if dy_ptr is None:
+            argument, _ = _argument_and_slope(gate, IS_GELU)
+            y = gate * tl.sigmoid(argument) * up
+            tl.store(out_ptr + inner, y.to(dtype), mask)
+        else:
+            dy = tl.load(dy_ptr + inner, mask, other=0.0).to(tl.float32)
+            dgate, dup = _gradients(dy, gate, up, IS_GELU)
+            tl.store(out_ptr + outer, dgate.to(dtype), mask)
+            tl.store(out_ptr + outer + WIDTH, dup.to(dtype), mask)
 
 
 @triton.jit
-def _lora(lora_ptr, channels, is_channel, RANKS: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """lora_B^T of these channels, in as many blocks as its ranks take."""
+def _tiles(ptr, rows, is_row, TRANSPOSED: tl.constexpr, RANKS: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """Rows of low or lora_B, in as many blocks as their ranks take."""
     tiles = ()
     for first in tl.static_range(0, RANKS, BLOCK_Q):
         ranks = first + tl.arange(0, BLOCK_Q)
-        lora_ptrs = lora_ptr + channels.to(tl.int64)[None, :] * RANKS + ranks[:, None]
-        mask = is_channel[None, :] & (ranks < RANKS)[:, None]
-        tiles = tiles + (tl.load(lora_ptrs, mask, other=0.0),)
+        if TRANSPOSED:
+            ptrs = ptr + rows.to(tl.int64)[None, :] * RANKS + ranks[:, None]
+            mask = is_row[None, :] & (ranks < RANKS)[:, None]
+        else:
+            ptrs = ptr + rows.to(tl.int64)[:, None] * RANKS + ranks[None, :]
+            mask = is_row[:, None] & (ranks < RANKS)[None, :]
+        tiles = tiles + (tl.load(ptrs, mask, other=0.0),)
     return tiles
 
 
 @triton.jit
-def _low(low_ptr, rows, num_rows, RANKS: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """The low-rank activations of these tokens, in as many blocks."""
-    tiles = ()
-    for first in tl.static_range(0, RANKS, BLOCK_Q):
-        ranks = first + tl.arange(0, BLOCK_Q)
-        low_ptrs = low_ptr + rows.to(tl.int64)[:, None] * RANKS + ranks[None, :]
-        mask = (rows < num_rows)[:, None] & (ranks < RANKS)[None, :]
-        tiles = tiles + (tl.load(low_ptrs, mask, other=0.0),)
-    return tiles
-
-
-@triton.jit
-def _updated(ptrs, mask, lows, loras):
+def _updated(ptrs, mask, low, lora):
     """What is there, in fp32, and its update."""
     sums = tl.load(ptrs, mask, other=0.0).to(tl.float32)
-    for i in tl.static_range(len(lows)):
-        sums = dot(lows[i], loras[i], sums)
+    for i in tl.static_range(len(low)):
+        sums = dot(low[i], lora[i], sums)
     return sums
 
 
