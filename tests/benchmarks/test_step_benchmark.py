@@ -14,6 +14,7 @@ from benchmarks import baselines, documents, fair, models, profile, step
 from mtllm_engine.config import dumps, load
 from mtllm_engine.training.engine import build_engine
 from tests.support.fake_slurm import install, submit
+from tests.support.machine import need_fp8
 from tests.support.tiny import (
     build_config,
     build_decoder,
@@ -278,6 +279,7 @@ def test_the_unpadded_baseline_agrees_where_its_kernels_are_stood_in_for(
 
 
 def test_quantised_linears_beside_full_baselines(folder: Path, capsys):
+    need_fp8()
     fp8 = "model.quantization=fp8"
     status, rows = bench(folder, "--baseline", "padded", "--lengths", "20", fp8)
     assert status == 0 and len(rows) == 5
