@@ -1,5 +1,6 @@
 """The step benchmark at tiny sizes: its variants agree, its rows hold what they promise."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -276,6 +277,15 @@ def test_the_unpadded_baseline_agrees_where_its_kernels_are_stood_in_for(
         check(variant.name, 0, variant.run(global_batch))
     assert len(global_batch.micro_batches) > 1
     assert max(check.worst["padded"], check.worst["unpadded"]) < 1e-5
+
+
+def test_the_fastest_baseline_comes_first(monkeypatch):
+    """For its rows are those that a cut-off run must have."""
+    made = dataclasses.make_dataclass("Made", ["name", ("by_length", bool, False)])
+    monkeypatch.setattr(baselines, "build_baseline", lambda name, *_: made(name))
+    gpu = SimpleNamespace(device=torch.device("cuda"))
+    built = baselines.build_baselines("all", None, None, gpu)
+    assert [each.name for each in built] == ["unpadded", "padded", "padded sorted"]
 
 
 def test_quantised_linears_beside_full_baselines(folder: Path, capsys):
