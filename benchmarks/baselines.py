@@ -200,17 +200,17 @@ class Baseline:
 
 
 def build_baselines(choice: str, config: Config, models: Models, world: World) -> list[Baseline]:
-    """`padded` (fed as documents come, and sorted by length), `unpadded`, or `all` of them; none
-    for an empty choice."""
+    """`unpadded`, `padded` (fed as documents come, and sorted by length), or `all` of them, the
+    fastest first; none for an empty choice."""
     baselines = []
-    if choice in ("padded", "all"):
-        padded = build_baseline("padded", config, models, world)
-        baselines += [padded, dataclasses.replace(padded, name="padded sorted", by_length=True)]
     if choice in ("unpadded", "all") and world.device.type == "cpu":
         message = "unpadded: skipped, varlen_attn and Liger's kernels run on CUDA alone"
         world.on_main(lambda: print(message))
     elif choice in ("unpadded", "all"):
         baselines.append(build_baseline("unpadded", config, models, world))
+    if choice in ("padded", "all"):
+        padded = build_baseline("padded", config, models, world)
+        baselines += [padded, dataclasses.replace(padded, name="padded sorted", by_length=True)]
     return baselines
 
 

@@ -233,19 +233,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = _build_parser().parse_args(words)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each variant has the same cores
+    rows: list[Row] = []
     try:
-        rows = _run(arguments, f"python -m benchmarks.encode {' '.join(words)}")
+        for group in _run(arguments, f"python -m benchmarks.encode {' '.join(words)}"):
+            rows += group
+            if arguments.out:  # with each: the next may be cut off
+                arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     except (ValueError, OSError, ImportError) as error:
         print("benchmarks.encode: error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
     if arguments.out:
-        arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
         caption = f"{rows[0]['device']}, {rows[0]['dtype']}, commit {rows[0]['commit']}"
         draw_bars(rows, arguments.out.with_suffix(".png"), unit="texts", caption=caption)
     return 0
 
 
-def _run(arguments: argparse.Namespace, command: str) -> list[Row]:
+def _run(arguments: argparse.Namespace, command: str) -> Iterator[list[Row]]:
+    """The rows of each distribution of lengths."""
     device = arguments.device or device_type()
     folder = Path(arguments.folder) / ENCODER
     tokenizer = load_tokenizer(folder)
@@ -263,14 +267,12 @@ def _run(arguments: argparse.Namespace, command: str) -> list[Row]:
     about = environment(world) | {"command": command, "dtype": setting.dtype}
     about |= {"threads": setting.threads, "texts": arguments.texts, "folder": arguments.folder}
     longest = trained.config.data.max_length // 2
-    rows: list[Row] = []
     for lengths in arguments.lengths.split(","):
         texts = draw_texts(words, lengths, arguments.texts, longest)
         group = compare(setting, texts, arguments.repeats)
-        rows += [about | {"lengths": lengths} | row for row in group]
         print(f"\n{len(texts)} texts, lengths {lengths}, {setting.dtype}, {about['device']}")
         print(table(list(_shown(group))), flush=True)
-    return rows
+        yield [about | {"lengths": lengths} | row for row in group]
 
 
 def _build_parser() -> argparse.ArgumentParser:

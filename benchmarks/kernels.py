@@ -111,7 +111,7 @@ def main() -> None:
     machine = measure_ceilings(options.device)
     about = environment(machine)
     ops = kernels.discover()
-    chosen = [ops[name] for name in ops if not options.op or name in options.op]
+    chosen = [ops[name] for name in options.op or ops]
     work = [(kernel, shape) for kernel in chosen for shape in shapes(kernel, machine.device)]
     records = []
     with options.out.open("w") if options.out else contextlib.nullcontext() as file:

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +54,36 @@ def test_all_that_a_slice_starts_takes_its_words(tmp_path: Path, monkeypatch, na
     assert all(is_fit(stage, monkeypatch) for stage in stages)
     assert sum(stage.limit_s for stage in stages) <= gpu_suite.LIMIT_S
     assert len({stage.name for stage in stages}) == len(stages)
+
+
+@pytest.mark.parametrize("name", ["step", "short"])
+def test_a_search_comes_after_the_rows_that_it_might_cost(tmp_path: Path, name):
+    stages = gpu_suite.SLICES[name](gpu_suite.Suite(out=tmp_path, tiny=False, fp8=True))
+    searches = ["--sweep" in stage.command for stage in stages]
+    assert any(searches) and not searches[0]
+
+
+def test_ops_are_measured_in_the_order_in_which_they_are_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["kernels", "--device", "cpu", "--op", "swiglu", "rope"])
+    monkeypatch.setattr(kernels, "measure_ceilings", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(kernels, "environment", lambda machine: {})
+    measured: list[str] = []
+    monkeypatch.setattr(kernels, "measure", lambda op, *_: measured.append(op.name) or [])
+    kernels.main()
+    assert list(dict.fromkeys(measured)) == ["swiglu", "rope"]
+
+
+def test_vectors_are_kept_with_each_distribution_of_lengths(tmp_path: Path, monkeypatch, capsys):
+    def run(arguments, command: str) -> Iterator[list[dict]]:
+        yield [{"lengths": "40"}]
+        raise ValueError("5.0e+00 apart")
+
+    monkeypatch.setattr(encode, "_run", run)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    out = tmp_path / "encode.jsonl"
+    assert encode.main(["exported", "--out", str(out)]) == 1
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [{"lengths": "40"}]
+    assert capsys.readouterr().err == "benchmarks.encode: error: 5.0e+00 apart\n"
 
 
 def slice_of(monkeypatch: pytest.MonkeyPatch, *stages: gpu_suite.Stage) -> list[str]:

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import quality
 from mtllm_engine.config import dumps
+from tests.support.machine import need_fp8
 from tests.support.tiny import build_config, build_corpus, build_decoder, build_encoder
 
 
@@ -25,6 +26,7 @@ def folder(tmp_path_factory) -> Path:
 
 def test_a_row_for_each_quantisation(folder: Path, capsys):
     pytest.importorskip("bitsandbytes")
+    need_fp8()
     out = folder / "out" / "rows.jsonl"
     assert quality.main([str(folder / "config.toml"), "--out", str(out)]) == 0
     full, fp8, nf4 = (json.loads(line) for line in out.read_text().splitlines())

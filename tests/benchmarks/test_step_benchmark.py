@@ -1,5 +1,6 @@
 """The step benchmark at tiny sizes: its variants agree, its rows hold what they promise."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from benchmarks import baselines, documents, fair, models, profile, step
 from mtllm_engine.config import dumps, load
 from mtllm_engine.training.engine import build_engine
 from tests.support.fake_slurm import install, submit
+from tests.support.machine import need_fp8
 from tests.support.tiny import (
     build_config,
     build_decoder,
@@ -277,7 +279,17 @@ def test_the_unpadded_baseline_agrees_where_its_kernels_are_stood_in_for(
     assert max(check.worst["padded"], check.worst["unpadded"]) < 1e-5
 
 
+def test_the_fastest_baseline_comes_first(monkeypatch):
+    """For its rows are those that a cut-off run must have."""
+    made = dataclasses.make_dataclass("Made", ["name", ("by_length", bool, False)])
+    monkeypatch.setattr(baselines, "build_baseline", lambda name, *_: made(name))
+    gpu = SimpleNamespace(device=torch.device("cuda"))
+    built = baselines.build_baselines("all", None, None, gpu)
+    assert [each.name for each in built] == ["unpadded", "padded", "padded sorted"]
+
+
 def test_quantised_linears_beside_full_baselines(folder: Path, capsys):
+    need_fp8()
     fp8 = "model.quantization=fp8"
     status, rows = bench(folder, "--baseline", "padded", "--lengths", "20", fp8)
     assert status == 0 and len(rows) == 5

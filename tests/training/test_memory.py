@@ -21,6 +21,7 @@ from mtllm_engine.model.decoder import DecoderLayer, TokenStream
 from mtllm_engine.model.families import decoder_spec
 from mtllm_engine.training.engine import shard
 from mtllm_engine.training.memory import ASSUMED, estimate, saved_bytes
+from tests.support.machine import need_fp8
 from tests.support.tiny import build_config, build_decoder, build_encoder, build_world
 
 
@@ -117,6 +118,8 @@ def test_a_layer_saves_what_the_estimate_says(
 def test_weights_are_counted_as_a_stack_holds_them(tmp_path: Path, quantization: str):
     if quantization == "nf4":
         pytest.importorskip("bitsandbytes")
+    if quantization == "fp8":
+        need_fp8()
     build_encoder(tmp_path / "encoder")
     build_decoder(tmp_path / "decoder", width=128)
     config = build_config(tmp_path, model={"quantization": quantization}, zero={"stage": 0})
