@@ -8,7 +8,7 @@ rest is cut off.
 |---|---|
 | attention | tests attention's implementations, then measures all of them |
 | loss | tests all other ops, then measures them: the adapted linears and the loss first |
-| step | a step beside the others, by kinds of kernels; fp8; the fastest at its best; NF4 |
+| step | ours in several ways, and beside the others, by kinds of kernels; the fastest at its best |
 | short | the same at a median of 40 tokens and at equal lengths: launches, and gaps between them |
 | use | evaluating, translate-test, vectors, and steps with the data's own cost |
 
@@ -83,18 +83,20 @@ class Suite:
         yield self._kernels("attention", ("attention",), limit_s=390)
 
     def loss(self) -> Iterator[Stage]:
-        files = ("test_kernels.py", "test_quantised.py")
+        files = ("test_kernels.py", "test_update.py", "test_quantised.py")
         yield self._tests("loss-tests", files, only="not attention", limit_s=150)
         yield self._kernels("loss", FIRST_OPS, limit_s=210)
         yield self._kernels("other-ops", OTHER_OPS, limit_s=180)
 
     def step(self) -> Iterator[Stage]:
-        beside = ("--lengths", "350", "--baseline", self.fastest)
-        yield self._step("step", "--lengths", "350", "--baseline", "all", limit_s=170)
-        if self.fp8:
-            yield self._step("step-fp8", *beside, "model.quantization=fp8", limit_s=90)
-        yield self._step("step-best", *beside, "--sweep", limit_s=200)
-        yield self._step("step-nf4", *beside, "model.quantization=nf4", limit_s=80)
+        lengths = ("--lengths", "350")
+        others = ["model.lora_update=swiglu", *(["model.quantization=fp8"] if self.fp8 else [])]
+        ways = (word for other in others for word in ("--beside", other))
+        yield self._step("step-ours", *lengths, *ways, limit_s=120)
+        yield self._step("step", *lengths, "--baseline", "all", limit_s=165)
+        best = ("--baseline", self.fastest, "--sweep")
+        yield self._step("step-best", *lengths, *best, limit_s=185)
+        yield self._step("step-nf4", *lengths, "--beside", "model.quantization=nf4", limit_s=70)
 
     def short(self) -> Iterator[Stage]:
         both = ("--lengths", "40,equal", "--baseline")

@@ -309,7 +309,8 @@ def test_what_does_not_turn_stays_bit_for_bit(subject, dtype):
 @pytest.mark.parametrize(("op", "label"), [each for each in OURS if each.values[0] == "swiglu"])
 def test_gelu_of_large_numbers_and_what_is_no_activation(subject):
     """A cube of them would be infinite, and infinity times 0 is NaN; a NaN stays."""
-    gate_S = torch.tensor([1e30, -1e30, 3e38, -3e38, 30.0, -30.0, float("nan")])
+    large = [1e30, -1e30, 3e38, -3e38, 30.0, -30.0, float("nan")]
+    gate_S = torch.tensor(large, device=subject.device)
     gate_up_S2 = torch.stack([gate_S, torch.ones_like(gate_S)], dim=1).requires_grad_()
     y_S1 = subject.function(gate_up_S2, "gelu_tanh")
     y_S1.sum().backward()

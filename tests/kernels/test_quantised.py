@@ -30,7 +30,7 @@ FP8_DTYPES = [torch.bfloat16] if DEVICE == "cuda" else list(EPS)  # of products
 
 
 def held(weight_FD: torch.Tensor, kind: str):
-    need(kind)
+    need(kind, weight_FD.device.type)
     return quantise(weight_FD, kind)
 
 
