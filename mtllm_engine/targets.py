@@ -60,7 +60,8 @@ def write_targets(config: Config, world: World) -> None:
             lambda: [path for path in corpora if not _is_there(path, name, maker)]
         )
         if missing:
-            config, _ = settle(config, world)
+            config, layout = settle(config, world)
+            world.on_main(lambda: print(f"teacher's weights: {layout}", flush=True))
             teacher = _build_teacher(config, world)
             for corpus in missing:
                 _write(config, world, teacher, corpus, maker)

@@ -95,7 +95,10 @@ class Reader:
         lora = world.together(lambda: sum_of([read_lora(Path(each)) for each in checkpoints]))
         model = replace(config.model, init_from=tuple(checkpoints), teacher="")
         objective = replace(config.objective, kind="finetune", reader=kind)
-        self.config, _ = settle(replace(config, model=model, objective=objective, lora=lora), world)
+        asked = replace(config, model=model, objective=objective, lora=lora)
+        self.config, layout = settle(asked, world)
+        reader = "LLM" if kind == "llm" else kind
+        world.on_main(lambda: print(f"{reader}'s weights: {layout}", flush=True))
         self.world, head = world, task.head_size
         world.on_main(lambda: check_origins(self.config))
         stack, weights = world.together(lambda: build_stack(self.config, head=head, learns=False))

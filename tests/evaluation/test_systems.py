@@ -496,7 +496,7 @@ def test_every_test_set_is_read_before_any_model_is(
     assert str(error.value).startswith(message.format(tmp_path)) and "\n" not in str(error.value)
 
 
-def test_languages_are_those_of_each_test_set(folder: Path, tmp_path: Path):
+def test_languages_are_those_of_each_test_set(folder: Path, tmp_path: Path, capsys):
     """One that only the other has is no error; a test set that is left without any is."""
     write_topics(tmp_path, "deu_Latn", seed=20, test=3)
     sources = [f"sib200:{each}/topics" for each in (folder, tmp_path)]
@@ -507,6 +507,7 @@ def test_languages_are_those_of_each_test_set(folder: Path, tmp_path: Path):
         return replace(of_one, task=replace(of_one.task, test=tuple(sources)))
 
     evaluate(config("deu_Latn", "swh_Latn"), ALONE)
+    assert "LLM's weights: whole on 1 CPU rank (zero.stage=0)\n" in capsys.readouterr().out
     items = saved(tmp_path / "results").items()
     counts = {language: len(item.keys) for (_, language), item in items}
     assert counts == {"deu_Latn": 3, "swh_Latn": LANGUAGES["swh_Latn"]}

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,10 +210,26 @@ def exact_results(pair: Pair, documents: Sequence[Document]) -> Results:
         return their_results(Pair(stack=pair.stack, **doubled), documents)
 
 
+def rounded_results(pair: Pair, documents: Sequence[Document]) -> list[Results]:
+    """Theirs, a few times, each with all weights off by about a rounding of fp32."""
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for _ in range(8):
+        parts = {name: copy.deepcopy(getattr(pair, name)) for name in ("encoder", "linear", "llm")}
+        with torch.no_grad():
+            for parameter in (each for part in parts.values() for each in part.parameters()):
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.mul_(1 + 2.0**-24 * noise)
+        results.append(their_results(Pair(stack=pair.stack, **parts), documents))
+    return results
+
+
 def assert_same(pair: Pair, documents: Sequence[Document]) -> None:
-    """To 1e-5 of the largest value; where transformers itself is further than that from what it
-    computes in fp64, no further than it."""
-    ours, theirs, exact = our_results(pair, documents), their_results(pair, documents), {}
+    """To 1e-5 of the largest value; where a model makes more than that of its own roundings, to
+    five times what they come to in transformers, against fp64."""
+    ours, theirs = our_results(pair, documents), their_results(pair, documents)
+    exact: Results = {}
+    rounded: list[Results] = []
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
         assert ours[name].shape == expected.shape, name
@@ -220,8 +237,12 @@ def assert_same(pair: Pair, documents: Sequence[Document]) -> None:
         assert allowed > 0, name
         if (ours[name] - expected).abs().max() > allowed:
             exact = exact or exact_results(pair, documents)
-            errors = [(each - exact[name]).abs().max().item() for each in (ours[name], expected)]
-            assert errors[0] <= max(allowed, errors[1]), f"{name}: {errors}, {allowed} is allowed"
+            error = (ours[name] - exact[name]).abs().max().item()
+            if error > allowed:
+                rounded = rounded or [theirs, *rounded_results(pair, documents)]
+                errors = [(each[name] - exact[name]).abs().max().item() for each in rounded]
+                most = 5 * statistics.mean(each**2 for each in errors) ** 0.5
+                assert error <= most, f"{name}: {error}, {allowed} is allowed, {errors} are theirs"
 
 
 def largest_near(name: str, results: Results) -> float:

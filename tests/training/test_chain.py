@@ -132,7 +132,7 @@ def test_checkpoints_from_before_there_were_chains_have_none(folder: Path, tmp_p
     assert len(losses(tmp_path / "run")) == 4
 
 
-def test_stored_states_are_of_one_chain(folder: Path):
+def test_stored_states_are_of_one_chain(folder: Path, capsys):
     def config(chain: list[str]) -> Config:
         data = {"train": [], "teacher_states": "x", "lanes": 4}
         run = {"dir": str(folder / "stored")}
@@ -141,6 +141,7 @@ def test_stored_states_are_of_one_chain(folder: Path):
 
     chain = chained(folder)["adapters"]
     write_targets(config(chain), ALONE)
+    assert "teacher's weights: whole on 1 CPU rank (zero.stage=0)\n" in capsys.readouterr().out
     train(config(chain), ALONE)
     shutil.rmtree(folder / "stored" / "checkpoints")
     with pytest.raises(ValueError, match="made with another model.adapters"):
