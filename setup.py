@@ -42,6 +42,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn"],
+        "flash4": ["flash-attn-4>=4.0.0b36"],
         "triton": ["triton"],
         "benchmarks": ["liger-kernel", "peft"],  # what ours is measured beside
         "gguf": ["gguf"],  # mtllm models import FILE.gguf

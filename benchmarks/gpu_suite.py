@@ -18,7 +18,7 @@ be cut off.
 
 Needs a checkout and its dependencies (pytest and hypothesis too), no installed project, no network
 and no weights: models have random ones. `use` makes a small land with sentencepiece, or takes one
-that lies in DIR/land already; NF4 needs bitsandbytes. DIR gets a log and the JSON lines of each
+that lies in DIR/land already; NF4 needs bitsandbytes, FlashAttention 4 its package. DIR gets a log and the JSON lines of each
 stage, row by row, and summary.json after every stage.
 """
 
@@ -66,6 +66,8 @@ class Suite:
     tiny: bool
     fp8: bool
     """The GPU multiplies it."""
+    flash4: bool
+    """flash-attn-4 is there, and the GPU one of its."""
 
     @property
     def fastest(self) -> str:
@@ -90,7 +92,9 @@ class Suite:
 
     def step(self) -> Iterator[Stage]:
         lengths = ("--lengths", "350")
-        others = ["model.lora_update=swiglu", *(["model.quantization=fp8"] if self.fp8 else [])]
+        others = ["model.lora_update=swiglu"]
+        others += ["model.quantization=fp8"] if self.fp8 else []
+        others += ["model.attention=flash_attn_4"] if self.flash4 else []
         ways = (word for other in others for word in ("--beside", other))
         yield self._step("step-ours", *lengths, *ways, limit_s=120)
         yield self._step("step", *lengths, "--baseline", "all", limit_s=165)
@@ -163,6 +167,10 @@ SLICES: dict[str, Callable[[Suite], Iterator[Stage]]] = {
 }
 
 
+def _has_flash4() -> bool:
+    return bool(find_spec("flash_attn") and find_spec("flash_attn.cute"))
+
+
 def _in(land: Path, run: Path, dtype: str) -> list[str]:
     """The quickstart's recipe in another folder, with steps that are enough for every file."""
     task = f"sib200:{land / 'sib200'}"
@@ -218,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     limit_s = arguments.limit or (None if arguments.tiny else LIMIT_S)
     world = World(rank=0, size=1, local_rank=0, device=torch.device(device_type()))
     fp8 = device_type() == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
-    suite = Suite(out=out, tiny=arguments.tiny, fp8=fp8)
+    suite = Suite(out=out, tiny=arguments.tiny, fp8=fp8, flash4=fp8 and _has_flash4())
     summary = {"environment": environment(world), "stages": []}
     for name in SLICES if arguments.slice == "all" else [arguments.slice]:
         started_s = time.perf_counter()

@@ -116,7 +116,7 @@ class ModelConfig:
     projection_init: Literal["embedding", "linear", "least_squares"] = "embedding"
     """Start of the projection: random, with outputs as large as the LLM's embeddings; random as
     `nn.Linear`; or fitted to the LLM's embeddings of aligned tokens."""
-    attention: Literal["auto", "torch", "cudnn", "flash_attn", "reference"] = "auto"
+    attention: Literal["auto", "torch", "cudnn", "flash_attn", "flash_attn_4", "reference"] = "auto"
     """Which implementation of attention is used; the run's header names the one that runs. "auto"
     takes the one that was measured to be the fastest on this GPU, else FlashAttention 2."""
     lora_update: Literal["linear", "swiglu"] = "linear"

@@ -20,6 +20,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "tokenizers", "
 OPTIONAL = {
     "triton": "the GPU's kernels are written in it",
     "flash-attn": 'for model.attention = "flash_attn"',
+    "flash-attn-4": 'for model.attention = "flash_attn_4"',
     "bitsandbytes": 'for model.quantization = "nf4"',
 }
 CLOSED = 1024  # files that a process may have open, of which a rank needs about so many

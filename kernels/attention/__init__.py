@@ -89,15 +89,17 @@ attention = Kernel(
             "cuda", "torch", "attention.cudnn:attention_cudnn", dtypes=HALVES, has_run=False
         ),
         "flash-attn": Implementation(
-            location="attention.library:attention_flash_attn", package="flash_attn", **_PACKAGE
+            location="attention.library:attention_flash_attn",
+            package="flash_attn.flash_attn_interface",  # flash-attn-4 brings a flash_attn too
+            **_PACKAGE,
+        ),
+        "flash-attn-4": Implementation(
+            location="attention.library:attention_flash_attn_4",
+            package="flash_attn.cute",
+            **_PACKAGE,
         ),
         "torch varlen_attn, FlashAttention 3": Implementation(
             location="attention.library:attention_fa3", package="flash_attn_interface", **_PACKAGE
-        ),
-        "torch varlen_attn, FlashAttention 4": Implementation(
-            location="attention.library:attention_fa4",
-            package="flash_attn.cute.interface",
-            **_PACKAGE,
         ),
     },
     inputs=inputs,
@@ -123,14 +125,18 @@ attention = Kernel(
 _FLASH = "torch varlen_attn, FlashAttention"
 _BACKENDS = {  # model.attention -> labels, best first
     "auto": ("torch SDPA", f"{_FLASH} 2"),
-    "torch": ("torch SDPA", f"{_FLASH} 3", f"{_FLASH} 4", f"{_FLASH} 2"),
+    "torch": ("torch SDPA", f"{_FLASH} 3", f"{_FLASH} 2"),
     "cudnn": ("torch cuDNN",),
     "flash_attn": ("flash-attn",),
+    "flash_attn_4": ("flash-attn-4",),
     "reference": (),
 }
-_CAPPED = {"flash-attn"}  # take a `softcap`
-_GPUS = {f"{_FLASH} 3": (9,), f"{_FLASH} 4": (9, 10), "torch cuDNN": (9, 10)}
-_FIXES = {"flash_attn": "pip install flash-attn on a CUDA machine, or "}
+_CAPPED = ("flash_attn", "flash_attn_4")  # take a `softcap`
+_GPUS = {f"{_FLASH} 3": (9,), "flash-attn-4": (9, 10, 11, 12), "torch cuDNN": (9, 10)}
+_FIXES = {
+    "flash_attn": "pip install flash-attn on a CUDA machine, or ",
+    "flash_attn_4": "pip install 'mtllm-engine[flash4]' on a CUDA machine, or ",
+}
 
 
 def select(backend: str, device: str, softcap: float = 0.0, width: int = 0) -> Kernel:
@@ -138,9 +144,9 @@ def select(backend: str, device: str, softcap: float = 0.0, width: int = 0) -> K
 
     Args:
         backend: auto (what was measured to be the fastest on this GPU at this width, see
-            measured.py; else FlashAttention 2, which is in torch), torch (FlashAttention, the 3 or
-            4 where their package is installed and the GPU is one of theirs), cudnn, flash_attn
-            (that package), reference (plain PyTorch).
+            measured.py; else FlashAttention 2, which is in torch), torch (FlashAttention, the 3
+            where its package is installed and the GPU is one of its), cudnn, flash_attn and
+            flash_attn_4 (those packages), reference (plain PyTorch).
         device: cpu or cuda.
         softcap: What the op will be called with; 0 is none, and then it need not be.
         width: Of a head.
@@ -154,7 +160,8 @@ def select(backend: str, device: str, softcap: float = 0.0, width: int = 0) -> K
             f"unknown model.attention: {backend!r}; choose one of {', '.join(_BACKENDS)}"
         )
     if backend == "auto" and softcap:  # which torch's own kernels have not
-        backend = "flash_attn" if device == "cuda" and _is_there("flash-attn") else "reference"
+        able = [each for each in _CAPPED if device == "cuda" and _runs(*_BACKENDS[each])]
+        backend = able[0] if able else "reference"
     if backend == "reference":
         return dataclasses.replace(attention, implementations={})
     labels = _BACKENDS[backend]
@@ -180,16 +187,18 @@ def _here(device: str) -> str:
     return torch.cuda.get_device_name() if is_gpu else device
 
 
-def _is_there(label: str) -> bool:
+def _runs(label: str) -> bool:
     try:
-        return bool(attention.implementations[label].function)
+        return _suits(label) and bool(attention.implementations[label].function)
     except ImportError:
         return False
 
 
 def _check_softcap(label: str, device: str, softcap: float) -> None:
-    if softcap and label not in _CAPPED:
-        able = "'reference' or 'flash_attn'" if device == "cuda" else "'reference'"
+    if softcap and label not in (_BACKENDS[each][0] for each in _CAPPED):
+        able = " or ".join(
+            map(repr, ("reference", *_CAPPED) if device == "cuda" else ["reference"])
+        )
         raise ValueError(
             f"model.decoder caps its attention's scores, which {label} cannot do: set "
             f"model.attention to {able}"

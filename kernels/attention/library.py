@@ -23,7 +23,7 @@ def attention_varlen(
     cu_seqlens: torch.Tensor,
     lengths: tuple[int, ...],
     causal: bool,
-    flash: Literal["FA3", "FA4"] | None = None,
+    flash: Literal["FA3"] | None = None,
 ) -> torch.Tensor:
     """torch's varlen_attn, with the FlashAttention 2 that is built into it or another.
 
@@ -31,10 +31,10 @@ def attention_varlen(
     `attention_cudnn`.
 
     Args:
-        flash: FlashAttention 3 (sm_90) or 4 (sm_90 and sm_100), each from a package of its own.
+        flash: FlashAttention 3 (sm_90), from a package of its own.
 
     Raises:
-        ValueError: q is not in half precision, or the package has no backward.
+        ValueError: q is not in half precision, or the package lacks what torch asks for.
     """
     from torch.nn.attention.varlen import varlen_attn  # slow to import, and of no use without CUDA
 
@@ -64,7 +64,6 @@ _parameters = functools.cache(lambda function: inspect.signature(function).param
 
 
 attention_fa3 = functools.partial(attention_varlen, flash="FA3")
-attention_fa4 = functools.partial(attention_varlen, flash="FA4")
 
 
 def attention_flash_attn(
@@ -95,6 +94,37 @@ def attention_flash_attn(
         options["softcap"] = softcap
     packing = (cu_seqlens, cu_seqlens, longest, longest)
     return flash_attn_varlen_func(q_SHK, k_SGK, v_SGK, *packing, **options)
+
+
+def attention_flash_attn_4(
+    q_SHK: torch.Tensor,
+    k_SGK: torch.Tensor,
+    v_SGK: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor,
+    lengths: tuple[int, ...],
+    causal: bool,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """FlashAttention 4 of the package flash-attn-4 (sm_90 and later), compiled at its first call.
+
+    Not by torch's varlen_attn, which expects what the package's first versions returned.
+
+    Args:
+        softcap: Of the scores.
+
+    Raises:
+        ValueError: q is not in half precision.
+    """
+    from flash_attn.cute import flash_attn_varlen_func  # not among the project's packages
+
+    check_dtype(q_SHK)
+    ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    longest = {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
+    options = {"causal": causal, "softcap": softcap}
+    options["deterministic"] = torch.are_deterministic_algorithms_enabled()
+    out_SHK, _ = flash_attn_varlen_func(q_SHK, k_SGK, v_SGK, **ends, **longest, **options)
+    return out_SHK
 
 
 def attention_sdpa(

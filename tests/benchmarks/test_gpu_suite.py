@@ -49,7 +49,7 @@ def is_fit(stage: gpu_suite.Stage, monkeypatch: pytest.MonkeyPatch) -> bool:
 @pytest.mark.parametrize("tiny", [False, True])
 @pytest.mark.parametrize("name", gpu_suite.SLICES)
 def test_all_that_a_slice_starts_takes_its_words(tmp_path: Path, monkeypatch, name, tiny):
-    suite = gpu_suite.Suite(out=tmp_path, tiny=tiny, fp8=True)
+    suite = gpu_suite.Suite(out=tmp_path, tiny=tiny, fp8=True, flash4=True)
     stages = list(gpu_suite.SLICES[name](suite))
     assert all(is_fit(stage, monkeypatch) for stage in stages)
     assert sum(stage.limit_s for stage in stages) <= gpu_suite.LIMIT_S
@@ -58,7 +58,9 @@ def test_all_that_a_slice_starts_takes_its_words(tmp_path: Path, monkeypatch, na
 
 @pytest.mark.parametrize("name", ["step", "short"])
 def test_a_search_comes_after_the_rows_that_it_might_cost(tmp_path: Path, name):
-    stages = gpu_suite.SLICES[name](gpu_suite.Suite(out=tmp_path, tiny=False, fp8=True))
+    stages = gpu_suite.SLICES[name](
+        gpu_suite.Suite(out=tmp_path, tiny=False, fp8=True, flash4=True)
+    )
     searches = ["--sweep" in stage.command for stage in stages]
     assert any(searches) and not searches[0]
 

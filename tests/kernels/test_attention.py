@@ -161,6 +161,7 @@ def test_auto_takes_what_was_measured_on_this_gpu_at_this_width(tmp_path, monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     package = type(sys)("flash_attn")
     monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", package)
     try:
         chosen = {width: select("auto", "cuda", width=width) for width in (64, 96, 128)}
     finally:

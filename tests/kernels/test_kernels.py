@@ -426,7 +426,7 @@ def test_attention_backends(backend, device, label):
     ("backend", "device", "message"),
     [
         ("torch", "cpu", "torch SDPA cannot do: set model.attention to 'reference'$"),
-        ("torch", "cuda", "varlen_attn, .* cannot do: set .* to 'reference' or 'flash_attn'"),
+        ("torch", "cuda", "varlen_attn, .* cannot do: set .* to 'reference' or 'flash_attn' or"),
     ],
 )
 def test_attention_without_a_soft_cap_is_refused_to_models_that_have_one(backend, device, message):
@@ -468,12 +468,59 @@ def test_flash_attn_is_told_of_a_soft_cap_if_there_is_one(softcap, monkeypatch):
     package = types.ModuleType("flash_attn")
     package.flash_attn_varlen_func = lambda q_SHK, *_, **options: called.update(options) or q_SHK
     monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", package)
     kernel = select("flash_attn", "cuda", softcap)
     inputs = attention.inputs(torch.Generator(), torch.bfloat16, **attention.cases[1])
     flash_attn = kernel.implementations["flash-attn"].function
     flash_attn(**inputs, **({"softcap": softcap} if softcap else {}))
     expected = {"causal": True, "deterministic": False}
     assert called == (expected | {"softcap": softcap} if softcap else expected)
+
+
+@pytest.fixture
+def flash_attn_4(monkeypatch) -> list[dict]:
+    """What a stand-in for flash-attn-4, which returns as that does, was called with."""
+    called = []
+
+    def flash_attn_varlen_func(q, k, v, **options):
+        called.append({"q": q, "k": k, "v": v, **options})
+        return q.clone(), None
+
+    parent, package = types.ModuleType("flash_attn"), types.ModuleType("flash_attn.cute")
+    package.flash_attn_varlen_func = flash_attn_varlen_func
+    for module in (parent, package):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    return called
+
+
+@pytest.mark.parametrize("softcap", [0.0, 50.0])
+def test_flash_attn_4_gets_packs_by_its_own_words(softcap, flash_attn_4):
+    kernel = select("flash_attn_4", "cuda", softcap)
+    inputs = attention.inputs(torch.Generator(), torch.bfloat16, **attention.cases[1])
+    function = kernel.implementations["flash-attn-4"].function
+    out_SHK = function(**inputs, **({"softcap": softcap} if softcap else {}))
+    (call,) = flash_attn_4
+    assert call["q"] is inputs["q_SHK"] and out_SHK.shape == inputs["q_SHK"].shape
+    assert call["cu_seqlens_q"] is call["cu_seqlens_k"] is inputs["cu_seqlens"]
+    assert call["max_seqlen_q"] == call["max_seqlen_k"] == max(inputs["lengths"])
+    assert (call["causal"], call["softcap"], call["deterministic"]) == (True, softcap, False)
+
+
+def test_flash_attn_4_alone_is_not_flash_attn(flash_attn_4):
+    """Both packages are called flash_attn. Capped scores are for the one that is there."""
+    with pytest.raises(ValueError, match="flash_attn_interface.*pip install flash-attn on a CUDA"):
+        select("flash_attn", "cuda")
+    assert list(select("auto", "cuda", 50.0).implementations) == ["flash-attn-4"]
+
+
+def test_flash_attn_4_is_for_later_gpus(flash_attn_4, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(ValueError, match=r"'flash_attn_4': it is not for Card; .*\[flash4\]"):
+        select("flash_attn_4", "cuda")
+    assert not select("auto", "cuda", 50.0).implementations
 
 
 @pytest.mark.parametrize("is_grouped", [False, True])
