@@ -18,8 +18,8 @@ be cut off.
 
 Needs a checkout and its dependencies (pytest and hypothesis too), no installed project, no network
 and no weights: models have random ones. `use` makes a small land with sentencepiece, or takes one
-that lies in DIR/land already; NF4 needs bitsandbytes, FlashAttention 4 its package. DIR gets a log and the JSON lines of each
-stage, row by row, and summary.json after every stage.
+that lies in DIR/land already; NF4 needs bitsandbytes, and FlashAttention 4 its package. DIR gets a
+log and the JSON lines of each stage, row by row, and summary.json after every stage.
 """
 
 import argparse
