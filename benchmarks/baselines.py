@@ -13,10 +13,9 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import peft
 import torch
 from mtllm_engine.kernels.attention import grouped
 from torch import nn
@@ -29,6 +28,7 @@ from transformers.models.m2m_100.modeling_m2m_100 import (
 
 from benchmarks.measure import Part, patched
 from benchmarks.models import Models, frozen_tensors
+from benchmarks.providers import import_peft
 from mtllm_engine.config import Config
 from mtllm_engine.data.batch import IDLE, Document, Pack, join
 from mtllm_engine.data.stream import GlobalBatch
@@ -36,6 +36,9 @@ from mtllm_engine.model.padded import PaddedEncoder
 from mtllm_engine.model.weights import saved_name
 from mtllm_engine.training.engine import PlainEngine, ZeroEngine, import_deepspeed
 from mtllm_engine.world import World
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 BATCH = 32  # documents: the reference's batch on each GPU
 
@@ -101,7 +104,7 @@ class Distillation(nn.Module):
     """Encoder, projection, LLM; a call is a micro-batch's share of the loss, by two LLM passes."""
 
     def __init__(
-        self, encoder: nn.Module, llm: peft.PeftModel, linear: nn.Linear, dtype: torch.dtype
+        self, encoder: nn.Module, llm: "PeftModel", linear: nn.Linear, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.encoder, self.llm, self.linear, self.dtype = encoder, llm, linear, dtype
@@ -249,6 +252,7 @@ def build_distillation(
     _fill(llm, frozen_tensors(models, "decoder"), config)
     encoder = _build_encoder(config, models, world)
     patches = _assemble(encoder, llm) if packed else []
+    peft = import_peft()
     adapters = peft.LoraConfig(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -147,8 +148,14 @@ class Members(nn.ModuleDict):
         return tuple(linear(x_SD) for linear in self.values())
 
 
+def import_peft() -> Any:
+    """PEFT, without what bitsandbytes tells of a CPU kernel that it would like to fetch."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return importlib.import_module("peft")
+
+
 def peft_lora() -> Function:
-    importlib.import_module("peft")
+    import_peft()
 
     def lora(
         x_SD: torch.Tensor, group: Members, parameters: dict[str, torch.Tensor]
@@ -192,8 +199,7 @@ def peft_group(
     width: int, widths: dict[str, int], bias: bool, targets: list[str], config: dict[str, Any]
 ) -> Members:
     """Without storage: `functional_call` brings the weights."""
-    import peft
-
+    peft = import_peft()
     options = {"bias": bias, "device": "meta"}
     linears = {name: nn.Linear(width, out, **options) for name, out in widths.items()}
     config = peft.LoraConfig(target_modules=targets, **config)
