@@ -10,7 +10,8 @@ folders' `shapes`, in bf16, on CUDA; on a CPU in fp32 with fewer tokens, and lin
 wide. FILE gets a JSON line per measurement, and the roofline lies beside it as PNG.
 
 Packs of documents differ from step to step, and some libraries plan anew for each: `first_ms` is
-the host's time of a forward and backward at lengths that were not there before.
+the host's time of a forward and backward at lengths that were not there before. `kernels_ms` is
+where the time of one forward and backward of ours goes, copies of arguments included.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import contextlib
 import functools
 import itertools
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 try:
@@ -48,6 +51,7 @@ CPU_EXTRA = {  # the size at which the CPU's loss is to be compared with eager
     ]
 }
 LEAST_ROUNDS, MOST_ROUNDS, ENOUGH_S = 5, 50, 5.0  # of a shape's providers
+MOST_KERNELS = 24  # of a run
 PASSES = ("forward", "backward")
 Record = dict[str, Any]
 
@@ -108,6 +112,7 @@ class Machine(NamedTuple):
 
 def main() -> None:
     options = parse()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it tells of each start and stop
     machine = measure_ceilings(options.device)
     about = environment(machine)
     ops = kernels.discover()
@@ -231,9 +236,15 @@ def measure(kernel: Kernel, shape: dict[str, Any], machine: Machine) -> Iterator
             break
         for name, run in runs.items():  # in turn, for what else goes on here to slow all alike
             run(name)
-    for (provider, name), times_ms in machine.clock.take().items():
+    taken = machine.clock.take()
+    kernels_ms = {
+        name: inside(run, machine.clock)
+        for name, run in runs.items()
+        if name in kernel.implementations
+    }
+    for (provider, name), times_ms in taken.items():
         result = {"provider": provider, "status": "ok", "pass": name}
-        result |= {"first_ms": first_ms.get(provider)}
+        result |= {"first_ms": first_ms.get(provider), "kernels_ms": kernels_ms.get(provider)}
         yield known | result | figures(times_ms, costs[name], machine)
     torch.compiler.reset()
 
@@ -281,6 +292,19 @@ def time_first(provider: Provider, arguments: Arguments, clock: Clock) -> float:
     clock.wait()
     clock.take()
     return 1e3 * (time.perf_counter() - started_s)
+
+
+def inside(run: Callable[[str], None], clock: Clock) -> dict[str, float]:
+    """Milliseconds of a run by kernels (on a CPU: operators), the longest first."""
+    kind = ProfilerActivity.CUDA if clock.on_gpu else ProfilerActivity.CPU
+    with profile(activities=[kind]) as seen:
+        run("profiled")
+        clock.wait()
+    clock.take()
+    key = "self_device_time_total" if clock.on_gpu else "self_cpu_time_total"
+    times_ms = {each.key: getattr(each, key) / 1e3 for each in seen.key_averages()}
+    longest = sorted(times_ms, key=times_ms.__getitem__, reverse=True)[:MOST_KERNELS]
+    return {name: round(times_ms[name], 4) for name in longest if times_ms[name]}
 
 
 def time_once(function: Callable[..., Any], own: Arguments, clock: Clock, name: str) -> None:

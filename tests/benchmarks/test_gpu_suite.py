@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import attention, encode, evaluation, gpu_suite, kernels, step
+from mtllm_engine.kernels import discover
 from mtllm_engine.recipe import load as load_recipe
 from tests.support.machine import ROOT
 
@@ -73,6 +74,28 @@ def test_ops_are_measured_in_the_order_in_which_they_are_named(monkeypatch):
     monkeypatch.setattr(kernels, "measure", lambda op, *_: measured.append(op.name) or [])
     kernels.main()
     assert list(dict.fromkeys(measured)) == ["swiglu", "rope"]
+
+
+def test_where_the_time_of_an_op_goes_is_told(monkeypatch):
+    """Of ours, by operators on a CPU; of others not."""
+    monkeypatch.setattr(kernels, "ENOUGH_S", 0.0)
+    offered = kernels.providers
+    quick = lambda *args: (each for each in offered(*args) if each.name != "torch.compile")  # noqa: E731
+    monkeypatch.setattr(kernels, "providers", quick)
+    machine = SimpleNamespace(
+        device="cpu",
+        dtype=torch.float32,
+        clock=kernels.Clock("cpu"),
+        is_memory_bound=lambda cost: True,
+        least_ms=lambda cost: 1.0,
+    )
+    op = discover()["swiglu"]
+    found = [each for each in op.implementations if op.label("cpu") == each]
+    rows = list(kernels.measure(op, {"tokens": 8, "width": 64}, machine))
+    told = {row["provider"]: row["kernels_ms"] for row in rows if row["status"] == "ok"}
+    assert found and {name for name, times in told.items() if times} == set(found)
+    times = list(told[found[0]].values())
+    assert "mtllm::swiglu_backward" in told[found[0]] and times == sorted(times, reverse=True)
 
 
 def test_vectors_are_kept_with_each_distribution_of_lengths(tmp_path: Path, monkeypatch, capsys):
