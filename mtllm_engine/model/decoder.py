@@ -209,7 +209,7 @@ class Decoder(nn.Module):
         defers: bool,
     ) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.defers = spec, defers
         # Rounded as the family's own code does: that is what its models were trained with.
         self.embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype, device="cpu").item()
         # On a real device, whatever the rest is made on; the engine moves them with it.

@@ -326,7 +326,12 @@ def _kernels(stack: Stack, device: str) -> str:
         del offered["projection"]  # which would norm the states once more
     for name, kernel in offered.items():
         ops.setdefault(kernel.label(device), []).append(name)
-    return "; ".join(f"{label}: {', '.join(names)}" for label, names in ops.items())
+    said = [f"{label}: {', '.join(names)}" for label, names in ops.items()]
+    if stack.decoder.defers:
+        leaves = offered["lora_linear"].label(device).startswith("cuBLAS + triton")
+        there = "gate's and up's adapters are added in swiglu"
+        said.append(there if leaves else "model.lora_update has no effect")
+    return "; ".join(said)
 
 
 def _finite(value: float) -> float | None:

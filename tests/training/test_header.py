@@ -3,12 +3,15 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, processors
 
+from mtllm_engine.kernels import discover
 from mtllm_engine.train import train
+from mtllm_engine.training import log
 from tests.support.encoders import build_under_nllb
 from tests.support.stages import ALONE, build_models, stage1_config
 
@@ -84,3 +87,21 @@ def test_the_header_says_how_an_encoder_of_transformers_runs(tmp_path: Path, cap
     frozen = sum(each.numel() for name, each in tensors if not name.startswith(unread))
     assert f"{frozen:,} frozen in float32" in printed["parameters"]
     assert "projection" not in printed["kernels"] and "attention" in printed["kernels"]
+
+
+@pytest.mark.parametrize("place", ["linear", "swiglu"])
+def test_the_header_says_where_adapters_are_added(tmp_path: Path, capsys, place: str):
+    build_models(tmp_path)
+    model = {"lora_update": place}
+    train(stage1_config(tmp_path, model=model, optim={"steps": 1}), ALONE)
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kernels ")]
+    has_no_effect = row.endswith("; model.lora_update has no effect")
+    assert has_no_effect == (place == "swiglu") and "swiglu" in row
+
+
+def test_a_gpu_adds_them_in_swiglu():
+    pytest.importorskip("triton")
+    stack = SimpleNamespace(
+        attention=discover()["attention"], encoder=None, decoder=SimpleNamespace(defers=True)
+    )
+    assert log._kernels(stack, "cuda").endswith("; gate's and up's adapters are added in swiglu")
