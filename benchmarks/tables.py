@@ -125,23 +125,32 @@ def draw(
     groups, names = (
         list(dict.fromkeys(row[key] for row in rows)) for key in ("lengths", "variant")
     )
+    is_large = max(row["peak_bytes"] for row in rows) >= 2**33
+    size, size_unit, digits = (2**30, "GiB", 1) if is_large else (2**20, "MiB", 0)
+    small = 8 if len(names) * len(groups) <= 8 else 6  # or figures run into one another
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2)
-    for axis, title, value in (
-        (axes[0], f"{unit}/s", lambda row: row[f"{unit}_per_s"]["median"]),
-        (axes[1], "peak memory of a rank, MiB", lambda row: row["peak_bytes"] / 2**20),
+    for axis, title, shown, value in (
+        (axes[0], f"{unit}/s", "%.0f", lambda row: row[f"{unit}_per_s"]["median"]),
+        (
+            axes[1],
+            f"peak memory of a rank, {size_unit}",
+            f"%.{digits}f",
+            lambda row: row["peak_bytes"] / size,
+        ),
     ):
         for number, name in enumerate(names):
             heights = {row["lengths"]: value(row) for row in rows if row["variant"] == name}
             lefts = [group + number / (len(names) + 1) for group in range(len(groups))]
             width, values = 1 / (len(names) + 1.5), [heights[group] for group in groups]
-            axis.bar_label(axis.bar(lefts, values, width, label=name), fmt="%.0f", fontsize=8)
+            axis.bar_label(axis.bar(lefts, values, width, label=name), fmt=shown, fontsize=small)
         middle = (len(names) - 1) / (len(names) + 1) / 2
         middles = [group + middle for group in range(len(groups))]
         axis.set_xticks(middles, [f"lengths {group}" for group in groups])
         axis.set_title(title)
         axis.spines[["top", "right"]].set_visible(False)
-    below = {"loc": "outside lower center", "ncols": len(names), "frameon": False}
+    below = {"loc": "outside lower center", "ncols": min(4, len(names)), "frameon": False}
+    below |= {"fontsize": 8} if len(names) > 4 else {}
     figure.legend(*axes[0].get_legend_handles_labels(), **below)
     figure.suptitle(_caption(rows[0]) if caption is None else caption, fontsize=9)
     figure.savefig(path, dpi=150)

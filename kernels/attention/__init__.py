@@ -131,7 +131,7 @@ _BACKENDS = {  # model.attention -> labels, best first
     "flash_attn_4": ("flash-attn-4",),
     "reference": (),
 }
-_CAPPED = ("flash_attn", "flash_attn_4")  # take a `softcap`
+_CAPPED = {"flash-attn": "flash_attn", "flash-attn-4": "flash_attn_4"}  # take a `softcap`
 _GPUS = {f"{_FLASH} 3": (9,), "flash-attn-4": (9, 10, 11, 12), "torch cuDNN": (9, 10)}
 _FIXES = {
     "flash_attn": "pip install flash-attn on a CUDA machine, or ",
@@ -160,7 +160,7 @@ def select(backend: str, device: str, softcap: float = 0.0, width: int = 0) -> K
             f"unknown model.attention: {backend!r}; choose one of {', '.join(_BACKENDS)}"
         )
     if backend == "auto" and softcap:  # which torch's own kernels have not
-        able = [each for each in _CAPPED if device == "cuda" and _runs(*_BACKENDS[each])]
+        able = [name for label, name in _CAPPED.items() if device == "cuda" and _runs(label)]
         backend = able[0] if able else "reference"
     if backend == "reference":
         return dataclasses.replace(attention, implementations={})
@@ -195,10 +195,9 @@ def _runs(label: str) -> bool:
 
 
 def _check_softcap(label: str, device: str, softcap: float) -> None:
-    if softcap and label not in (_BACKENDS[each][0] for each in _CAPPED):
-        able = " or ".join(
-            map(repr, ("reference", *_CAPPED) if device == "cuda" else ["reference"])
-        )
+    if softcap and label not in _CAPPED:
+        others = _CAPPED.values() if device == "cuda" else ()
+        able = " or ".join(map(repr, ("reference", *others)))
         raise ValueError(
             f"model.decoder caps its attention's scores, which {label} cannot do: set "
             f"model.attention to {able}"

@@ -19,6 +19,7 @@ from .quantised import Quantised, input_gradient, product, split
 from .update import masked_update, update
 
 Adapters = tuple[tuple[int, torch.Tensor, torch.Tensor], ...]
+NOT_TRAINED = (None,) * 6  # gradients of `_LoraLinear`'s arguments between x and the matrices
 
 
 def lora_linear(
@@ -69,13 +70,11 @@ def lora_linear(
         options = {"scale": scale, "dropout": dropout, "deferred": deferred}
         return library.lora_linear(x_SD, weight_FD, bias_F, adapters, **options)
     leaves_update = deferred and group is not None
-    options = (group, scale, dropout, leaves_update)
     matrices = [matrix for _, *pair in adapters for matrix in pair]
-    result = _LoraLinear.apply(x_SD, weight_FD, bias_F, *options, *matrices)
-    if leaves_update:
-        y_SF, *update = result
-        return y_SF, tuple(update)
-    return (result, None) if deferred else result
+    y_SF, *left = _LoraLinear.apply(
+        x_SD, weight_FD, bias_F, group, scale, dropout, leaves_update, *matrices
+    )
+    return (y_SF, tuple(left) or None) if deferred else y_SF
 
 
 def _check_adapters(x_SD: torch.Tensor, out_width: int, adapters: Adapters) -> Group | None:
@@ -110,9 +109,6 @@ def _check_dropout(x_SD: torch.Tensor, dropout: Dropout, num_adapters: int) -> N
         raise ValueError(f"dropout.linears are {len(dropout.linears)}, the adapters {num_adapters}")
 
 
-NOT_TRAINED = (None,) * 6  # arguments between x and the matrices
-
-
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_SD, weight_FD, bias_F, group, scale, dropout, leaves_update, *matrices):
@@ -125,14 +121,14 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(None if group is None else x_SD, low_SQ, saved_FD, *matrices)
         ctx.group, ctx.scale, ctx.dropout = group, scale, dropout
         if group is None:
-            return product(x_SD, weight_FD, bias_F)
+            return (product(x_SD, weight_FD, bias_F),)
         if leaves_update:
             ctx.mark_non_differentiable(low_SQ, lora_B_FQ)
             ctx.set_materialize_grads(False)
             return product(x_SD, weight_FD, bias_F), low_SQ, lora_B_FQ
         if ctx.quantised is not None:
-            return update(low_SQ, lora_B_FQ, bias_F, added_SF=weight_FD.product(x_SD))
-        return update(low_SQ, lora_B_FQ, bias_F).addmm_(x_SD, weight_FD.T)
+            return (update(low_SQ, lora_B_FQ, bias_F, added_SF=weight_FD.product(x_SD)),)
+        return (update(low_SQ, lora_B_FQ, bias_F).addmm_(x_SD, weight_FD.T),)
 
     @staticmethod
     @once_differentiable
